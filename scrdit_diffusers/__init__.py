@@ -1,0 +1,37 @@
+"""scRDiT for diffusers: virtual single cells from a diffusion transformer."""
+
+from importlib.metadata import version
+
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, table_to_anndata
+from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
+from .processing_scrdit import SCRDiTProcessor
+from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
+
+__version__ = version("scrdit_diffusers")
+__all__ = [
+    "SCRDIT_PRESETS",
+    "CellCollator",
+    "CellDataset",
+    "SCRDiTPipeline",
+    "SCRDiTPipelineOutput",
+    "SCRDiTProcessor",
+    "SCRDiTTransformer",
+    "SCRDiTTransformerOutput",
+    "anndata_to_table",
+    "default_scheduler",
+    "read_cells",
+    "save_table",
+    "table_to_anndata",
+]
+
+# Registration: `DiffusionPipeline.from_pretrained` loads a component listed in model_index.json as
+# ["scrdit_diffusers", "SCRDiTTransformer"] if this package is known to it (huggingface/diffusers#6563), and looks the
+# base classes below up as attributes of this module.
+_BASE_CLASSES = (ModelMixin, SchedulerMixin, FeatureExtractionMixin)
+LOADABLE_CLASSES.setdefault(
+    "scrdit_diffusers", {base.__name__: ["save_pretrained", "from_pretrained"] for base in _BASE_CLASSES}
+)

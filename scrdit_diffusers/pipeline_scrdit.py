@@ -1,0 +1,497 @@
+"""The pipeline: labels -> noise -> denoise -> cells."""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .processing_scrdit import SCRDiTProcessor
+from .transformer_scrdit import SCRDiTTransformer
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
+
+# diffusers' schedulers that reproduce the mean and standard deviation of an exact denoiser, by the prediction types
+# that they accept (tests/test_pipeline_scrdit.py measures it).
+_ALL = ("epsilon", "v_prediction", "sample")
+SUPPORTED_SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "DDIMScheduler": _ALL,
+    "DDPMScheduler": _ALL,
+    "DEISMultistepScheduler": _ALL,
+    "DPMSolverMultistepScheduler": _ALL,
+    "DPMSolverSinglestepScheduler": _ALL,
+    "EulerDiscreteScheduler": _ALL,
+    "HeunDiscreteScheduler": _ALL,
+    "LMSDiscreteScheduler": _ALL,
+    "SASolverScheduler": _ALL,
+    "UniPCMultistepScheduler": _ALL,
+    "DPMSolverSDEScheduler": ("epsilon", "v_prediction"),
+    "EulerAncestralDiscreteScheduler": ("epsilon", "v_prediction"),
+    "KDPM2AncestralDiscreteScheduler": ("epsilon", "v_prediction"),
+    "KDPM2DiscreteScheduler": ("epsilon", "v_prediction"),
+    "PNDMScheduler": ("epsilon",),
+}
+_REFUSED_SCHEDULERS = {
+    "LCMScheduler": "needs a model distilled for it and distorts the cells of any other",
+    "TCDScheduler": "needs a model distilled for it and distorts the cells of any other",
+}
+
+
+@dataclass
+class SCRDiTPipelineOutput(BaseOutput):
+    """Output of [`SCRDiTPipeline`].
+
+    Parameters
+    ----------
+    adata
+        With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalised values.
+        Written besides: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
+        and `obs["synthetic"]` (bool, True), `var["gene_ids"]` where known, and `uns["scrdit"]` (dict: model,
+        scheduler, steps, guidance scale, seed, versions).
+    samples
+        With other output types, an array or tensor (cells, G): values for "np" and "pt", model space for "latent".
+    obs
+        With other output types, the labels of the cells, one row each.
+    """
+
+    adata: ad.AnnData | None = None
+    samples: np.ndarray | torch.Tensor | None = None
+    obs: pd.DataFrame | None = None
+
+
+def default_scheduler(
+    prediction_type: str = "sample", beta_schedule: str = "linear", num_train_timesteps: int = 1000
+) -> DPMSolverMultistepScheduler:
+    """The scheduler that a trained pipeline ships with: DPM-Solver++ 2M, every argument explicit.
+
+    Its config also carries the arguments that only other schedulers have (`clip_sample=False` above all), so that
+    `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
+
+    Parameters
+    ----------
+    prediction_type
+        What the transformer was trained to predict: "epsilon", "v_prediction" or "sample".
+    beta_schedule
+        Noise schedule of the training.
+    num_train_timesteps
+        Number of timesteps T of the training.
+    """
+    # What stays at its default is made explicit too: an in-memory from_config would drop it otherwise.
+    parameters = inspect.signature(DPMSolverMultistepScheduler).parameters
+    config = {name: parameter.default for name, parameter in parameters.items()}
+    config |= dict(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    # Read by DDPM and DDIM only.
+    config |= dict(clip_sample=False, set_alpha_to_one=True, variance_type="fixed_small")
+    return DPMSolverMultistepScheduler.from_config(config)
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError, with the reason and an alternative, if a scheduler cannot sample an scRDiT model."""
+    name = type(scheduler).__name__
+    config = scheduler.config
+    alternative = "use DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler `.from_config(pipe.scheduler.config)`."
+    if name in _REFUSED_SCHEDULERS:
+        raise ValueError(f"{name} {_REFUSED_SCHEDULERS[name]}; {alternative}")
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{name} is no scheduler for a denoising diffusion model (flow-matching, consistency and EDM schedulers use "
+            f"another noise process than the one this model was trained on); {alternative}"
+        )
+    known = next((base.__name__ for base in type(scheduler).__mro__ if base.__name__ in SUPPORTED_SCHEDULERS), None)
+    if known is None and type(scheduler).__module__.startswith("diffusers."):
+        raise ValueError(f"{name} does not sample an scRDiT model correctly; {alternative}")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if known is not None and prediction_type not in SUPPORTED_SCHEDULERS[known]:
+        raise ValueError(f'{name} cannot sample a model with prediction_type="{prediction_type}"; {alternative}')
+    for setting in ("clip_sample", "thresholding"):
+        if config.get(setting):
+            raise ValueError(
+                f"{name} has {setting}=True, which cuts off cells: model space is not bounded by -1 and 1. "
+                f"Make it with {setting}=False, or by `{name}.from_config(pipe.scheduler.config)` from the shipped one."
+            )
+
+
+class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+    """Generates cells with a diffusion transformer.
+
+    Parameters
+    ----------
+    transformer
+        The denoiser.
+    scheduler
+        One of [`SUPPORTED_SCHEDULERS`]; swap it with
+        `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
+    processor
+        Genes, value transform and labels.
+
+    References
+    ----------
+    scRDiT: arXiv 2404.06153.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, transformer: SCRDiTTransformer, scheduler: SchedulerMixin, processor: SCRDiTProcessor):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance in the running call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call evaluates the network with and without labels."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Keyword arguments handed to the attention layers in the running call."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of scheduler steps of the running call; some schedulers take more than `num_inference_steps`."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep at which the running call is."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call was asked to stop (a callback sets `pipe._interrupt = True`)."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        num_cells: int,
+        conditions: Mapping[str, str | Sequence[str]] | None,
+        obs: pd.DataFrame | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        batch_size: int,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise ValueError or TypeError for arguments that [`SCRDiTPipeline.__call__`] cannot use."""
+        num_genes = self.transformer.config.num_genes
+        if self.processor.num_genes != num_genes:
+            raise ValueError(f"The processor has {self.processor.num_genes} genes, the transformer {num_genes}.")
+        if self.processor.num_classes != list(self.transformer.config.num_classes or []):
+            raise ValueError(
+                f"The processor's conditions have {self.processor.num_classes} categories, the transformer's "
+                f"{self.transformer.config.num_classes or []}."
+            )
+        sizes = dict(num_cells=num_cells, num_inference_steps=num_inference_steps, batch_size=batch_size)
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+                raise TypeError(f"{name} must be an integer, got {size!r}.")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if obs is not None and conditions is not None:
+            raise ValueError("Give either obs (one row per cell) or conditions, not both.")
+        if obs is not None and not isinstance(obs, pd.DataFrame):
+            raise TypeError(f"obs must be a pandas DataFrame with one row per cell, got {type(obs).__name__}.")
+        if obs is not None and len(obs) != num_cells:
+            raise ValueError(
+                f"obs has {len(obs)} rows for num_cells={num_cells}; leave num_cells out to use every row."
+            )
+        if obs is not None and self.processor.condition_keys and not set(self.processor.condition_keys) & set(obs):
+            raise ValueError(
+                f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
+            )
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise TypeError(f'conditions must be a dict such as {{"cell_type": "B"}}, got {type(conditions).__name__}.')
+        if guidance_scale != 1.0 and not self.processor.condition_keys:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a conditional model; this one has no conditions.")
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no eta; eta={eta} needs DDIMScheduler.")
+        if isinstance(generator, list) and len(generator) != num_cells:
+            raise ValueError(
+                f"A list of generators must hold one per cell: got {len(generator)} for {num_cells} cells."
+            )
+        if latents is not None and latents.shape != (num_cells, num_genes):
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected ({num_cells}, {num_genes}).")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, got {unknown}."
+            )
+        check_scheduler(self.scheduler)
+
+    def prepare_class_labels(
+        self,
+        num_cells: int,
+        conditions: Mapping[str, str | Sequence[str]] | None,
+        obs: pd.DataFrame | None,
+        generator: torch.Generator | list[torch.Generator],
+    ) -> torch.Tensor:
+        """Codes (cells, K) of the labels: given ones, and the others drawn from the training composition."""
+        if obs is not None:
+            conditions = {key: obs[key].tolist() for key in self.processor.condition_keys if key in obs}
+        if isinstance(generator, list):
+            quantiles = torch.cat([torch.rand(1, generator=g, device=g.device).cpu() for g in generator])
+        else:
+            quantiles = torch.rand(num_cells, generator=generator, device=generator.device).cpu()
+        return torch.from_numpy(self.processor.sample_labels(num_cells, conditions, quantiles.numpy()))
+
+    def prepare_latents(
+        self, num_cells: int, generator: torch.Generator | list[torch.Generator], latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Noise to start from: shape (cells, G), float32, standard normal unless `latents` is given, scaled for the scheduler."""
+        device = self._execution_device
+        if latents is None:
+            shape = (num_cells, self.transformer.config.num_genes)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_cells: int | None = None,
+        conditions: Mapping[str, str | Sequence[str]] | None = None,
+        obs: pd.DataFrame | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 512,
+        latents: torch.Tensor | None = None,
+        output_type: str = "anndata",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SCRDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> SCRDiTPipelineOutput | tuple:
+        r"""Generate cells.
+
+        Parameters
+        ----------
+        num_cells
+            How many cells. `None`: as many as `obs`, `latents` or a list in `conditions` has entries, else 1.
+        conditions
+            Labels by condition, such as `{"cell_type": "B"}`: one label for all cells, or a list with one per cell.
+            Conditions that are left out are drawn from the training composition, given those that are not.
+        obs
+            Instead of `conditions`, a table with one row per new cell, such as the `obs` of real cells. Its columns
+            that are no conditions of the model are ignored.
+        num_inference_steps
+            Steps of the scheduler.
+        guidance_scale
+            Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
+            off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off.
+        eta
+            Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
+        generator
+            Makes the result reproducible: one for all, or a list with one per cell, which makes each cell
+            independent of the others and of `batch_size`. `None` draws a seed from PyTorch's global state.
+        batch_size
+            Cells that are generated at a time; bounds the memory.
+        latents
+            Noise to start from instead of drawing it, shape (cells, G), standard normal.
+        output_type
+            "anndata"; "np" or "pt" for an array or tensor of values; "latent" for model space.
+        return_dict
+            Return a [`SCRDiTPipelineOutput`] (default) or a tuple with its first field that is set.
+        callback_on_step_end
+            Called after each step as `callback(pipe, step, timestep, kwargs)`; may return changed tensors. It runs
+            for each batch of cells, and may set `pipe._interrupt = True`: cells that are not finished are then left
+            out (kept as they are for "latent").
+        callback_on_step_end_tensor_inputs
+            Names of the tensors in `kwargs`: "latents" (cells of the batch, G).
+        attention_kwargs
+            `{"scale": s}` scales LoRA layers.
+
+        Returns
+        -------
+        [`SCRDiTPipelineOutput`], or a tuple.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument does not fit the model; raised before any computation. Also if the model returns NaN.
+
+        Examples
+        --------
+        ```python
+        pipe = SCRDiTPipeline.from_pretrained("user/scrdit-pbmc")
+        adata = pipe(num_cells=1000, conditions={"cell_type": "B"}, generator=torch.manual_seed(0)).adata
+        ```
+        """
+        # 1. Check the request
+        if num_cells is None:
+            lists = [labels for labels in (conditions or {}).values() if np.ndim(labels) == 1]
+            num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
+        self.check_inputs(
+            num_cells,
+            conditions,
+            obs,
+            num_inference_steps,
+            guidance_scale,
+            eta,
+            generator,
+            batch_size,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+        # 2. Labels of all cells
+        class_labels = self.prepare_class_labels(num_cells, conditions, obs, generator)  # (cells, K)
+        null_labels = torch.tensor(self.processor.num_classes, dtype=torch.long)  # (K,)
+
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        starts = range(0, num_cells, batch_size)
+        batches = []
+        with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:
+            for start in starts:
+                # 3. Noise of this batch of cells
+                chunk = slice(start, min(start + batch_size, num_cells))
+                chunk_generator = generator[chunk] if isinstance(generator, list) else generator
+                chunk_labels = class_labels[chunk].to(device)  # (B, K)
+                x_t = self.prepare_latents(
+                    chunk.stop - chunk.start, chunk_generator, None if latents is None else latents[chunk]
+                )  # (B, G)
+                if self.do_classifier_free_guidance:
+                    chunk_labels = torch.cat([null_labels.to(device).expand_as(chunk_labels), chunk_labels])  # (2B, K)
+                step_kwargs = {"eta": eta, "generator": chunk_generator}
+                step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+
+                # 4. Denoise
+                self.scheduler.set_timesteps(num_inference_steps, device=device)
+                for i, t in enumerate(self.scheduler.timesteps):
+                    if self.interrupt:
+                        continue
+                    self._current_timestep = t
+                    model_input = torch.cat([x_t] * 2) if self.do_classifier_free_guidance else x_t  # (B or 2B, G)
+                    model_input = self.scheduler.scale_model_input(model_input, t).to(self.transformer.dtype)
+                    with self.transformer.cache_context("cond_uncond"):
+                        prediction = self.transformer(
+                            model_input,
+                            timestep=t.expand(model_input.shape[0]),
+                            class_labels=chunk_labels,
+                            attention_kwargs=attention_kwargs,
+                            return_dict=False,
+                        )[0].float()  # (B or 2B, G)
+                    if self.do_classifier_free_guidance:
+                        uncond, cond = prediction.chunk(2)
+                        prediction = uncond + guidance_scale * (cond - uncond)  # (B, G)
+                    x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
+
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = {"latents": x_t}[name]
+                        x_t = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", x_t)
+                    progress_bar.update()
+
+                # 5. Model space -> values
+                if self.interrupt and output_type != "latent":
+                    logger.warning("Interrupted: %d of %d cells are finished.", start, num_cells)
+                    break
+                batches.append(x_t if output_type == "latent" else self.decode(x_t))
+
+        self._current_timestep = None
+        self.maybe_free_model_hooks()
+        return self._make_output(batches, class_labels, generator, output_type, return_dict, num_inference_steps, eta)
+
+    def decode(self, latents: torch.Tensor) -> sp.csr_matrix:
+        """Model space (B, G) to a CSR float32 matrix of counts or log-normalised values.
+
+        Raises
+        ------
+        ValueError
+            `latents` holds NaN or infinite values.
+        """
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "The model returned NaN or infinite values. Was its training finished, and is its dtype float32 or bfloat16?"
+            )
+        return sp.csr_matrix(self.processor.inverse_transform(latents.cpu().numpy()))
+
+    def _make_output(
+        self,
+        batches: list,
+        class_labels: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator],
+        output_type: str,
+        return_dict: bool,
+        num_inference_steps: int,
+        eta: float,
+    ) -> SCRDiTPipelineOutput | tuple:
+        num_genes = self.processor.num_genes
+        if output_type == "latent":
+            samples: Any = torch.cat(batches)
+        else:
+            samples = sp.vstack([sp.csr_matrix((0, num_genes), dtype=np.float32), *batches], format="csr")
+        obs = self.processor.decode_labels(class_labels[: samples.shape[0]].numpy())
+        obs.index = [f"synthetic_{i}" for i in range(len(obs))]
+        if output_type != "latent":
+            empty = int((samples.getnnz(axis=1) == 0).sum())
+            if empty:
+                logger.warning("%d of %d cells have no expressed gene.", empty, samples.shape[0])
+        if output_type != "anndata":
+            if output_type in ("np", "pt"):
+                samples = samples.toarray()
+            if output_type == "pt":
+                samples = torch.from_numpy(samples)
+            return SCRDiTPipelineOutput(samples=samples, obs=obs) if return_dict else (samples,)
+
+        var = pd.DataFrame(index=pd.Index(self.processor.var_names))
+        if self.processor.gene_ids is not None:
+            var["gene_ids"] = self.processor.gene_ids
+        adata = ad.AnnData(samples, obs=obs.assign(synthetic=True), var=var)
+        if self.processor.value_space == "counts":
+            adata.layers["counts"] = samples.copy()
+        seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
+        adata.uns["scrdit"] = {
+            "model": str(self.config.get("_name_or_path") or ""),
+            "value_space": self.processor.value_space,
+            "scheduler": type(self.scheduler).__name__,
+            "num_inference_steps": int(num_inference_steps),
+            "guidance_scale": float(self.guidance_scale),
+            "eta": float(eta),
+            "seed": seeds if isinstance(generator, list) else seeds[0],
+            "scrdit_diffusers_version": version("scrdit_diffusers"),
+            "diffusers_version": version("diffusers"),
+        }
+        return SCRDiTPipelineOutput(adata=adata) if return_dict else (adata,)

@@ -1,0 +1,624 @@
+"""Between AnnData values and model space: which genes, which transform, which labels. Saved with the pipeline."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+logger = logging.getLogger(__name__)
+
+VALUE_SPACES = ("counts", "log_normalized")
+GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
+ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
+MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
+
+
+def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
+    """Whether all values of a matrix are finite, non-negative integers (and not all are zero)."""
+    data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    if data.size == 0 or not np.issubdtype(data.dtype, np.number) or not np.isfinite(data).all():
+        return False
+    return bool(data.min() >= 0 and data.max() > 0 and np.array_equal(data, np.rint(data)))
+
+
+def check_values(matrix: sp.csr_matrix, name: str, counts: bool, hint: str = "") -> None:
+    """Raise ValueError unless all values are finite, non-negative and, for counts, integers that float32 holds.
+
+    Parameters
+    ----------
+    matrix
+        Cells x genes.
+    name
+        What to call the matrix in the message, such as `adata.layers['counts']`.
+    counts
+        Whether integers are expected.
+    hint
+        Where the right values may be found; ends the message.
+    """
+    data = matrix.data
+    if not np.isfinite(data).all():
+        raise ValueError(
+            f"{name} holds {np.sum(~np.isfinite(data))} NaN or infinite values; fill or drop them first.{hint}"
+        )
+    if data.size and data.min() < 0:
+        raise ValueError(
+            f"{name} holds negative values (smallest {data.min():g}), as scaled data do; give unscaled values.{hint}"
+        )
+    if counts and not np.array_equal(data, np.rint(data)):
+        example = data[data != np.rint(data)][0]
+        raise ValueError(f"{name} was taken as counts but holds non-integers such as {example:g}.{hint}")
+    if counts and data.size and data.max() > MAX_COUNT:
+        raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
+
+
+def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_matrix:
+    """Take X (`layer=None`) or a layer as CSR and check its values.
+
+    Raises
+    ------
+    ValueError
+        The layer does not exist, or its values are not what `counts` says; the message names the layers that look
+        like counts.
+    """
+    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(
+            f"{name} does not exist; the layers are {list(adata.layers) or 'none'}, and layer=None takes adata.X."
+        )
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError(f"{name} is empty; name the layer that holds the values.")
+    matrix = sp.csr_matrix(matrix)
+    hint = ""
+    if counts and not looks_like_counts(matrix):
+        found = [key for key in adata.layers if key != layer and looks_like_counts(adata.layers[key])]
+        hint = f" These layers look like counts: {found}." if found else " No layer looks like counts."
+        if layer is not None and looks_like_counts(adata.X):
+            hint = " adata.X looks like counts: use layer=None."
+        elif adata.raw is not None and looks_like_counts(adata.raw.X):
+            hint += " adata.raw does: use adata.raw.to_adata()."
+    check_values(matrix, name, counts, hint)
+    return matrix
+
+
+def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
+    """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
+    library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    scale = target_sum / np.where(library_size > 0, library_size, 1.0)
+    return sp.csr_matrix(sp.diags(scale) @ counts.astype(np.float64)).log1p()
+
+
+class SCRDiTProcessor(FeatureExtractionMixin):
+    r"""Maps the values of AnnData to the space in which the transformer works, and back.
+
+    For a value v of gene g:
+
+    - `value_space="counts"`: x = (log1p(v) - mean_g) / std_g. The inverse rounds to integers and is exact.
+    - `value_space="log_normalized"` (the paper's): v is a log-normalised value, x = (v - mean_g) / std_g.
+
+    The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
+    becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and standard deviation are those of the training cells, after
+    zero negation, so that model space has mean 0 and standard deviation 1 for every gene.
+
+    Usually built by [`SCRDiTProcessor.from_anndata`], and loaded with the pipeline.
+
+    Parameters
+    ----------
+    var_names
+        Names of the G genes, in the order of the model.
+    mean
+        Mean of each gene before standardisation, shape (G,).
+    std
+        Standard deviation of each gene before standardisation, shape (G,), positive.
+    value_space
+        "counts" or "log_normalized".
+    target_sum
+        Library size to which counts are scaled before log1p. `None`: values are taken as they are. Only for
+        `value_space="log_normalized"`.
+    zero_negation
+        Whether exact zeros are moved away from the small positive values.
+    zero_value
+        Where zero negation puts an exact zero (paper: -10), in the log space before standardisation.
+    zero_threshold
+        Values up to this one, in the log space, are exact zeros on the way back.
+    gene_ids
+        Ensembl ids of the genes, shape (G,); `None` where unknown.
+    condition_keys
+        The K columns of obs that condition the model, in the order of `class_labels`.
+    condition_categories
+        For each key its categories; the code of a category is its position.
+    composition
+        Training cells by combination of categories, rows of K codes and a number of cells.
+
+    Raises
+    ------
+    ValueError
+        Lengths differ, genes repeat, a number is not finite, or a name is unknown.
+
+    References
+    ----------
+    Zero negation: scRDiT, arXiv 2404.06153.
+    """
+
+    model_input_names = ["values"]
+
+    def __init__(
+        self,
+        var_names: Sequence[str] = (),
+        mean: Sequence[float] | np.ndarray = (),
+        std: Sequence[float] | np.ndarray = (),
+        value_space: str = "counts",
+        target_sum: float | None = None,
+        zero_negation: bool = False,
+        zero_value: float = -10.0,
+        zero_threshold: float = 0.0,
+        gene_ids: Sequence[str] | None = None,
+        condition_keys: Sequence[str] = (),
+        condition_categories: Sequence[Sequence[str]] = (),
+        composition: Sequence[Sequence[int]] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.var_names = [str(name) for name in var_names]
+        self.mean = np.asarray(mean, dtype=np.float64)
+        self.std = np.asarray(std, dtype=np.float64)
+        self.value_space = value_space
+        self.target_sum = None if target_sum is None else float(target_sum)
+        self.zero_negation = bool(zero_negation)
+        self.zero_value = float(zero_value)
+        self.zero_threshold = float(zero_threshold)
+        self.gene_ids = None if gene_ids is None else [str(gene_id) for gene_id in gene_ids]
+        self.condition_keys = [str(key) for key in condition_keys]
+        self.condition_categories = [[str(name) for name in names] for names in condition_categories]
+        self.composition = [[int(number) for number in row] for row in composition]
+
+        if value_space not in VALUE_SPACES:
+            raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
+        if target_sum is not None and value_space != "log_normalized":
+            raise ValueError(
+                'target_sum scales counts to log-normalised values: it needs value_space="log_normalized".'
+            )
+        if target_sum is not None and not target_sum > 0:
+            raise ValueError(f"target_sum must be positive, got {target_sum}.")
+        _check_gene_names(self.var_names, "var_names")
+        lengths = dict(mean=self.mean.shape, std=self.std.shape)
+        if self.gene_ids is not None:
+            lengths["gene_ids"] = (len(self.gene_ids),)
+        for name, shape in lengths.items():
+            if shape != (self.num_genes,):
+                raise ValueError(
+                    f"{name} has shape {shape}, expected one entry for each of {self.num_genes} var_names."
+                )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
+            raise ValueError("mean and std must be finite, and std positive.")
+        if len(self.condition_keys) != len(self.condition_categories):
+            raise ValueError("condition_keys and condition_categories must have the same length.")
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: ad.AnnData,
+        labels_key: str | Sequence[str] | None = None,
+        layer: str | None = None,
+        value_space: str = "counts",
+        target_sum: float | None = None,
+        zero_negation: bool = False,
+        zero_value: float = -10.0,
+        zero_threshold: float = 0.0,
+        n_top_genes: int = 2000,
+        flavor: str = "seurat",
+        genes: Sequence[str] | None = None,
+        gene_ids_key: str | None = None,
+    ) -> Self:
+        """Choose the genes, learn their mean and standard deviation, and store the labels of the training cells.
+
+        Parameters
+        ----------
+        adata
+            Training cells.
+        labels_key
+            Column(s) of obs that condition the model; `None` for an unconditional model.
+        layer
+            Layer that holds the values; `None` takes X.
+        value_space
+            "counts" or "log_normalized"; see the class.
+        target_sum
+            With "log_normalized": the values are counts and are log-normalised to this library size.
+            `None`: they are log-normalised already.
+        zero_negation
+            See the class.
+        zero_value
+            See the class.
+        zero_threshold
+            See the class.
+        n_top_genes
+            How many genes to keep; fewer are kept where fewer are expressed.
+        flavor
+            How they are chosen: "seurat", "cell_ranger" or "seurat_v3" (`scanpy.pp.highly_variable_genes`), "cv"
+            (largest coefficient of variation, the paper's), or "all" (every expressed gene; ignores `n_top_genes`).
+        genes
+            Names of the genes to use, instead of a choice by `flavor`.
+        gene_ids_key
+            Column of var with Ensembl ids. `None` looks for "gene_ids", "gene_id", "ensembl_id" and "ensembl".
+
+        Returns
+        -------
+        The processor. Genes are in the order of `adata.var_names`, or in that of `genes`.
+
+        Raises
+        ------
+        ValueError
+            Values, genes or labels that a model cannot be trained on; the message names the layer or column.
+        """
+        if value_space not in VALUE_SPACES:
+            raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
+        if adata.n_obs < 2:
+            raise ValueError(f"adata has {adata.n_obs} cells; at least 2 are needed.")
+        _check_gene_names(list(map(str, adata.var_names)), "adata.var_names", " Call adata.var_names_make_unique().")
+        counts = value_space == "counts" or target_sum is not None
+        matrix = get_matrix(adata, layer, counts)
+        if not counts and looks_like_counts(matrix):
+            raise ValueError(
+                f"{'adata.X' if layer is None else f'adata.layers[{layer!r}]'} was taken as log-normalised values but holds only integers: "
+                'give target_sum=1e4 to log-normalise counts, or use value_space="counts".'
+            )
+        columns = _select_genes(adata, matrix, counts, n_top_genes, flavor, genes)
+        values = (normalize_log1p(matrix, target_sum) if target_sum is not None else matrix)[:, columns]
+
+        labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
+        categories = [_categories(adata.obs, key) for key in labels_key]
+        gene_ids = _gene_ids(adata.var, gene_ids_key)
+        processor = cls(
+            var_names=[str(name) for name in adata.var_names[columns]],
+            mean=np.zeros(len(columns)),
+            std=np.ones(len(columns)),
+            value_space=value_space,
+            target_sum=target_sum,
+            zero_negation=zero_negation,
+            zero_value=zero_value,
+            zero_threshold=zero_threshold,
+            gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
+            condition_keys=labels_key,
+            condition_categories=categories,
+        )
+        processor.mean, processor.std = processor._moments(values)
+        if labels_key:
+            combinations, numbers = np.unique(processor.encode_labels(adata.obs), axis=0, return_counts=True)
+            processor.composition = np.column_stack([combinations, numbers]).tolist()
+        return processor
+
+    @property
+    def num_genes(self) -> int:
+        """Number of genes G."""
+        return len(self.var_names)
+
+    @property
+    def num_classes(self) -> list[int]:
+        """Number of categories of each condition, as the transformer's config wants it."""
+        return [len(names) for names in self.condition_categories]
+
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """Categories of each condition by its obs column, in the order of their codes."""
+        return dict(zip(self.condition_keys, self.condition_categories, strict=True))
+
+    # -- genes and values ------------------------------------------------------------------------------------------
+
+    def gene_columns(self, var_names: Sequence[str]) -> np.ndarray:
+        """Find the model's genes in other data.
+
+        Parameters
+        ----------
+        var_names
+            Gene names of the other data.
+
+        Returns
+        -------
+        Positions of the G genes in `var_names`, shape (G,).
+
+        Raises
+        ------
+        ValueError
+            `var_names` repeats a name or lacks one of the model's genes.
+        """
+        _check_gene_names(list(map(str, var_names)), "var_names", " Call adata.var_names_make_unique().")
+        positions = pd.Index(var_names).get_indexer(pd.Index(self.var_names))
+        if (positions < 0).any():
+            missing = [self.var_names[i] for i in np.flatnonzero(positions < 0)]
+            raise ValueError(
+                f"{len(missing)} of the model's {self.num_genes} genes are missing from the data, such as {missing[:5]}; "
+                f"the data's names look like {[str(name) for name in var_names[:3]]}."
+            )
+        return positions
+
+    def get_values(self, adata: ad.AnnData, layer: str | None = None) -> sp.csr_matrix:
+        """Take the model's genes out of an AnnData, checked and, with `target_sum`, log-normalised.
+
+        Parameters
+        ----------
+        adata
+            Cells, with at least the model's genes. The library size is taken over all of its genes.
+        layer
+            Layer that holds the values; `None` takes X.
+
+        Returns
+        -------
+        CSR matrix, shape (cells, G): counts, or log-normalised values.
+
+        Raises
+        ------
+        ValueError
+            Genes are missing, or values are not what `value_space` says.
+        """
+        matrix = get_matrix(adata, layer, counts=self.value_space == "counts" or self.target_sum is not None)
+        return self.select_values(matrix, self.gene_columns(adata.var_names))
+
+    def select_values(self, matrix: sp.csr_matrix, columns: np.ndarray) -> sp.csr_matrix:
+        """[`get_values`] for a checked matrix whose gene columns are known, as in a training batch."""
+        if self.target_sum is not None:
+            matrix = normalize_log1p(matrix, self.target_sum)
+        return matrix[:, columns]
+
+    def transform(self, values: np.ndarray | sp.spmatrix) -> np.ndarray:
+        """Values to model space.
+
+        Parameters
+        ----------
+        values
+            Counts or log-normalised values, shape (cells, G), dense or sparse.
+
+        Returns
+        -------
+        Dense float64 array of the same shape. (As float32, counts above about 10^5 would not come back exactly.)
+
+        Raises
+        ------
+        ValueError
+            The number of genes is not G.
+        """
+        values = sp.csr_matrix(values)
+        if values.shape[1] != self.num_genes:
+            raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
+        values.eliminate_zeros()
+        dense = np.repeat(((self._zero - self.mean) / self.std)[None], values.shape[0], axis=0)  # (cells, G)
+        rows = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
+        columns = values.indices
+        dense[rows, columns] = (self._forward(values.data) - self.mean[columns]) / self.std[columns]
+        return dense
+
+    def inverse_transform(self, samples: np.ndarray) -> np.ndarray:
+        """Model space to values.
+
+        Parameters
+        ----------
+        samples
+            Model space, shape (cells, G).
+
+        Returns
+        -------
+        Float32 array of the same shape: non-negative integers in "counts", values >= 0 in "log_normalized".
+
+        Raises
+        ------
+        ValueError
+            The number of genes is not G.
+        """
+        if samples.shape[-1] != self.num_genes:
+            raise ValueError(f"samples has {samples.shape[-1]} genes, the processor has {self.num_genes}.")
+        values = np.asarray(samples, dtype=np.float64) * self.std + self.mean
+        values = np.where(values <= max(self.zero_threshold, ZERO_TOLERANCE), 0.0, values)
+        if self.value_space == "counts":
+            values = np.rint(np.expm1(np.minimum(values, np.log1p(MAX_COUNT))))
+        return values.astype(np.float32)
+
+    @property
+    def _zero(self) -> float:
+        """Where an exact zero goes, before standardisation."""
+        return self.zero_value if self.zero_negation else 0.0
+
+    def _forward(self, nonzero: np.ndarray) -> np.ndarray:
+        """Positive values before standardisation."""
+        nonzero = np.asarray(nonzero, dtype=np.float64)
+        return np.log1p(nonzero) if self.value_space == "counts" else nonzero
+
+    def _moments(self, values: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each gene before standardisation; 1 for a gene that does not vary."""
+        offset = sp.csr_matrix(values, dtype=np.float64, copy=True)  # values minus that of zero, hence still sparse
+        offset.eliminate_zeros()
+        offset.data = self._forward(offset.data) - self._zero
+        mean = np.asarray(offset.mean(axis=0)).ravel()
+        variance = np.asarray(offset.power(2).mean(axis=0)).ravel() - mean**2
+        return mean + self._zero, np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+
+    # -- labels ----------------------------------------------------------------------------------------------------
+
+    def encode_labels(self, obs: pd.DataFrame) -> np.ndarray:
+        """Codes of each cell's labels.
+
+        Parameters
+        ----------
+        obs
+            One row per cell, with all condition columns.
+
+        Returns
+        -------
+        Integer codes, shape (cells, K).
+
+        Raises
+        ------
+        ValueError
+            A column is missing, holds NaN, or holds a label that the model does not know.
+        """
+        for key in self.condition_keys:
+            if key not in obs:
+                raise ValueError(f"obs lacks the column {key!r}; the model's conditions are {self.condition_keys}.")
+        codes = [self._encode(key, obs[key]) for key in self.condition_keys]
+        return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), dtype=np.int64)
+
+    def _encode(self, key: str, labels: pd.Series) -> np.ndarray:
+        """Codes (cells,) of one condition's labels."""
+        names = self.conditions[key]
+        if labels.isna().any():
+            raise ValueError(f"{key!r} holds {int(labels.isna().sum())} NaN; give every cell a label or drop it.")
+        labels = labels.astype(str)
+        codes = pd.Index(names).get_indexer(pd.Index(labels))
+        if (codes < 0).any():
+            unknown = labels[codes < 0].iloc[0]
+            closest = difflib.get_close_matches(unknown, names, n=1, cutoff=0.4)
+            raise ValueError(
+                f"Unknown {key} {unknown!r}{f', did you mean {closest[0]!r}' if closest else ''}? Known: {names}."
+            )
+        return codes
+
+    def decode_labels(self, codes: np.ndarray) -> pd.DataFrame:
+        """Labels of codes (cells, K), as categoricals with the training categories."""
+        return pd.DataFrame(
+            {
+                key: pd.Categorical.from_codes(codes[:, k], categories=names)
+                for k, (key, names) in enumerate(self.conditions.items())
+            }
+        )
+
+    def sample_labels(
+        self, num_cells: int, conditions: Mapping[str, str | Sequence[str]] | None, quantiles: np.ndarray
+    ) -> np.ndarray:
+        """Labels for new cells: those that are given, the others drawn from the training composition given them.
+
+        Parameters
+        ----------
+        num_cells
+            Number of cells.
+        conditions
+            For some of the condition keys, one label for all cells or one per cell.
+        quantiles
+            Uniform random numbers in [0, 1) that draw what is not given, shape (`num_cells`,).
+
+        Returns
+        -------
+        Integer codes, shape (`num_cells`, K). Where no training cell has the given combination, the other labels are
+        drawn from all training cells.
+
+        Raises
+        ------
+        ValueError
+            A key or label is unknown, or a list has another length than `num_cells`.
+        """
+        given = {}
+        for key, labels in (conditions or {}).items():
+            if key not in self.condition_keys:
+                raise ValueError(
+                    f"Unknown condition {key!r}; the model's conditions are {self.condition_keys or 'none'}."
+                )
+            labels = pd.Series([labels] * num_cells if np.ndim(labels) == 0 else list(labels))
+            if len(labels) != num_cells:
+                raise ValueError(
+                    f"conditions[{key!r}] lists {len(labels)} labels for {num_cells} cells; give one label for all, "
+                    "or one per cell."
+                )
+            given[self.condition_keys.index(key)] = self._encode(key, labels)
+        fixed = sorted(given)
+        free = [k for k in range(len(self.condition_keys)) if k not in given]
+        codes = np.empty((num_cells, len(self.condition_keys)), dtype=np.int64)
+        for k in fixed:
+            codes[:, k] = given[k]
+        if not free:
+            return codes
+        composition = np.asarray(self.composition, dtype=np.int64)  # (combinations, K + 1)
+        for combination in np.unique(codes[:, fixed], axis=0):
+            rows = (codes[:, fixed] == combination).all(axis=1)
+            matching = composition[(composition[:, fixed] == combination).all(axis=1)]
+            if not len(matching):
+                matching = composition
+            cumulative = np.cumsum(matching[:, -1]) / matching[:, -1].sum()
+            drawn = np.searchsorted(cumulative, quantiles[rows], side="right")
+            codes[np.ix_(rows, free)] = matching[np.ix_(drawn, free)]
+        return codes
+
+
+def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:
+    duplicated = pd.Index(names)[pd.Index(names).duplicated()].unique()
+    if len(duplicated):
+        raise ValueError(f"{name} repeats {len(duplicated)} gene names, such as {list(duplicated[:5])}.{hint}")
+    if any(not gene or gene == "nan" for gene in names):
+        raise ValueError(
+            f"{name} has {sum(not gene or gene == 'nan' for gene in names)} missing (empty or NaN) gene names."
+        )
+
+
+def _categories(obs: pd.DataFrame, key: str) -> list[str]:
+    """Categories of a column that occur, in the order of the categorical, else sorted."""
+    if key not in obs:
+        closest = difflib.get_close_matches(key, list(obs), n=1)
+        raise ValueError(
+            f"obs has no column {key!r}{f', did you mean {closest[0]!r}' if closest else ''}? It has {list(obs)}."
+        )
+    column = obs[key]
+    if column.isna().any():
+        raise ValueError(f"obs[{key!r}] holds {int(column.isna().sum())} NaN; give every cell a label or drop it.")
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return [str(name) for name in column.cat.remove_unused_categories().cat.categories]
+    names = sorted(column.unique())
+    if len(names) > max(50, len(column) // 2):
+        raise ValueError(
+            f"obs[{key!r}] has {len(names)} different values in {len(column)} cells: it is no categorical label."
+        )
+    return [str(name) for name in names]
+
+
+def _gene_ids(var: pd.DataFrame, key: str | None) -> list[str] | None:
+    if key is not None and key not in var:
+        raise ValueError(f"var has no column {key!r}; it has {list(var)}.")
+    key = key or next((name for name in ("gene_ids", "gene_id", "ensembl_id", "ensembl") if name in var), None)
+    return None if key is None else [str(gene_id) for gene_id in var[key]]
+
+
+def _select_genes(
+    adata: ad.AnnData, matrix: sp.csr_matrix, counts: bool, n_top_genes: int, flavor: str, genes: Sequence[str] | None
+) -> np.ndarray:
+    """Positions of the chosen genes in `adata.var_names`."""
+    expressed = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
+    if genes is not None:
+        _check_gene_names(list(map(str, genes)), "genes")
+        columns = pd.Index(adata.var_names).get_indexer(pd.Index(genes))
+        if (columns < 0).any():
+            missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
+            raise ValueError(f"{len(missing)} of {len(genes)} genes are not in adata.var_names, such as {missing[:5]}.")
+        if not expressed[columns].any():
+            raise ValueError(f"All {len(columns)} genes are zero in every training cell: there is nothing to learn.")
+        if not expressed[columns].all():
+            logger.warning(
+                "%d of the %d genes are zero in every training cell.", (~expressed[columns]).sum(), len(columns)
+            )
+        return columns
+    if flavor not in GENE_FLAVORS:
+        raise ValueError(f"flavor must be one of {GENE_FLAVORS}, got {flavor!r}.")
+    if not expressed.any():
+        raise ValueError("All genes are zero in every training cell: there is nothing to learn.")
+    if n_top_genes < 1:
+        raise ValueError(
+            f'n_top_genes must be at least 1, got {n_top_genes}; use flavor="all" for all expressed genes.'
+        )
+    if flavor == "all" or expressed.sum() <= n_top_genes:
+        if flavor != "all" and expressed.sum() < n_top_genes:
+            logger.warning("Only %d genes are expressed: all of them are used.", expressed.sum())
+        return np.flatnonzero(expressed)
+    expressed_columns = np.flatnonzero(expressed)
+    matrix = matrix[:, expressed_columns].astype(np.float64)
+    if flavor == "cv":
+        mean = np.asarray(matrix.mean(axis=0)).ravel()
+        variance = np.asarray(matrix.power(2).mean(axis=0)).ravel() - mean**2
+        order = np.argsort(-np.sqrt(np.maximum(variance, 0)) / mean, kind="stable")
+        return np.sort(expressed_columns[order[:n_top_genes]])
+    import scanpy as sc  # here, because it takes seconds and generating cells does not need it
+
+    if flavor == "seurat_v3" and not counts:
+        raise ValueError('flavor="seurat_v3" chooses genes from counts; use "seurat" for log-normalised values.')
+    chooser = ad.AnnData(matrix if flavor == "seurat_v3" or not counts else normalize_log1p(matrix, 1e4))
+    chosen = sc.pp.highly_variable_genes(chooser, n_top_genes=n_top_genes, flavor=flavor, inplace=False)
+    return expressed_columns[np.asarray(chosen["highly_variable"])]

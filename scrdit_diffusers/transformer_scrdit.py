@@ -1,0 +1,401 @@
+"""The scRDiT denoiser: a diffusion transformer (DiT) whose tokens are groups of genes.
+
+A noisy cell (B, G) becomes N tokens of P genes each (B, N, D), passes adaLN-Zero blocks that are conditioned on the
+timestep and on any number of categorical labels, and becomes a cell again (B, G).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.utils import BaseOutput, apply_lora_scale
+from torch import nn
+
+# Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
+# of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens.
+SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
+    #                     genes per token    patch projections          depth            heads                      width of a head
+    "scrdit-s": dict(patch_size=100, patch_embed_type="per_patch", num_layers=2, num_attention_heads=4, attention_head_dim=32),
+    "scrdit-b": dict(patch_size=100, patch_embed_type="per_patch", num_layers=6, num_attention_heads=8, attention_head_dim=32),
+    "scrdit-l": dict(patch_size=50, patch_embed_type="per_patch", num_layers=12, num_attention_heads=8, attention_head_dim=64),
+    "scrdit-paper-d1": dict(patch_size=10, patch_embed_type="shared", num_layers=1, num_attention_heads=8, attention_head_dim=96),
+    "scrdit-paper-d3": dict(patch_size=10, patch_embed_type="shared", num_layers=3, num_attention_heads=8, attention_head_dim=96),
+}  # fmt: skip
+
+
+@dataclass
+class SCRDiTTransformerOutput(BaseOutput):
+    """Output of [`SCRDiTTransformer`].
+
+    Parameters
+    ----------
+    sample
+        The prediction, shape (B, G), in model space: noise, velocity or the clean cell, as the `prediction_type` of
+        the scheduler says.
+    """
+
+    sample: torch.Tensor
+
+
+class SCRDiTAttnProcessor:
+    """Scaled dot-product attention among a cell's tokens, through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SCRDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # 3 x (B, N, D)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # 3 x (B, N, H, D/H)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )  # (B, N, H, D/H)
+        return attn.to_out[0](hidden_states.flatten(2, 3))  # (B, N, D)
+
+
+class SCRDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention over tokens.
+
+    Parameters
+    ----------
+    dim
+        Width D of a token.
+    heads
+        Number of attention heads H.
+    dim_head
+        Width of one head; H x `dim_head` = D.
+    """
+
+    _default_processor_cls = SCRDiTAttnProcessor
+    _available_processors = [SCRDiTAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim_head
+        self.use_bias = True
+        self.is_cross_attention = False
+        self.to_q = nn.Linear(dim, heads * dim_head)
+        self.to_k = nn.Linear(dim, heads * dim_head)
+        self.to_v = nn.Linear(dim, heads * dim_head)
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)  # (B, N, D)
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """adaLN: `hidden_states * (1 + scale) + shift`, with (B, D) modulation of (B, N, D) tokens."""
+    return torch.addcmul(shift[:, None], hidden_states, 1 + scale[:, None])
+
+
+class SCRDiTTransformerBlock(nn.Module):
+    """One adaLN-Zero block (Peebles and Xie 2023, section 3.2): attention, then an MLP, each gated by the condition.
+
+    Parameters
+    ----------
+    dim
+        Width D of a token.
+    num_attention_heads
+        Number of attention heads.
+    attention_head_dim
+        Width of one head.
+    mlp_ratio
+        Hidden width of the MLP over D.
+    dropout
+        Dropout probability inside the MLP.
+    """
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = SCRDiTAttention(dim, num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), dropout=dropout, activation_fn="gelu-approximate")
+        self.adaln = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(temb)).chunk(6, dim=-1)  # 6 x (B, D)
+        attn_output = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))  # (B, N, D)
+        hidden_states = torch.addcmul(hidden_states, gate1[:, None], attn_output)  # (B, N, D)
+        ff_output = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))  # (B, N, D)
+        return torch.addcmul(hidden_states, gate2[:, None], ff_output)  # (B, N, D)
+
+
+class SCRDiTPerPatchLinear(nn.Module):
+    """A linear layer of its own for every token: `y[b, n] = x[b, n] @ weight[n] + bias[n]`, as one batched matmul.
+
+    Parameters
+    ----------
+    num_patches
+        Number of tokens N.
+    in_features
+        Width of a token on the way in.
+    out_features
+        Width of a token on the way out.
+    """
+
+    def __init__(self, num_patches: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_patches, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_patches, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from U(-1/sqrt(in), 1/sqrt(in)), as `nn.Linear` does."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = torch.baddbmm(self.bias[:, None], hidden_states.transpose(0, 1), self.weight)  # (N, B, out)
+        return output.transpose(0, 1)  # (B, N, out)
+
+
+class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    r"""A diffusion transformer over the genes of a cell.
+
+    Genes are cut into N = ceil(G / P) tokens of P consecutive genes. The last token is filled up with zeros inside
+    `forward`; no result depends on the filling. Each block is modulated by c = timestep embedding + sum of the label
+    embeddings (adaLN-Zero).
+
+    Parameters
+    ----------
+    num_genes
+        Number of genes G. Any number: it need not be divisible by `patch_size`.
+    patch_size
+        Genes per token P. Compute and memory of a cell go with ceil(G / P).
+    patch_embed_type
+        "per_patch": every token has input and output projections of its own, and learned positions.
+        "shared": one projection for all tokens and fixed sine-cosine positions, as in the paper.
+    num_layers
+        Number of transformer blocks.
+    num_attention_heads
+        Number of attention heads; the width of a token is D = `num_attention_heads` x `attention_head_dim`.
+    attention_head_dim
+        Width of one head.
+    mlp_ratio
+        Hidden width of the MLPs over D.
+    dropout
+        Dropout probability in the MLPs.
+    num_classes
+        Number of categories of each categorical condition (cell type, batch, ...). `None` or empty: unconditional.
+        Condition k has codes 0 ... `num_classes[k]` - 1, and `num_classes[k]` is its null entry (no label given),
+        which classifier-free guidance uses.
+
+    Raises
+    ------
+    ValueError
+        A size is not positive, `patch_embed_type` is unknown, or D is not divisible by 4 with `patch_embed_type="shared"`.
+
+    References
+    ----------
+    scRDiT: arXiv 2404.06153. DiT: Peebles and Xie 2023, arXiv 2212.09748.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scrdit_diffusers import SCRDiTTransformer
+    >>> model = SCRDiTTransformer(num_genes=45, patch_size=10, num_layers=1, num_classes=[3])
+    >>> model(torch.randn(2, 45), timestep=7, class_labels=torch.tensor([0, 2])).sample.shape
+    torch.Size([2, 45])
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SCRDiTTransformerBlock"]
+    _repeated_blocks = ["SCRDiTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embed", "class_embed", "norm", "proj_out"]
+    _keep_in_fp32_modules = ["pos_embed"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_genes: int = 2000,
+        patch_size: int = 100,
+        patch_embed_type: str = "per_patch",
+        num_layers: int = 2,
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 32,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        num_classes: list[int] | None = None,
+    ):
+        super().__init__()
+        sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
+        sizes |= dict(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
+        sizes |= {f"num_classes[{k}]": n for k, n in enumerate(num_classes or [])}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if patch_embed_type not in ("per_patch", "shared"):
+            raise ValueError(f'patch_embed_type must be "per_patch" or "shared", got {patch_embed_type!r}.')
+
+        dim = num_attention_heads * attention_head_dim
+        self.num_patches = num_patches = -(-num_genes // patch_size)
+        self.gradient_checkpointing = False
+
+        if patch_embed_type == "per_patch":
+            # The bias of each token's own projection is its learned position.
+            self.patch_embed = SCRDiTPerPatchLinear(num_patches, patch_size, dim)
+            self.proj_out = SCRDiTPerPatchLinear(num_patches, dim, patch_size)
+        else:
+            if dim % 4:
+                raise ValueError(
+                    f'patch_embed_type="shared" has sine-cosine positions: width {dim} must be divisible by 4.'
+                )
+            self.patch_embed = nn.Linear(patch_size, dim)
+            self.proj_out = nn.Linear(dim, patch_size)
+            # A (tokens x 1) grid, half of the width for each axis; base_size=N makes the positions 0 ... N-1.
+            pos_embed = get_2d_sincos_pos_embed(dim, (num_patches, 1), base_size=num_patches)  # (N, D)
+            self.register_buffer("pos_embed", pos_embed.float(), persistent=True)
+
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.class_embed = nn.ModuleList([nn.Embedding(n + 1, dim) for n in num_classes or []])
+
+        self.transformer_blocks = nn.ModuleList(
+            SCRDiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
+            for _ in range(num_layers)
+        )
+
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.adaln_out = nn.Linear(dim, 2 * dim)
+
+    def initialize_weights(self) -> None:
+        """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
+
+        Loading, LoRA and caching compare outputs, so the constructor leaves PyTorch's non-zero defaults in place.
+        """
+        # Linear layers and patch projections: Xavier uniform, zero bias.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, SCRDiTPerPatchLinear):
+                _, fan_in, fan_out = module.weight.shape
+                bound = (6 / (fan_in + fan_out)) ** 0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.zeros_(module.bias)
+        # Learned positions (per-patch projections only), timestep and labels: small and normal.
+        if self.config.patch_embed_type == "per_patch":
+            nn.init.normal_(self.patch_embed.bias, std=0.02)
+        for embedding in [self.time_embed.linear_1, self.time_embed.linear_2, *self.class_embed]:
+            nn.init.normal_(embedding.weight, std=0.02)
+        # adaLN-Zero: gates, shifts, scales and the last projection start at zero.
+        for layer in [*(block.adaln for block in self.transformer_blocks), self.adaln_out, self.proj_out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def null_labels(self) -> torch.Tensor:
+        """Codes that mean "no label", one for each condition; shape (K,)."""
+        return torch.tensor(self.config.num_classes or [], dtype=torch.long, device=self.device)
+
+    def embed_labels(self, class_labels: torch.Tensor | None, batch_size: int) -> list[torch.Tensor]:
+        """Look up the label embeddings; K tensors of shape (B, D), and of the null entries where no label is given."""
+        num_conditions = len(self.class_embed)
+        if class_labels is None:
+            class_labels = self.null_labels.expand(batch_size, -1)  # (B, K)
+        class_labels = class_labels.reshape(batch_size, -1)  # (B, K)
+        if class_labels.shape[1] != num_conditions:
+            raise ValueError(
+                f"class_labels has {class_labels.shape[1]} codes per cell, the model has {num_conditions} conditions: "
+                f"expected shape ({batch_size}, {num_conditions})."
+            )
+        return [embed(class_labels[:, k]) for k, embed in enumerate(self.class_embed)]
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> SCRDiTTransformerOutput | tuple[torch.Tensor]:
+        """Denoise a batch of cells once.
+
+        Parameters
+        ----------
+        hidden_states
+            Noisy cells, shape (B, G), in model space.
+        timestep
+            Diffusion timestep, a number or a tensor of shape () or (B,); it need not be an integer.
+        class_labels
+            Integer codes, shape (B,) for one condition or (B, K) for K conditions; a condition's `num_classes` is
+            its null code. `None`: no label is given.
+        attention_kwargs
+            `{"scale": s}` scales the LoRA layers.
+        return_dict
+            Return a `SCRDiTTransformerOutput` (default) or a tuple.
+
+        Returns
+        -------
+        The prediction, shape (B, G).
+
+        Raises
+        ------
+        ValueError
+            The number of genes or of conditions is not the model's.
+        """
+        batch_size, num_genes = hidden_states.shape
+        if num_genes != self.config.num_genes:
+            raise ValueError(f"hidden_states has {num_genes} genes, the model has {self.config.num_genes}.")
+
+        # 1. Condition: timestep + labels
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)  # (B,)
+        temb = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))  # (B, D)
+        for label_embedding in self.embed_labels(class_labels, batch_size):
+            temb = temb + label_embedding  # (B, D)
+
+        # 2. Genes -> tokens
+        padding = self.num_patches * self.config.patch_size - num_genes
+        hidden_states = F.pad(hidden_states, (0, padding)).unflatten(1, (self.num_patches, -1))  # (B, N, P)
+        hidden_states = self.patch_embed(hidden_states)  # (B, N, D)
+        if self.config.patch_embed_type == "shared":
+            hidden_states = hidden_states + self.pos_embed.to(hidden_states.dtype)  # (B, N, D)
+
+        # 3. Blocks
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)  # (B, N, D)
+            else:
+                hidden_states = block(hidden_states, temb)  # (B, N, D)
+
+        # 4. Tokens -> genes
+        shift, scale = self.adaln_out(F.silu(temb)).chunk(2, dim=-1)  # 2 x (B, D)
+        hidden_states = modulate(self.norm_out(hidden_states), shift, scale)  # (B, N, D)
+        sample = self.proj_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
+
+        if not return_dict:
+            return (sample,)
+        return SCRDiTTransformerOutput(sample=sample)
+
+    def flops_per_cell(self) -> int:
+        """Floating-point operations of one forward pass for one cell: two for each multiply-add of the matmuls."""
+        n, p = self.num_patches, self.config.patch_size
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        per_token = (
+            4 * dim * dim + 2 * dim * int(dim * self.config.mlp_ratio) + 2 * n * dim
+        )  # qkv + out, MLP, attention
+        per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
+        return 2 * (self.config.num_layers * n * per_token + 2 * n * p * dim + per_cell)
+
+
+# The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this private table of diffusers.
+TransformerBlockRegistry.register(
+    SCRDiTTransformerBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="hidden_states"),
+)
