@@ -6,7 +6,8 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, table_to_anndata
+from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, split_cells, table_to_anndata
+from .objective import diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
@@ -23,8 +24,11 @@ __all__ = [
     "SCRDiTTransformerOutput",
     "anndata_to_table",
     "default_scheduler",
+    "diffusion_loss",
+    "drop_labels",
     "read_cells",
     "save_table",
+    "split_cells",
     "table_to_anndata",
 ]
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 import torch
 
-from .processing_scrdit import SCRDiTProcessor, get_matrix
+from .processing_scrdit import SCRDiTProcessor, get_matrix, label_categories
 
 ROWS_PER_CHUNK = 10_000  # keeps the int32 offsets of a chunk's lists far from overflow
 
@@ -114,6 +114,42 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
     return table_to_anndata(datasets.load_dataset(str(dataset), split="train"), var)
 
 
+def split_cells(
+    adata: ad.AnnData, labels_key: Sequence[str], fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set cells aside: `fraction` of the cells of each combination of labels.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    labels_key
+        Column(s) of obs; with none, cells are set aside from all.
+    fraction
+        Share to set aside, at least 0 and below 1; rounded for each combination, so that a lone cell stays.
+    seed
+        Makes the split reproducible.
+
+    Returns
+    -------
+    Positions of the cells that stay and of those set aside, both sorted.
+
+    Raises
+    ------
+    ValueError
+        A column is missing, holds NaN or is not categorical.
+    """
+    for key in labels_key:
+        label_categories(adata.obs, key)
+    rng = np.random.default_rng(seed)
+    groups = [np.arange(adata.n_obs)]
+    if labels_key:
+        grouped = adata.obs[list(labels_key)].reset_index(drop=True).groupby(list(labels_key), observed=True, sort=True)
+        groups = [np.asarray(cells) for cells in grouped.groups.values()]
+    aside = np.sort(np.concatenate([rng.permutation(cells)[: round(fraction * len(cells))] for cells in groups]))
+    return np.setdiff1d(np.arange(adata.n_obs), aside), aside
+
+
 class CellDataset(torch.utils.data.Dataset):
     """Serves whole batches of table rows to a DataLoader as one `pyarrow.Table`.
 
@@ -154,11 +190,15 @@ class CellCollator:
 
         Returns
         -------
-        `values` (B, G) float32 in model space and `class_labels` (B, K) int64.
+        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and in "counts" space also `counts`
+        (B, G) float32.
         """
         values = self.processor.select_values(rows_to_matrix(rows, self.num_vars), self.columns)
         obs = rows.select(self.processor.condition_keys).to_pandas()
-        return {
+        batch = {
             "values": torch.from_numpy(self.processor.transform(values)).float(),
             "class_labels": torch.from_numpy(self.processor.encode_labels(obs)),
         }
+        if self.processor.value_space == "counts":
+            batch["counts"] = torch.from_numpy(values.toarray()).float()
+        return batch

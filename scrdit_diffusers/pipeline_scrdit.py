@@ -1,5 +1,6 @@
 """The pipeline: labels -> noise -> denoise -> cells."""
 
+import bisect
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +76,7 @@ class SCRDiTPipelineOutput(BaseOutput):
 def default_scheduler(
     prediction_type: str = "sample", beta_schedule: str = "linear", num_train_timesteps: int = 1000
 ) -> DPMSolverMultistepScheduler:
-    """The scheduler that a trained pipeline ships with: DPM-Solver++ 2M, every argument explicit.
+    """Make the scheduler that a trained pipeline ships with: DPM-Solver++ 2M, every argument explicit.
 
     Its config also carries the arguments that only other schedulers have (`clip_sample=False` above all), so that
     `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
@@ -110,13 +111,13 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Raise ValueError, with the reason and an alternative, if a scheduler cannot sample an scRDiT model."""
     name = type(scheduler).__name__
     config = scheduler.config
-    alternative = "use DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler `.from_config(pipe.scheduler.config)`."
+    alternative = "use DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
     if name in _REFUSED_SCHEDULERS:
         raise ValueError(f"{name} {_REFUSED_SCHEDULERS[name]}; {alternative}")
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"{name} is no scheduler for a denoising diffusion model (flow-matching, consistency and EDM schedulers use "
-            f"another noise process than the one this model was trained on); {alternative}"
+            f"{name} does not follow the noise process that this model was trained on (flow-matching, consistency and "
+            f"EDM schedulers have another); {alternative}"
         )
     known = next((base.__name__ for base in type(scheduler).__mro__ if base.__name__ in SUPPORTED_SCHEDULERS), None)
     if known is None and type(scheduler).__module__.startswith("diffusers."):
@@ -132,6 +133,36 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             )
 
 
+def sample_negative_binomial(
+    log_mean: torch.Tensor, log_dispersion: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
+    """Draw counts from negative binomials, as Poisson counts with gamma-distributed rates.
+
+    Parameters
+    ----------
+    log_mean
+        Log of the means, shape (B, G).
+    log_dispersion
+        Log of the inverse dispersions, shape (G,).
+    generator
+        One generator, or a list with one per row.
+
+    Returns
+    -------
+    Counts as floats, shape (B, G), on the device of the generator.
+    """
+    if isinstance(generator, list):
+        rows = [
+            sample_negative_binomial(row[None], log_dispersion, g) for row, g in zip(log_mean, generator, strict=True)
+        ]
+        return torch.cat(rows)
+    device = log_mean.device if generator is None else generator.device
+    mean = log_mean.to(device).exp()
+    dispersion = log_dispersion.to(device).exp().expand_as(mean)
+    rate = torch._standard_gamma(dispersion, generator=generator) * mean / dispersion
+    return torch.poisson(rate, generator=generator)
+
+
 class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Generates cells with a diffusion transformer.
 
@@ -144,18 +175,31 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
     processor
         Genes, value transform and labels.
+    decode_timestep
+        Where denoising stops and counts are drawn from the likelihood that a transformer with `count_head` predicts.
+        `None`: denoise to the end and invert the transform, which rounds in "counts" space.
+    min_timestep
+        Lowest timestep on which the transformer was trained.
 
     References
     ----------
-    scRDiT: arXiv 2404.06153.
+    scRDiT: arXiv 2404.06153. Discrete decoder: Ho et al. 2020, arXiv 2006.11239, section 3.3.
     """
 
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, transformer: SCRDiTTransformer, scheduler: SchedulerMixin, processor: SCRDiTProcessor):
+    def __init__(
+        self,
+        transformer: SCRDiTTransformer,
+        scheduler: SchedulerMixin,
+        processor: SCRDiTProcessor,
+        decode_timestep: int | None = None,
+        min_timestep: int = 0,
+    ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
+        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
 
     @property
     def guidance_scale(self) -> float:
@@ -200,6 +244,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        decode_timestep: int | None,
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTPipeline.__call__`] cannot use."""
         num_genes = self.transformer.config.num_genes
@@ -248,6 +293,42 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, got {unknown}."
             )
         check_scheduler(self.scheduler)
+        last = self.scheduler.config.num_train_timesteps - 1
+        if decode_timestep is not None and not self.transformer.config.count_head:
+            raise ValueError("decode_timestep needs a transformer with a count_head; this one has none.")
+        if not self.config.min_timestep <= (decode_timestep or 0) <= last:
+            raise ValueError(
+                f"This model was trained on timesteps {self.config.min_timestep} to {last} and cannot decode at "
+                f"{decode_timestep or 0}" + (", as rounding the last sample would." if not decode_timestep else ".")
+            )
+
+    def set_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> tuple[int, int]:
+        """Set as many scheduler steps as put `num_inference_steps` timesteps at or above `decode_timestep`.
+
+        Returns
+        -------
+        Number of steps of the whole schedule, and how many of `scheduler.timesteps` to visit. Some schedulers visit
+        more timesteps than they are told steps; without `decode_timestep` all are visited.
+        """
+        num_train_timesteps = self.scheduler.config.num_train_timesteps
+
+        def visited(num_steps: int) -> int:
+            self.scheduler.set_timesteps(num_steps, device=self._execution_device)
+            timesteps = self.scheduler.timesteps
+            return len(timesteps) if decode_timestep is None else int((timesteps >= decode_timestep - 1).sum())
+
+        if decode_timestep is None:
+            return num_inference_steps, visited(num_inference_steps)
+        num_steps = 1 + bisect.bisect_left(range(1, num_train_timesteps), num_inference_steps, key=visited)
+        num_timesteps = min(visited(num_steps), num_inference_steps)
+        if num_timesteps < num_inference_steps:
+            logger.warning(
+                "Only %d timesteps lie above decode_timestep=%d: as many network calls, instead of %d.",
+                num_timesteps,
+                decode_timestep,
+                num_inference_steps,
+            )
+        return num_steps, num_timesteps
 
     def prepare_class_labels(
         self,
@@ -268,7 +349,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def prepare_latents(
         self, num_cells: int, generator: torch.Generator | list[torch.Generator], latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Noise to start from: shape (cells, G), float32, standard normal unless `latents` is given, scaled for the scheduler."""
+        """Draw the noise to start from (cells, G), or take `latents`, and scale it for the scheduler."""
         device = self._execution_device
         if latents is None:
             shape = (num_cells, self.transformer.config.num_genes)
@@ -284,6 +365,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
+        decode: str | None = None,
+        decode_timestep: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = 512,
         latents: torch.Tensor | None = None,
@@ -306,12 +389,17 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             Instead of `conditions`, a table with one row per new cell, such as the `obs` of real cells. Its columns
             that are no conditions of the model are ignored.
         num_inference_steps
-            Steps of the scheduler.
+            Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
             off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off.
         eta
             Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
+        decode
+            "sample" draws counts from the likelihood predicted at `decode_timestep`, "round" denoises to the end and
+            rounds. `None`: "sample" where the pipeline has a `decode_timestep`.
+        decode_timestep
+            Replaces the pipeline's.
         generator
             Makes the result reproducible: one for all, or a list with one per cell, which makes each cell
             independent of the others and of `batch_size`. `None` draws a seed from PyTorch's global state.
@@ -320,7 +408,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents
             Noise to start from instead of drawing it, shape (cells, G), standard normal.
         output_type
-            "anndata"; "np" or "pt" for an array or tensor of values; "latent" for model space.
+            "anndata"; "np" or "pt" for an array or tensor of values; "latent" for model space (the noisy cell from
+            which counts would be drawn, where they would).
         return_dict
             Return a [`SCRDiTPipelineOutput`] (default) or a tuple with its first field that is set.
         callback_on_step_end
@@ -352,6 +441,13 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if num_cells is None:
             lists = [labels for labels in (conditions or {}).values() if np.ndim(labels) == 1]
             num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
+        if decode not in (None, "sample", "round"):
+            raise ValueError(f'decode must be "sample", "round" or None, got {decode!r}.')
+        if decode == "round" and decode_timestep is not None:
+            raise ValueError('decode="round" goes to the end and takes no decode_timestep.')
+        decode_timestep = None if decode == "round" else decode_timestep or self.config.decode_timestep
+        if decode == "sample" and decode_timestep is None:
+            raise ValueError('decode="sample" needs a decode_timestep: the pipeline has none.')
         self.check_inputs(
             num_cells,
             conditions,
@@ -364,6 +460,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            decode_timestep,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -378,8 +475,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         null_labels = torch.tensor(self.processor.num_classes, dtype=torch.long)  # (K,)
 
         accepted = inspect.signature(self.scheduler.step).parameters
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        num_steps, self._num_timesteps = self.set_timesteps(num_inference_steps, decode_timestep)
         starts = range(0, num_cells, batch_size)
         batches = []
         with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:
@@ -397,25 +493,26 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
                 # 4. Denoise
-                self.scheduler.set_timesteps(num_inference_steps, device=device)
-                for i, t in enumerate(self.scheduler.timesteps):
+                self.scheduler.set_timesteps(num_steps, device=device)
+                for i, t in enumerate(self.scheduler.timesteps[: self._num_timesteps]):
                     if self.interrupt:
                         continue
                     self._current_timestep = t
                     model_input = torch.cat([x_t] * 2) if self.do_classifier_free_guidance else x_t  # (B or 2B, G)
                     model_input = self.scheduler.scale_model_input(model_input, t).to(self.transformer.dtype)
                     with self.transformer.cache_context("cond_uncond"):
-                        prediction = self.transformer(
+                        output = self.transformer(
                             model_input,
                             timestep=t.expand(model_input.shape[0]),
                             class_labels=chunk_labels,
                             attention_kwargs=attention_kwargs,
-                            return_dict=False,
-                        )[0].float()  # (B or 2B, G)
-                    if self.do_classifier_free_guidance:
-                        uncond, cond = prediction.chunk(2)
-                        prediction = uncond + guidance_scale * (cond - uncond)  # (B, G)
-                    x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
+                        )
+                    if decode_timestep is not None and i == self._num_timesteps - 1:
+                        log_mean = self.guide(output.count_log_mean)  # (B, G), of the counts given x_t
+                        log_dispersion = output.count_log_dispersion.float()  # (G,)
+                    else:
+                        prediction = self.guide(output.sample)  # (B, G)
+                        x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
 
                     if callback_on_step_end is not None:
                         callback_kwargs = {}
@@ -425,28 +522,32 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     progress_bar.update()
 
                 # 5. Model space -> values
-                if self.interrupt and output_type != "latent":
+                if output_type == "latent":
+                    batches.append(x_t)
+                    continue
+                if self.interrupt:
                     logger.warning("Interrupted: %d of %d cells are finished.", start, num_cells)
                     break
-                batches.append(x_t if output_type == "latent" else self.decode(x_t))
+                if not torch.isfinite(x_t if decode_timestep is None else log_mean).all():
+                    raise ValueError(
+                        "The model returned NaN or infinite values. Is it trained, and its dtype not float16?"
+                    )
+                if decode_timestep is None:
+                    values = self.processor.inverse_transform(x_t.cpu().numpy())  # (B, G)
+                else:
+                    values = sample_negative_binomial(log_mean, log_dispersion, chunk_generator).cpu().numpy()  # (B, G)
+                batches.append(sp.csr_matrix(values))
 
         self._current_timestep = None
         self.maybe_free_model_hooks()
         return self._make_output(batches, class_labels, generator, output_type, return_dict, num_inference_steps, eta)
 
-    def decode(self, latents: torch.Tensor) -> sp.csr_matrix:
-        """Model space (B, G) to a CSR float32 matrix of counts or log-normalised values.
-
-        Raises
-        ------
-        ValueError
-            `latents` holds NaN or infinite values.
-        """
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                "The model returned NaN or infinite values. Was its training finished, and is its dtype float32 or bfloat16?"
-            )
-        return sp.csr_matrix(self.processor.inverse_transform(latents.cpu().numpy()))
+    def guide(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off."""
+        if not self.do_classifier_free_guidance:
+            return prediction.float()
+        uncond, cond = prediction.float().chunk(2)
+        return uncond + self.guidance_scale * (cond - uncond)
 
     def _make_output(
         self,

@@ -21,7 +21,7 @@ MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual
 
 def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
     """Whether all values of a matrix are finite, non-negative integers (and not all are zero)."""
-    data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    data = np.asarray(matrix.data if sp.issparse(matrix) else matrix)
     if data.size == 0 or not np.issubdtype(data.dtype, np.number) or not np.isfinite(data).all():
         return False
     return bool(data.min() >= 0 and data.max() > 0 and np.array_equal(data, np.rint(data)))
@@ -57,6 +57,10 @@ def check_values(matrix: sp.csr_matrix, name: str, counts: bool, hint: str = "")
         raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
 
 
+def _matrix_name(layer: str | None) -> str:
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
 def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_matrix:
     """Take X (`layer=None`) or a layer as CSR and check its values.
 
@@ -66,7 +70,7 @@ def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_mat
         The layer does not exist, or its values are not what `counts` says; the message names the layers that look
         like counts.
     """
-    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    name = _matrix_name(layer)
     if layer is not None and layer not in adata.layers:
         raise ValueError(
             f"{name} does not exist; the layers are {list(adata.layers) or 'none'}, and layer=None takes adata.X."
@@ -103,8 +107,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     - `value_space="log_normalized"` (the paper's): v is a log-normalised value, x = (v - mean_g) / std_g.
 
     The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
-    becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and standard deviation are those of the training cells, after
-    zero negation, so that model space has mean 0 and standard deviation 1 for every gene.
+    becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and
+    standard deviation are those of the training cells, after zero negation, so that model space has mean 0 and
+    standard deviation 1 for every gene.
 
     Usually built by [`SCRDiTProcessor.from_anndata`], and loaded with the pipeline.
 
@@ -265,14 +270,14 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         matrix = get_matrix(adata, layer, counts)
         if not counts and looks_like_counts(matrix):
             raise ValueError(
-                f"{'adata.X' if layer is None else f'adata.layers[{layer!r}]'} was taken as log-normalised values but holds only integers: "
-                'give target_sum=1e4 to log-normalise counts, or use value_space="counts".'
+                f"{_matrix_name(layer)} was taken as log-normalised values but holds only integers: give "
+                'target_sum=1e4 to log-normalise counts, or use value_space="counts".'
             )
         columns = _select_genes(adata, matrix, counts, n_top_genes, flavor, genes)
         values = (normalize_log1p(matrix, target_sum) if target_sum is not None else matrix)[:, columns]
 
         labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
-        categories = [_categories(adata.obs, key) for key in labels_key]
+        categories = [label_categories(adata.obs, key) for key in labels_key]
         gene_ids = _gene_ids(adata.var, gene_ids_key)
         processor = cls(
             var_names=[str(name) for name in adata.var_names[columns]],
@@ -332,8 +337,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if (positions < 0).any():
             missing = [self.var_names[i] for i in np.flatnonzero(positions < 0)]
             raise ValueError(
-                f"{len(missing)} of the model's {self.num_genes} genes are missing from the data, such as {missing[:5]}; "
-                f"the data's names look like {[str(name) for name in var_names[:3]]}."
+                f"{len(missing)} of the model's {self.num_genes} genes are missing from the data, such as "
+                f"{missing[:5]}; the data's names look like {[str(name) for name in var_names[:3]]}."
             )
         return positions
 
@@ -480,7 +485,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         """Labels of codes (cells, K), as categoricals with the training categories."""
         return pd.DataFrame(
             {
-                key: pd.Categorical.from_codes(codes[:, k], categories=names)
+                key: pd.Categorical.from_codes(codes[:, k], categories=pd.Index(names))
                 for k, (key, names) in enumerate(self.conditions.items())
             }
         )
@@ -515,13 +520,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
                 raise ValueError(
                     f"Unknown condition {key!r}; the model's conditions are {self.condition_keys or 'none'}."
                 )
-            labels = pd.Series([labels] * num_cells if np.ndim(labels) == 0 else list(labels))
-            if len(labels) != num_cells:
+            column = pd.Series([labels] * num_cells if np.ndim(labels) == 0 else list(labels))
+            if len(column) != num_cells:
                 raise ValueError(
-                    f"conditions[{key!r}] lists {len(labels)} labels for {num_cells} cells; give one label for all, "
+                    f"conditions[{key!r}] lists {len(column)} labels for {num_cells} cells; give one label for all, "
                     "or one per cell."
                 )
-            given[self.condition_keys.index(key)] = self._encode(key, labels)
+            given[self.condition_keys.index(key)] = self._encode(key, column)
         fixed = sorted(given)
         free = [k for k in range(len(self.condition_keys)) if k not in given]
         codes = np.empty((num_cells, len(self.condition_keys)), dtype=np.int64)
@@ -551,10 +556,16 @@ def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:
         )
 
 
-def _categories(obs: pd.DataFrame, key: str) -> list[str]:
-    """Categories of a column that occur, in the order of the categorical, else sorted."""
+def label_categories(obs: pd.DataFrame, key: str) -> list[str]:
+    """List the categories of a column of obs that occur, in the order of the categorical, else sorted.
+
+    Raises
+    ------
+    ValueError
+        The column is missing, holds NaN, or holds too many different values for a label.
+    """
     if key not in obs:
-        closest = difflib.get_close_matches(key, list(obs), n=1)
+        closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
         raise ValueError(
             f"obs has no column {key!r}{f', did you mean {closest[0]!r}' if closest else ''}? It has {list(obs)}."
         )

@@ -22,14 +22,17 @@ from torch import nn
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens.
-SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
-    #                     genes per token    patch projections          depth            heads                      width of a head
-    "scrdit-s": dict(patch_size=100, patch_embed_type="per_patch", num_layers=2, num_attention_heads=4, attention_head_dim=32),
-    "scrdit-b": dict(patch_size=100, patch_embed_type="per_patch", num_layers=6, num_attention_heads=8, attention_head_dim=32),
-    "scrdit-l": dict(patch_size=50, patch_embed_type="per_patch", num_layers=12, num_attention_heads=8, attention_head_dim=64),
-    "scrdit-paper-d1": dict(patch_size=10, patch_embed_type="shared", num_layers=1, num_attention_heads=8, attention_head_dim=96),
-    "scrdit-paper-d3": dict(patch_size=10, patch_embed_type="shared", num_layers=3, num_attention_heads=8, attention_head_dim=96),
+_PRESET_COLUMNS = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+_PRESET_ROWS = {
+    "scrdit-s":        (100, "per_patch",  2, 4, 32),
+    "scrdit-b":        (100, "per_patch",  6, 8, 32),
+    "scrdit-l":        ( 50, "per_patch", 12, 8, 64),
+    "scrdit-paper-d1": ( 10, "shared",     1, 8, 96),
+    "scrdit-paper-d3": ( 10, "shared",     3, 8, 96),
 }  # fmt: skip
+SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_PRESET_COLUMNS, row, strict=True)) for name, row in _PRESET_ROWS.items()
+}
 
 
 @dataclass
@@ -41,9 +44,16 @@ class SCRDiTTransformerOutput(BaseOutput):
     sample
         The prediction, shape (B, G), in model space: noise, velocity or the clean cell, as the `prediction_type` of
         the scheduler says.
+    count_log_mean
+        With `count_head`, log of the mean of each gene's count given the noisy cell, shape (B, G).
+    count_log_dispersion
+        With `count_head`, log of each gene's inverse dispersion theta, shape (G,): the variance of a count with mean
+        mu is mu + mu^2 / theta.
     """
 
     sample: torch.Tensor
+    count_log_mean: torch.Tensor | None = None
+    count_log_dispersion: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -53,6 +63,7 @@ class SCRDiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SCRDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the layers of `attn` to tokens (B, N, D)."""
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # 3 x (B, N, D)
         else:
@@ -93,6 +104,7 @@ class SCRDiTAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Let the N tokens (B, N, D) of each cell attend to each other."""
         return self.processor(self, hidden_states)  # (B, N, D)
 
 
@@ -127,6 +139,7 @@ class SCRDiTTransformerBlock(nn.Module):
         self.adaln = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Update the tokens (B, N, D) under the condition `temb` (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(temb)).chunk(6, dim=-1)  # 6 x (B, D)
         attn_output = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))  # (B, N, D)
         hidden_states = torch.addcmul(hidden_states, gate1[:, None], attn_output)  # (B, N, D)
@@ -160,6 +173,7 @@ class SCRDiTPerPatchLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Project the tokens (B, N, in) to (B, N, out)."""
         output = torch.baddbmm(self.bias[:, None], hidden_states.transpose(0, 1), self.weight)  # (N, B, out)
         return output.transpose(0, 1)  # (B, N, out)
 
@@ -194,11 +208,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         Number of categories of each categorical condition (cell type, batch, ...). `None` or empty: unconditional.
         Condition k has codes 0 ... `num_classes[k]` - 1, and `num_classes[k]` is its null entry (no label given),
         which classifier-free guidance uses.
+    count_head
+        Also predict each gene's count given the noisy cell, as a negative binomial: its mean by a projection of the
+        tokens, its dispersion by one number per gene. It is the decoder of Ho et al. 2020 (section 3.3) for counts.
 
     Raises
     ------
     ValueError
-        A size is not positive, `patch_embed_type` is unknown, or D is not divisible by 4 with `patch_embed_type="shared"`.
+        A size is not positive, `patch_embed_type` is unknown, or D is not divisible by 4 with "shared".
 
     References
     ----------
@@ -216,7 +233,15 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SCRDiTTransformerBlock"]
     _repeated_blocks = ["SCRDiTTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "time_embed", "class_embed", "norm", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "pos_embed",
+        "time_embed",
+        "class_embed",
+        "norm",
+        "proj_out",
+        "count",
+    ]
     _keep_in_fp32_modules = ["pos_embed"]
 
     @register_to_config
@@ -231,6 +256,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         num_classes: list[int] | None = None,
+        count_head: bool = False,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
@@ -246,20 +272,29 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.num_patches = num_patches = -(-num_genes // patch_size)
         self.gradient_checkpointing = False
 
+        self.patch_embed: nn.Module
+        self.proj_out: nn.Module
+        self.count_out: nn.Module
         if patch_embed_type == "per_patch":
             # The bias of each token's own projection is its learned position.
             self.patch_embed = SCRDiTPerPatchLinear(num_patches, patch_size, dim)
             self.proj_out = SCRDiTPerPatchLinear(num_patches, dim, patch_size)
         else:
             if dim % 4:
-                raise ValueError(
-                    f'patch_embed_type="shared" has sine-cosine positions: width {dim} must be divisible by 4.'
-                )
+                raise ValueError(f'patch_embed_type="shared" has sine-cosine positions: {dim=} must be divisible by 4.')
             self.patch_embed = nn.Linear(patch_size, dim)
             self.proj_out = nn.Linear(dim, patch_size)
             # A (tokens x 1) grid, half of the width for each axis; base_size=N makes the positions 0 ... N-1.
             pos_embed = get_2d_sincos_pos_embed(dim, (num_patches, 1), base_size=num_patches)  # (N, D)
             self.register_buffer("pos_embed", pos_embed.float(), persistent=True)
+
+        if count_head:
+            per_patch = patch_embed_type == "per_patch"
+            self.count_out = (
+                SCRDiTPerPatchLinear(num_patches, dim, patch_size) if per_patch else nn.Linear(dim, patch_size)
+            )
+            self.count_log_mean = nn.Parameter(torch.zeros(num_genes))  # where the projection is zero
+            self.count_log_dispersion = nn.Parameter(torch.zeros(num_genes))
 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
@@ -273,10 +308,16 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
 
-    def initialize_weights(self) -> None:
+    def initialize_weights(self, count_mean: torch.Tensor | None = None) -> None:
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
 
         Loading, LoRA and caching compare outputs, so the constructor leaves PyTorch's non-zero defaults in place.
+
+        Parameters
+        ----------
+        count_mean
+            With `count_head`, mean count of each gene in the training cells, shape (G,), from which the predicted
+            means start.
         """
         # Linear layers and patch projections: Xavier uniform, zero bias.
         for module in self.modules():
@@ -287,16 +328,20 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 _, fan_in, fan_out = module.weight.shape
                 bound = (6 / (fan_in + fan_out)) ** 0.5
                 nn.init.uniform_(module.weight, -bound, bound)
-                nn.init.zeros_(module.bias)
-        # Learned positions (per-patch projections only), timestep and labels: small and normal.
-        if self.config.patch_embed_type == "per_patch":
-            nn.init.normal_(self.patch_embed.bias, std=0.02)
+                nn.init.normal_(module.bias, std=0.02)  # on the way in, the learned position of a token
+        # Timestep and labels: small and normal.
         for embedding in [self.time_embed.linear_1, self.time_embed.linear_2, *self.class_embed]:
             nn.init.normal_(embedding.weight, std=0.02)
         # adaLN-Zero: gates, shifts, scales and the last projection start at zero.
-        for layer in [*(block.adaln for block in self.transformer_blocks), self.adaln_out, self.proj_out]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        zero = nn.ModuleList([self.adaln_out, self.proj_out])
+        if self.config.count_head:
+            zero.append(self.count_out)
+            nn.init.constant_(self.count_log_dispersion, 2.0)
+            if count_mean is not None:
+                self.count_log_mean.data.copy_(count_mean.clamp(min=1e-4).log())
+        zero.extend(block.get_submodule("adaln") for block in self.transformer_blocks)
+        for parameter in zero.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def null_labels(self) -> torch.Tensor:
@@ -324,7 +369,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         class_labels: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> SCRDiTTransformerOutput | tuple[torch.Tensor]:
+    ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
         """Denoise a batch of cells once.
 
         Parameters
@@ -343,7 +388,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         Returns
         -------
-        The prediction, shape (B, G).
+        The prediction, shape (B, G), and with `count_head` the log means (B, G) and log dispersions (G,) of the counts.
 
         Raises
         ------
@@ -378,10 +423,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         shift, scale = self.adaln_out(F.silu(temb)).chunk(2, dim=-1)  # 2 x (B, D)
         hidden_states = modulate(self.norm_out(hidden_states), shift, scale)  # (B, N, D)
         sample = self.proj_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
+        if not self.config.count_head:
+            return SCRDiTTransformerOutput(sample=sample) if return_dict else (sample,)
 
+        # 5. Tokens -> counts
+        log_mean = self.count_log_mean + self.count_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
         if not return_dict:
-            return (sample,)
-        return SCRDiTTransformerOutput(sample=sample)
+            return (sample, log_mean, self.count_log_dispersion)
+        return SCRDiTTransformerOutput(sample, log_mean, self.count_log_dispersion)
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of one forward pass for one cell: two for each multiply-add of the matmuls."""
@@ -391,10 +440,11 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             4 * dim * dim + 2 * dim * int(dim * self.config.mlp_ratio) + 2 * n * dim
         )  # qkv + out, MLP, attention
         per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
-        return 2 * (self.config.num_layers * n * per_token + 2 * n * p * dim + per_cell)
+        num_projections = 3 if self.config.count_head else 2
+        return 2 * (self.config.num_layers * n * per_token + num_projections * n * p * dim + per_cell)
 
 
-# The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this private table of diffusers.
+# The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this table of diffusers, which is private.
 TransformerBlockRegistry.register(
     SCRDiTTransformerBlock,
     TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="hidden_states"),

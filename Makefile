@@ -1,0 +1,34 @@
+# Every target sets up what it needs; python3 >= 3.11 and make suffice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint benchmark clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is %d.%d; 3.11 or newer is needed" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train on real cells, generate new ones, compare them: outputs/demo (about five minutes)
+	$(BIN)/python training/demo.py
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(INSTALLED)  ## measure training and sampling speed against the paper's model
+	$(BIN)/python training/benchmark.py
+
+clean:  ## remove the environment and all outputs
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,159 @@
+"""What training minimises: the weighted error of the denoiser and the likelihood of the counts."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+def negative_binomial_nll(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor) -> torch.Tensor:
+    r"""Negative log-likelihood of counts under a negative binomial with mean mu and inverse dispersion theta.
+
+    With r = log(mu / theta),
+
+    -log p(k) = (theta + k) log(1 + exp(r)) - k r - log(Gamma(theta + k) / Gamma(theta) / k!);
+    the last term is zero for k = 0, so that the costly gamma functions are evaluated for expressed genes only.
+
+    Parameters
+    ----------
+    counts
+        Counts k, shape (B, G).
+    log_mean
+        Log of mu, shape (B, G).
+    log_dispersion
+        Log of theta, shape (G,).
+
+    Returns
+    -------
+    Negative log-likelihoods, shape (B, G).
+    """
+    ratio = log_mean - log_dispersion  # (B, G)
+    dispersion = log_dispersion.exp()  # (G,)
+    nll = (dispersion + counts) * torch.log1p(ratio.clamp(max=80).exp()) - counts * ratio  # (B, G)
+    cells, genes = counts.nonzero(as_tuple=True)  # E expressed genes
+    k, theta = counts[cells, genes], dispersion[genes]  # (E,)
+    log_choose = torch.lgamma(theta + k) - torch.lgamma(theta) - torch.lgamma(k + 1)  # (E,)
+    return nll.index_put((cells, genes), -log_choose, accumulate=True)
+
+
+def loss_weights(
+    snr: torch.Tensor, prediction_type: str, loss_weighting: str = "v", max_loss_weight: float = 25.0
+) -> torch.Tensor:
+    """Weigh the squared error of a prediction by the signal-to-noise ratio of its timestep.
+
+    A weighting is defined by the weight w of the error of the clean cell: "sample" 1, "epsilon" SNR, "v" SNR + 1, each
+    at most `max_loss_weight` ("epsilon" with 5 is min-SNR). As errors of the noise are sqrt(SNR) times those of the
+    clean cell, and errors of v sqrt(SNR + 1) times, w is divided by the square where the network predicts these.
+
+    Parameters
+    ----------
+    snr
+        Signal-to-noise ratios alpha_bar / (1 - alpha_bar), shape (B,).
+    prediction_type
+        What the network predicts: "epsilon", "v_prediction" or "sample".
+    loss_weighting
+        "sample", "epsilon" or "v".
+    max_loss_weight
+        Largest w.
+
+    Returns
+    -------
+    Weights, shape (B,).
+
+    References
+    ----------
+    Salimans and Ho 2022, arXiv 2202.00512, section 4; min-SNR: Hang et al. 2023, arXiv 2303.09556.
+    """
+    weight = {"sample": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[loss_weighting].clamp(max=max_loss_weight)
+    return weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+
+
+def drop_labels(
+    class_labels: torch.Tensor, null_labels: torch.Tensor, probability: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Replace labels by the null code, so that the model also learns cells without labels (classifier-free guidance).
+
+    All labels of a cell are dropped with `probability`; with several conditions each one is also dropped on its own
+    with `probability`, so that any subset of them may be left out.
+
+    Parameters
+    ----------
+    class_labels
+        Codes, shape (B, K).
+    null_labels
+        Null code of each condition, shape (K,).
+    probability
+        Probability of dropping.
+    generator
+        Draws which.
+
+    Returns
+    -------
+    Codes, shape (B, K).
+
+    References
+    ----------
+    Ho and Salimans 2022, arXiv 2207.12598.
+    """
+    shape = (class_labels.shape[0], class_labels.shape[1] + 1)
+    drop = torch.rand(shape, generator=generator, device=class_labels.device) < probability  # (B, K + 1)
+    dropped = drop[:, :1] | drop[:, 1:] if class_labels.shape[1] > 1 else drop[:, :1]  # (B, K) or (B, 1)
+    return torch.where(dropped, null_labels, class_labels)
+
+
+def diffusion_loss(
+    model: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    batch: Mapping[str, torch.Tensor],
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    loss_weighting: str = "v",
+    max_loss_weight: float = 25.0,
+    count_loss_weight: float = 5.0,
+) -> torch.Tensor:
+    """Noise cells, denoise them once, and compare.
+
+    loss = w(t) |prediction - target|^2 / G + `count_loss_weight` * (-log p(counts | noisy cell)) / G
+
+    Parameters
+    ----------
+    model
+        [`SCRDiTTransformer`], possibly wrapped.
+    noise_scheduler
+        Gives the noise process and the prediction type.
+    batch
+        `values` (B, G) in model space, `class_labels` (B, K), and `counts` (B, G) for a model with a count head.
+    timesteps
+        Timesteps, shape (B,).
+    noise
+        Standard normal noise, shape (B, G).
+    loss_weighting
+        See [`loss_weights`].
+    max_loss_weight
+        See [`loss_weights`].
+    count_loss_weight
+        Weight of the likelihood of the counts.
+
+    Returns
+    -------
+    Loss of each cell, shape (B,).
+    """
+    values = batch["values"]  # (B, G)
+    noisy = noise_scheduler.add_noise(values, noise, timesteps)  # (B, G)
+    prediction, *count_likelihood = model(noisy, timesteps, batch["class_labels"], return_dict=False)
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise  # (B, G)
+    elif prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(values, noise, timesteps)  # (B, G)
+    else:
+        target = values  # (B, G)
+    snr = compute_snr(noise_scheduler, timesteps).clamp(min=1e-8)  # (B,)
+    weight = loss_weights(snr, prediction_type, loss_weighting, max_loss_weight)  # (B,)
+    loss = weight * (prediction.float() - target).square().mean(dim=1)  # (B,)
+    if count_likelihood:
+        log_mean, log_dispersion = count_likelihood  # (B, G), (G,)
+        nll = negative_binomial_nll(batch["counts"], log_mean.float(), log_dispersion.float())  # (B, G)
+        loss = loss + count_loss_weight * nll.mean(dim=1)
+    return loss
