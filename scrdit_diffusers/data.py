@@ -37,17 +37,27 @@ def anndata_to_table(
 
     Returns
     -------
-    Table with `genes` (positions in `adata.var_names`), `expressions` and the obs columns.
+    Table with `genes` (positions in `adata.var_names`), `expressions` and the obs columns; categoricals become strings.
+
+    Raises
+    ------
+    ValueError
+        The values cannot be used, or a column of obs is named like one of the table's own.
     """
     matrix = get_matrix(adata, layer, counts=False).astype(np.float32)
     matrix.sort_indices()
     obs = adata.obs if obs_columns is None else adata.obs[list(obs_columns)]
-    obs = obs.apply(lambda column: column.astype(str) if isinstance(column.dtype, pd.CategoricalDtype) else column)
+    taken = [key for key in ("genes", "expressions") if key in obs]
+    if taken:
+        raise ValueError(f"obs has columns {taken}, names that the table needs itself; rename them or leave them out.")
+    labels = obs.select_dtypes("category").columns
+    obs = obs.assign(**{key: obs[key].astype(object).map(str, na_action="ignore") for key in labels})
+    schema = pa.Schema.from_pandas(obs, preserve_index=False).remove_metadata()
     chunks = []
     for start in range(0, max(adata.n_obs, 1), ROWS_PER_CHUNK):
         rows = matrix[start : start + ROWS_PER_CHUNK]
         offsets = pa.array(rows.indptr.astype(np.int32))
-        chunk = pa.Table.from_pandas(obs.iloc[start : start + ROWS_PER_CHUNK], preserve_index=False)
+        chunk = pa.Table.from_pandas(obs.iloc[start : start + ROWS_PER_CHUNK], schema=schema, preserve_index=False)
         chunk = chunk.replace_schema_metadata(None)
         chunk = chunk.append_column("genes", pa.ListArray.from_arrays(offsets, pa.array(rows.indices.astype(np.int32))))
         chunk = chunk.append_column("expressions", pa.ListArray.from_arrays(offsets, pa.array(rows.data)))

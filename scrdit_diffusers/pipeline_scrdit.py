@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin, UniPCMultistepScheduler
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -75,11 +75,12 @@ class SCRDiTPipelineOutput(BaseOutput):
 
 def default_scheduler(
     prediction_type: str = "sample", beta_schedule: str = "linear", num_train_timesteps: int = 1000
-) -> DPMSolverMultistepScheduler:
-    """Make the scheduler that a trained pipeline ships with: DPM-Solver++ 2M, every argument explicit.
+) -> UniPCMultistepScheduler:
+    """Make the scheduler that a trained pipeline ships with: UniPC, every argument explicit.
 
-    Its config also carries the arguments that only other schedulers have (`clip_sample=False` above all), so that
-    `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
+    UniPC, because all of its arguments mean the same to the other schedulers or nothing (DPM-Solver's `algorithm_type`
+    breaks SA-Solver). Its config also carries the arguments that only other schedulers have (`clip_sample=False` above
+    all), so that `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ def default_scheduler(
         Number of timesteps T of the training.
     """
     # What stays at its default is made explicit too: an in-memory from_config would drop it otherwise.
-    parameters = inspect.signature(DPMSolverMultistepScheduler).parameters
+    parameters = inspect.signature(UniPCMultistepScheduler).parameters
     config = {name: parameter.default for name, parameter in parameters.items()}
     config |= dict(
         num_train_timesteps=num_train_timesteps,
@@ -104,14 +105,14 @@ def default_scheduler(
     )
     # Read by DDPM and DDIM only.
     config |= dict(clip_sample=False, set_alpha_to_one=True, variance_type="fixed_small")
-    return DPMSolverMultistepScheduler.from_config(config)
+    return UniPCMultistepScheduler.from_config(config)
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Raise ValueError, with the reason and an alternative, if a scheduler cannot sample an scRDiT model."""
     name = type(scheduler).__name__
     config = scheduler.config
-    alternative = "use DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
+    alternative = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
     if name in _REFUSED_SCHEDULERS:
         raise ValueError(f"{name} {_REFUSED_SCHEDULERS[name]}; {alternative}")
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "alphas_cumprod"):
@@ -161,6 +162,13 @@ def sample_negative_binomial(
     dispersion = log_dispersion.to(device).exp().expand_as(mean)
     rate = torch._standard_gamma(dispersion, generator=generator) * mean / dispersion
     return torch.poisson(rate, generator=generator)
+
+
+def draw_seeds(generator: torch.Generator | list[torch.Generator]) -> int | list[int]:
+    """Draw a seed from a generator, or one from each."""
+    if isinstance(generator, list):
+        return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generator]
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
@@ -279,10 +287,17 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"guidance_scale={guidance_scale} needs a conditional model; this one has no conditions.")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta; eta={eta} needs DDIMScheduler.")
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(g, torch.Generator) for g in generators) and generator is not None:
+            raise TypeError(
+                "generator must be a torch.Generator such as torch.manual_seed(0), or a list with one per cell."
+            )
         if isinstance(generator, list) and len(generator) != num_cells:
             raise ValueError(
                 f"A list of generators must hold one per cell: got {len(generator)} for {num_cells} cells."
             )
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise TypeError(f"latents must be a torch.Tensor, got {type(latents).__name__}.")
         if latents is not None and latents.shape != (num_cells, num_genes):
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected ({num_cells}, {num_genes}).")
         if output_type not in OUTPUT_TYPES:
@@ -294,6 +309,10 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         check_scheduler(self.scheduler)
         last = self.scheduler.config.num_train_timesteps - 1
+        if num_inference_steps > last + 1:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} exceeds the {last + 1} timesteps of the training."
+            )
         if decode_timestep is not None and not self.transformer.config.count_head:
             raise ValueError("decode_timestep needs a transformer with a count_head; this one has none.")
         if not self.config.min_timestep <= (decode_timestep or 0) <= last:
@@ -439,7 +458,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         # 1. Check the request
         if num_cells is None:
-            lists = [labels for labels in (conditions or {}).values() if np.ndim(labels) == 1]
+            given = conditions.values() if isinstance(conditions, Mapping) else ()
+            lists = [labels for labels in given if np.ndim(labels) == 1]
             num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
         if decode not in (None, "sample", "round"):
             raise ValueError(f'decode must be "sample", "round" or None, got {decode!r}.')
@@ -494,6 +514,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
                 # 4. Denoise
                 self.scheduler.set_timesteps(num_steps, device=device)
+                if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
+                    self.scheduler.noise_sampler_seed = draw_seeds(chunk_generator)
                 for i, t in enumerate(self.scheduler.timesteps[: self._num_timesteps]):
                     if self.interrupt:
                         continue

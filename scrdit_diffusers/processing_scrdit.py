@@ -79,6 +79,9 @@ def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_mat
     if matrix is None:
         raise ValueError(f"{name} is empty; name the layer that holds the values.")
     matrix = sp.csr_matrix(matrix)
+    if not matrix.has_canonical_format:  # an entry may be stored in parts
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
     hint = ""
     if counts and not looks_like_counts(matrix):
         found = [key for key in adata.layers if key != layer and looks_like_counts(adata.layers[key])]
@@ -387,7 +390,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         ValueError
             The number of genes is not G.
         """
-        values = sp.csr_matrix(values)
+        values = sp.csr_matrix(values, copy=True)
         if values.shape[1] != self.num_genes:
             raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
         values.eliminate_zeros()
@@ -438,7 +441,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         offset.eliminate_zeros()
         offset.data = self._forward(offset.data) - self._zero
         mean = np.asarray(offset.mean(axis=0)).ravel()
-        variance = np.asarray(offset.power(2).mean(axis=0)).ravel() - mean**2
+        zeros = offset.shape[0] - offset.getnnz(axis=0)
+        offset.data = (offset.data - mean[offset.indices]) ** 2
+        variance = (np.asarray(offset.sum(axis=0)).ravel() + zeros * mean**2) / offset.shape[0]
         return mean + self._zero, np.sqrt(np.where(variance > 1e-12, variance, 1.0))
 
     # -- labels ----------------------------------------------------------------------------------------------------
@@ -487,7 +492,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             {
                 key: pd.Categorical.from_codes(codes[:, k], categories=pd.Index(names))
                 for k, (key, names) in enumerate(self.conditions.items())
-            }
+            },
+            index=range(len(codes)),
         )
 
     def sample_labels(

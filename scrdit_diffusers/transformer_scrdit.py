@@ -353,11 +353,12 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         num_conditions = len(self.class_embed)
         if class_labels is None:
             class_labels = self.null_labels.expand(batch_size, -1)  # (B, K)
-        class_labels = class_labels.reshape(batch_size, -1)  # (B, K)
-        if class_labels.shape[1] != num_conditions:
+        if class_labels.ndim == 1:
+            class_labels = class_labels[:, None]  # (B, 1)
+        if class_labels.shape != (batch_size, num_conditions):
             raise ValueError(
-                f"class_labels has {class_labels.shape[1]} codes per cell, the model has {num_conditions} conditions: "
-                f"expected shape ({batch_size}, {num_conditions})."
+                f"class_labels has shape {tuple(class_labels.shape)}, expected ({batch_size}, "
+                f"{num_conditions}): one code for each cell and condition."
             )
         return [embed(class_labels[:, k]) for k, embed in enumerate(self.class_embed)]
 

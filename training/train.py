@@ -150,6 +150,11 @@ def check_args(args: TrainingArguments) -> None:
     for name in ("val_fraction", "class_dropout_prob", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
+    if args.decode == "sample" and not 0 <= args.min_timestep <= args.decode_timestep < args.num_train_timesteps:
+        raise ValueError(
+            f"--min_timestep {args.min_timestep}, --decode_timestep {args.decode_timestep} and --num_train_timesteps "
+            f"{args.num_train_timesteps} must be in this order."
+        )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
     if checkpoints(args.output_dir) and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
@@ -365,7 +370,7 @@ def main(args: TrainingArguments) -> None:
         obs = processor.decode_labels(val_batch["class_labels"].cpu().numpy())
         synthetic = pipe(count, obs=obs, generator=torch.Generator().manual_seed(args.seed)).adata
         real = ad.AnnData(processor.inverse_transform(val_batch["values"].cpu().numpy()), var=synthetic.var)
-        figure = np.ravel(plotting.gene_statistics(real, synthetic))[0].figure
+        figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=args.value_space))[0].figure
         os.makedirs(os.path.join(args.output_dir, "samples"), exist_ok=True)
         figure.savefig(os.path.join(args.output_dir, "samples", f"step-{step}.png"), dpi=100)
         matplotlib.pyplot.close(figure)
@@ -467,8 +472,8 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
         cause = f"training diverged; lower --learning_rate (now {args.learning_rate:g}) or raise --lr_warmup_steps"
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     raise RuntimeError(
-        f"The loss is not finite at step {step} (epoch {epoch}, batch {micro_step}, cells {bad[:10]} of it at "
-        f"timesteps {timesteps[bad[:10]].tolist()}). Likely cause: {cause}. The last checkpoint in {args.output_dir} is intact."
+        f"The loss is not finite at step {step} (epoch {epoch}, batch {micro_step}, cells {bad[:10]} "
+        f"of it at timesteps {timesteps[bad[:10]].tolist()}). Likely cause: {cause}. Checkpoints stay intact."
     )
 
 

@@ -1,0 +1,293 @@
+"""Figures of real and synthetic cells and of training. Each function draws on Axes, returns them and never shows."""
+
+import warnings
+from collections.abc import Sequence
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from matplotlib.axes import Axes
+
+from .metrics import EvaluationSpace, gene_marginals, get_values, log_normalize
+
+# Okabe and Ito, colours that colour-blind readers can tell apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+COLORS = {"real": PALETTE[0], "synthetic": PALETTE[1]}
+MARKERS = "o^sDv*"  # one for each round through the palette
+
+
+def joint_umap(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    train: ad.AnnData | None = None,
+    labels_key: str | None = None,
+    layer: str | None = None,
+    value_space: str = "counts",
+    max_cells: int = 5000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Embed real and synthetic cells together, once, for [`umap`] by origin and by label.
+
+    Parameters
+    ----------
+    real, synthetic
+        Cells; genes are those of `synthetic`.
+    train
+        Training cells, on which space E is fitted; `None` fits it on `real`.
+    labels_key
+        Column of obs in both; `None` leaves labels out.
+    layer
+        Layer that holds the values; `None` takes X.
+    value_space
+        "counts", or "log_normalized" for values that are log-normalised already.
+    max_cells
+        Real and synthetic cells are each drawn down to this number.
+    seed
+        Seed of the draw and of UMAP.
+
+    Returns
+    -------
+    One row per cell in random order (so that neither side covers the other): `UMAP1`, `UMAP2` (float32), `origin`
+    ("real" or "synthetic"), and `labels_key`.
+
+    Raises
+    ------
+    ValueError
+        Genes, labels or values are missing or wrong, or there are too few cells.
+    """
+    for name, adata in dict(real=real, synthetic=synthetic).items():
+        if labels_key is not None and labels_key not in adata.obs:
+            raise ValueError(f"labels_key={labels_key!r} is no column of {name}.obs; it has {list(adata.obs)}.")
+    for name, adata in dict(real=real, synthetic=synthetic).items():
+        get_values(adata, synthetic.var_names, layer, value_space, name)  # only to check them
+    space = EvaluationSpace(
+        real if train is None else train, layer, value_space, seed=seed, var_names=synthetic.var_names
+    )
+    rng = np.random.default_rng(seed)
+    coordinates, tables = [], []
+    for origin, adata in dict(real=real, synthetic=synthetic).items():
+        rows = np.sort(rng.permutation(adata.n_obs)[:max_cells])
+        coordinates.append(space.transform(adata)[rows])
+        tables.append(pd.DataFrame({"origin": origin}, index=adata.obs_names[rows]))
+        if labels_key is not None:
+            tables[-1][labels_key] = adata.obs[labels_key].astype(str).iloc[rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # that there is no TensorFlow
+        from umap import UMAP
+    cells = np.concatenate(coordinates)
+    embedder = UMAP(n_neighbors=min(15, len(cells) - 1), min_dist=0.3, random_state=seed, n_jobs=1)
+    embedding = pd.DataFrame(embedder.fit_transform(cells), columns=["UMAP1", "UMAP2"])
+    table = pd.concat([embedding.set_index(pd.concat(tables).index), pd.concat(tables)], axis=1)
+    return table.iloc[rng.permutation(len(table))]
+
+
+def umap(embedding: pd.DataFrame, color: str = "origin", ax: Axes | None = None) -> Axes:
+    """Draw the embedding of [`joint_umap`].
+
+    Parameters
+    ----------
+    embedding
+        Output of [`joint_umap`].
+    color
+        Its column that colours the cells: "origin" or the labels.
+    ax
+        Where to draw; `None` makes a new figure.
+    """
+    if color not in embedding or color in ("UMAP1", "UMAP2"):
+        choices = [column for column in embedding if column not in ("UMAP1", "UMAP2")]
+        raise ValueError(f"color must be one of {choices}, got {color!r}; joint_umap keeps the column labels_key.")
+    ax = _axes(ax)
+    names = sorted(embedding[color].unique())
+    codes = pd.Index(names).get_indexer(embedding[color])
+    size = np.clip(2e4 / len(embedding), 3, 30)
+    rounds = codes // len(PALETTE)
+    for k in np.unique(rounds):  # one call per marker keeps the random order, unlike one per category
+        rows = embedding[rounds == k]
+        colors = np.array(PALETTE)[codes[rounds == k] % len(PALETTE)]
+        ax.scatter(rows["UMAP1"], rows["UMAP2"], c=colors, s=size, marker=MARKERS[k % len(MARKERS)], alpha=0.7, lw=0)
+    for i, name in enumerate(names):
+        marker = MARKERS[i // len(PALETTE) % len(MARKERS)]
+        number = int((codes == i).sum())
+        ax.scatter([], [], c=PALETTE[i % len(PALETTE)], marker=marker, s=30, label=f"{name} ({number:,})")
+    ax.legend(title=color, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    ax.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+    return ax
+
+
+def gene_statistics(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    layer: str | None = None,
+    value_space: str = "counts",
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """Scatter each gene's mean (log scale) and zero fraction, synthetic against real.
+
+    Parameters
+    ----------
+    real, synthetic
+        Cells; genes are those of `synthetic`.
+    layer
+        Layer that holds the values; `None` takes X.
+    value_space
+        "counts" (shown as log1p of counts per 10,000) or "log_normalized" (shown as they are).
+    axes
+        Two Axes to draw on; `None` makes a new figure.
+
+    Returns
+    -------
+    Axes of the means and of the zero fractions. The titles state Pearson's r and the mean absolute error (MAE).
+    """
+    x, y = (log_normalize(m, value_space) for m in _values(real, synthetic, layer, value_space).values())
+    figures = gene_marginals(x, y)
+    axes = _axes(axes, 2)
+    means = [np.asarray(matrix.mean(axis=0)).ravel() for matrix in (x, y)]
+    both = (means[0] > 0) & (means[1] > 0)
+    if not both.any():
+        raise ValueError("real and synthetic have no expressed gene in common; there is nothing to draw.")
+    _diagonal(axes[0], means[0][both], means[1][both])
+    axes[0].set(xscale="log", yscale="log", title=f"Gene means, r = {figures['gene_mean_r']:.3f}")
+    if not both.all():
+        axes[0].set_title(f"{axes[0].get_title()}\n{(~both).sum():,} genes not expressed in both: not drawn")
+    zeros = [1 - matrix.getnnz(axis=0) / matrix.shape[0] for matrix in (x, y)]
+    _diagonal(axes[1], *zeros)
+    axes[1].set(title=f"Zero fractions, MAE = {figures['gene_zero_fraction_mae']:.3f}")
+    for ax, quantity in zip(axes, (f"mean {_unit(value_space)}", "fraction of cells with zero"), strict=True):
+        ax.set(xlabel=f"real: {quantity}", ylabel=f"synthetic: {quantity}")
+    return axes
+
+
+def mean_variance(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    layer: str | None = None,
+    value_space: str = "counts",
+    ax: Axes | None = None,
+) -> Axes:
+    """Scatter each gene's variance over its mean, for real and for synthetic cells, on log scales.
+
+    Parameters are those of [`gene_statistics`]; counts are shown as they are, with the Poisson line.
+    """
+    ax = _axes(ax)
+    for name, values in _values(real, synthetic, layer, value_space).items():
+        values = values.astype(np.float64)
+        mean = np.asarray(values.mean(axis=0)).ravel()
+        variance = np.asarray(values.power(2).mean(axis=0)).ravel() - mean**2
+        shown = (mean > 0) & (variance > 0)
+        ax.scatter(mean[shown], variance[shown], s=6, alpha=0.4, lw=0, c=COLORS[name], label=name)
+    ax.set(xscale="log", yscale="log")
+    if value_space == "counts":
+        limits = np.array(ax.get_xlim())
+        ax.plot(limits, limits, c="0.4", lw=1, ls="--", label="Poisson")
+        ax.set_xlim(limits)
+    unit = "counts" if value_space == "counts" else _unit(value_space)
+    ax.set(xlabel=f"gene mean ({unit})", ylabel=f"gene variance ({unit}, squared)")
+    ax.legend(frameon=False, markerscale=2)
+    return ax
+
+
+def cell_statistics(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    layer: str | None = None,
+    value_space: str = "counts",
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """Histograms of library size (log scale) and of the number of genes detected per cell.
+
+    Parameters are those of [`gene_statistics`]. Of log-normalised values the sum is shown instead of library size.
+
+    Returns
+    -------
+    Axes of library size and of genes detected.
+    """
+    axes = _axes(axes, 2)
+    values = _values(real, synthetic, layer, value_space)
+    library_size = {name: np.asarray(matrix.sum(axis=1)).ravel() for name, matrix in values.items()}
+    detected = {name: matrix.getnnz(axis=1) for name, matrix in values.items()}
+    for ax, statistic in zip(axes, (library_size, detected), strict=True):
+        positive = np.concatenate(list(statistic.values()))
+        positive = positive[positive > 0]
+        if not positive.size:
+            raise ValueError("All cells of real and synthetic are empty; there is nothing to draw.")
+        if ax is axes[0]:
+            bins = np.geomspace(positive.min(), positive.max() * 1.001, 41)
+            ax.set_xscale("log")
+        else:
+            bins = np.linspace(positive.min(), positive.max() + 1, 41)
+        for name, numbers in statistic.items():
+            weights = np.full(len(numbers), 100 / len(numbers))
+            ax.hist(numbers, bins, weights=weights, color=COLORS[name], alpha=0.25)
+            ax.hist(numbers, bins, weights=weights, color=COLORS[name], histtype="step", lw=1.5, label=name)
+        ax.set_ylabel("cells (%)")
+    axes[0].set_xlabel("library size (counts)" if value_space == "counts" else "sum of log-normalised values")
+    axes[1].set_xlabel("genes detected")
+    axes[0].legend(frameon=False)
+    return axes
+
+
+def loss_curve(
+    steps: Sequence[float],
+    losses: Sequence[float],
+    validation: tuple[Sequence[float], Sequence[float]] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the training loss, faint, with its running mean over 2 % of the points, and the validation loss.
+
+    Parameters
+    ----------
+    steps, losses
+        Optimizer steps and training losses, of equal length.
+    validation
+        Steps and losses of the validation; `None` where there are none.
+    ax
+        Where to draw; `None` makes a new figure.
+    """
+    curves = {"losses": (steps, losses)} | ({} if validation is None else {"validation": tuple(validation)})
+    for name, (x, y) in curves.items():
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"{name} has {len(y)} losses for {len(x)} steps; give one for each, and at least one.")
+    ax = _axes(ax)
+    window = max(1, len(losses) // 50)
+    smooth = pd.Series(np.asarray(losses, dtype=float)).rolling(window, min_periods=1).mean()
+    ax.plot(steps, losses, c=PALETTE[0], lw=0.8, alpha=0.3 if window > 1 else 1, label="training")
+    if window > 1:
+        ax.plot(steps, smooth, c=PALETTE[0], lw=1.8, label=f"training, mean of {window}")
+    if validation is not None:
+        ax.plot(*validation, c=PALETTE[1], lw=1.8, marker="o", ms=3, label="validation")
+    values = np.concatenate([np.asarray(y, dtype=float) for _, y in curves.values()])
+    if (values > 0).all():
+        ax.set_yscale("log")
+    ax.set(xlabel="optimizer step", ylabel="loss")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(axes: Axes | Sequence[Axes] | None, n: int = 1):
+    """Return the given Axes, or those of a new figure with n panels."""
+    if axes is None:
+        axes = plt.subplots(1, n, figsize=(4.8 * n, 4.2), layout="constrained")[1]
+    elif n > 1 and len(axes) != n:
+        raise ValueError(f"axes must hold {n} Axes, got {len(axes)}.")
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _values(real: ad.AnnData, synthetic: ad.AnnData, layer: str | None, value_space: str) -> dict[str, sp.csr_matrix]:
+    """Values of the genes of `synthetic`, by origin."""
+    groups = dict(real=real, synthetic=synthetic)
+    return {name: get_values(adata, synthetic.var_names, layer, value_space, name) for name, adata in groups.items()}
+
+
+def _diagonal(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Scatter with the line of equality."""
+    ax.scatter(x, y, s=6, alpha=0.4, lw=0, c=PALETTE[0])
+    limits = [min(x.min(), y.min()), max(x.max(), y.max())]
+    ax.plot(limits, limits, c="0.4", lw=1, ls="--")
+
+
+def _unit(value_space: str) -> str:
+    return "log1p of counts per 10,000" if value_space == "counts" else "log-normalised value"

@@ -1,0 +1,73 @@
+"""Small fixtures that all tests share: cells with two label columns, and a processor, model and pipeline for them."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
+
+torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
+
+CELL_TYPES = ["T", "B", "NK"]  # not sorted: the stored order must be kept
+BATCHES = ["b1", "b2"]
+NUM_GENES = 23  # not divisible by the patch size of the tiny model
+
+
+@pytest.fixture
+def adata() -> ad.AnnData:
+    """Sixty cells of 23 genes: counts in X and in a layer, log-normalised values in another, two conditions."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.uniform(0.3, 6.0, NUM_GENES), (60, NUM_GENES)).astype(np.float32)
+    counts[:, 0] = rng.integers(0, 2, 60)
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(rng.choice(CELL_TYPES, 60, p=[0.5, 0.3, 0.2]), categories=CELL_TYPES),
+            "batch": rng.choice(BATCHES, 60),
+            "age": rng.uniform(20, 80, 60),
+        },
+        index=[f"cell{i}" for i in range(60)],
+    )
+    var = pd.DataFrame(
+        {"gene_ids": [f"ENSG{i:05d}" for i in range(NUM_GENES)]}, index=[f"gene{i}" for i in range(NUM_GENES)]
+    )
+    adata = ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var)
+    adata.layers["counts"] = adata.X.copy()
+    adata.layers["lognorm"] = sp.csr_matrix(np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32))
+    return adata
+
+
+@pytest.fixture
+def processor(adata) -> SCRDiTProcessor:
+    """A count processor with both conditions and all genes."""
+    return SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], flavor="all")
+
+
+@pytest.fixture
+def model() -> SCRDiTTransformer:
+    """A model of five tokens of five genes; the last token holds three genes and two zeros."""
+    torch.manual_seed(0)
+    return SCRDiTTransformer(
+        num_genes=NUM_GENES,
+        patch_size=5,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=[len(CELL_TYPES), len(BATCHES)],
+    ).eval()
+
+
+@pytest.fixture
+def pipe(model, processor) -> SCRDiTPipeline:
+    """The tiny pipeline, with the scheduler that trained pipelines ship with."""
+    pipe = SCRDiTPipeline(transformer=model, scheduler=default_scheduler(), processor=processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def generators():
+    """Make a list of generators, one per cell, with seeds from `start` on."""
+    return lambda n, start=0: [torch.Generator().manual_seed(start + i) for i in range(n)]

@@ -1,0 +1,588 @@
+"""The pipeline: outputs, reproducibility, refusals, saving, and every scheduler of diffusers."""
+
+import logging
+
+import anndata as ad
+import diffusers
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+
+from scrdit_diffusers import (
+    SCRDiTPipeline,
+    SCRDiTPipelineOutput,
+    SCRDiTProcessor,
+    SCRDiTTransformer,
+    SCRDiTTransformerOutput,
+    default_scheduler,
+)
+from scrdit_diffusers.pipeline_scrdit import SUPPORTED_SCHEDULERS, check_scheduler, sample_negative_binomial
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = sorted(
+    name
+    for name in dir(diffusers)
+    if name.endswith("Scheduler")
+    and isinstance(getattr(diffusers, name), type)
+    and issubclass(getattr(diffusers, name), diffusers.SchedulerMixin)
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def constant(value):
+    """Forward pass of a transformer that always predicts the same."""
+    return lambda x, **kwargs: SCRDiTTransformerOutput(sample=torch.full_like(x, value))
+
+
+def swap(pipe, name, prediction_type="epsilon"):
+    """The one-line swap that users write, from the scheduler of a model with this prediction type."""
+    pipe.scheduler = default_scheduler(prediction_type)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    return pipe
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def test_anndata_output(pipe, adata):
+    cells = pipe(num_cells=12, generator=seeded(), num_inference_steps=3).adata
+    assert cells.shape == (12, 23)
+    assert isinstance(cells.X, sp.csr_matrix)
+    assert cells.X.dtype == np.float32
+    assert np.array_equal(cells.X.data, np.rint(cells.X.data))
+    assert (cells.X.data > 0).all()
+    assert np.array_equal(cells.layers["counts"].toarray(), cells.X.toarray())
+    assert list(cells.var_names) == list(adata.var_names)
+    assert list(cells.var["gene_ids"]) == list(adata.var["gene_ids"])
+    assert cells.obs_names.is_unique
+    assert cells.obs["synthetic"].dtype == bool
+    assert cells.obs["synthetic"].all()
+    assert list(cells.obs["cell_type"].cat.categories) == ["T", "B", "NK"]
+    assert list(cells.obs["batch"].cat.categories) == ["b1", "b2"]
+
+
+def test_counts_layer_is_a_copy(pipe):
+    cells = pipe(num_cells=2, num_inference_steps=2).adata
+    cells.X.data[:] = -1
+    assert (cells.layers["counts"].data > 0).all()
+
+
+def test_uns_describes_the_call(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    uns = pipe(num_cells=2, generator=seeded(7), num_inference_steps=4, guidance_scale=2, eta=0.5).adata.uns["scrdit"]
+    expected = dict(scheduler="DDIMScheduler", num_inference_steps=4, guidance_scale=2.0, eta=0.5, seed=7)
+    assert uns.items() >= (expected | dict(value_space="counts", model="")).items()
+
+
+def test_output_survives_h5ad(pipe, generators, tmp_path):
+    cells = pipe(num_cells=3, generator=generators(3), num_inference_steps=2).adata
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    back = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert np.array_equal(back.X.toarray(), cells.X.toarray())
+    pd.testing.assert_frame_equal(back.obs, cells.obs)
+    assert list(back.uns["scrdit"]["seed"]) == [0, 1, 2]
+    assert {k: v for k, v in back.uns["scrdit"].items() if k != "seed"}.items() <= cells.uns["scrdit"].items()
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
+def test_other_output_types(pipe, output_type):
+    kwargs = dict(num_cells=5, num_inference_steps=3, latents=torch.randn(5, 23, generator=seeded()))
+    cells = pipe(**kwargs, generator=seeded()).adata
+    output = pipe(**kwargs, generator=seeded(), output_type=output_type)
+    assert isinstance(output, SCRDiTPipelineOutput)
+    assert output.adata is None
+    pd.testing.assert_frame_equal(output.obs, cells.obs.drop(columns="synthetic"))
+    assert isinstance(output.samples, np.ndarray if output_type == "np" else torch.Tensor)
+    samples = np.asarray(output.samples)
+    assert samples.dtype == np.float32
+    values = pipe.processor.inverse_transform(samples) if output_type == "latent" else samples
+    assert np.array_equal(values, cells.X.toarray())
+
+
+@pytest.mark.parametrize("output_type", ["anndata", "np", "pt", "latent"])
+def test_return_dict_false_gives_a_tuple(pipe, output_type):
+    kwargs = dict(num_cells=2, num_inference_steps=2, output_type=output_type)
+    output = pipe(**kwargs, generator=seeded(), return_dict=False)
+    assert isinstance(output, tuple)
+    expected = pipe(**kwargs, generator=seeded())
+    expected = expected.adata.X.toarray() if output_type == "anndata" else expected.samples
+    first = output[0].X.toarray() if output_type == "anndata" else output[0]
+    assert np.array_equal(np.asarray(first), np.asarray(expected))
+
+
+def test_log_normalized_output_has_no_counts(adata, model):
+    processor = SCRDiTProcessor.from_anndata(
+        adata, ["cell_type", "batch"], "lognorm", value_space="log_normalized", zero_negation=True, flavor="all"
+    )
+    pipe = SCRDiTPipeline(model, default_scheduler(), processor)
+    pipe.set_progress_bar_config(disable=True)
+    cells = pipe(num_cells=20, num_inference_steps=3, generator=seeded()).adata
+    assert "counts" not in cells.layers
+    assert cells.uns["scrdit"]["value_space"] == "log_normalized"
+    assert (cells.X.data > 0).all()
+    assert not np.array_equal(cells.X.data, np.rint(cells.X.data))
+    assert cells.X.nnz < cells.X.shape[0] * cells.X.shape[1]
+
+
+def test_all_zero_cells_warn(pipe, monkeypatch, caplog):
+    monkeypatch.setattr(pipe.transformer, "forward", constant(-100.0))
+    with caplog.at_level(logging.WARNING):
+        cells = pipe(num_cells=3, num_inference_steps=2).adata
+    assert cells.X.nnz == 0
+    assert "3 of 3 cells have no expressed gene" in caplog.text
+
+
+def test_ordinary_cells_do_not_warn(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipe(num_cells=3, num_inference_steps=2, generator=seeded())
+    assert "no expressed gene" not in caplog.text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_from_the_model_is_an_error(pipe, monkeypatch, value):
+    monkeypatch.setattr(pipe.transformer, "forward", constant(value))
+    with pytest.raises(ValueError, match="The model returned NaN or infinite values"):
+        pipe(num_cells=2, num_inference_steps=2)
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labels(pipe):
+    """Ask the pipeline for cells and give back the labels it made them with."""
+
+    def ask(**kwargs):
+        return pipe(num_inference_steps=1, generator=seeded(), output_type="latent", **kwargs).obs
+
+    return ask
+
+
+def test_one_label_for_all_cells(labels):
+    obs = labels(num_cells=4, conditions={"cell_type": "B", "batch": "b2"})
+    assert obs.astype(str).to_numpy().tolist() == [["B", "b2"]] * 4
+
+
+def test_a_list_of_labels_sets_the_number_of_cells(labels):
+    obs = labels(conditions={"cell_type": ["NK", "T", "B"], "batch": "b1"})
+    assert list(obs["cell_type"]) == ["NK", "T", "B"]
+    assert list(obs["batch"]) == ["b1"] * 3
+
+
+def test_a_row_of_obs_for_each_cell(labels, adata):
+    obs = labels(obs=adata.obs)
+    assert list(obs["cell_type"]) == list(adata.obs["cell_type"])
+    assert list(obs["batch"]) == list(adata.obs["batch"])
+
+
+def test_missing_columns_of_obs_are_drawn(labels, adata):
+    obs = labels(obs=adata.obs[["cell_type", "age"]])
+    assert list(obs["cell_type"]) == list(adata.obs["cell_type"])
+    assert set(obs["batch"]) == {"b1", "b2"}
+
+
+def test_without_conditions_labels_follow_the_training_composition(labels, adata):
+    obs = labels(num_cells=4000, batch_size=4000)
+    for key in ("cell_type", "batch"):
+        drawn, trained = (frame[key].value_counts(normalize=True) for frame in (obs, adata.obs))
+        assert (drawn - trained[drawn.index]).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"latents": torch.zeros(3, 23)}])
+def test_number_of_cells_when_it_is_left_out(labels, kwargs):
+    assert len(labels(**kwargs)) == (3 if kwargs else 1)
+
+
+def test_the_model_gets_the_codes_of_the_labels(pipe, monkeypatch, adata):
+    seen = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: seen.append(k["class_labels"]) or forward(*a, **k))
+    pipe(obs=adata.obs, num_inference_steps=1, batch_size=25)
+    assert np.array_equal(torch.cat(seen).numpy(), pipe.processor.encode_labels(adata.obs))
+
+
+def test_unconditional_pipeline(adata):
+    torch.manual_seed(0)
+    pipe = SCRDiTPipeline(
+        SCRDiTTransformer(num_genes=23, patch_size=5, num_layers=1),
+        default_scheduler(),
+        SCRDiTProcessor.from_anndata(adata, flavor="all"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    cells = pipe(num_cells=3, num_inference_steps=2).adata
+    assert list(cells.obs) == ["synthetic"]
+    with pytest.raises(ValueError, match="guidance_scale=2.0 needs a conditional model"):
+        pipe(guidance_scale=2.0)
+
+
+# -- guidance ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@torch.no_grad()
+def test_guidance_is_uncond_plus_scale_times_difference(pipe, scale):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    codes, null = torch.tensor([[1, 0], [2, 1]]), torch.tensor([[3, 2], [3, 2]])
+    latents = torch.randn(2, 23, generator=seeded())
+    conditions = {"cell_type": ["B", "NK"], "batch": ["b1", "b2"]}
+    kwargs = dict(conditions=conditions, latents=latents, num_inference_steps=3, output_type="latent")
+    samples = pipe(**kwargs, guidance_scale=scale).samples
+
+    scheduler, x = DDIMScheduler.from_config(pipe.scheduler.config), latents
+    scheduler.set_timesteps(3)
+    for t in scheduler.timesteps:
+        cond, uncond = (pipe.transformer(x, t, labels).sample for labels in (codes, null))
+        x = scheduler.step(scale * cond + (1 - scale) * uncond, t, x).prev_sample
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
+
+
+def test_no_guidance_evaluates_the_network_once_per_cell(pipe, monkeypatch):
+    rows = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda x, **k: rows.append(len(x)) or forward(x, **k))
+    pipe(num_cells=5, batch_size=2, num_inference_steps=1)
+    pipe(num_cells=5, batch_size=2, num_inference_steps=1, guidance_scale=1.5)
+    assert rows == [2, 2, 1, 4, 4, 2]
+
+
+# -- counts from the likelihood ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def count_pipe(processor):
+    """A pipeline that stops at timestep 50 and draws counts."""
+    torch.manual_seed(0)
+    model = SCRDiTTransformer(23, 5, num_layers=1, num_classes=[3, 2], count_head=True)
+    pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_sampled_counts_have_the_moments_of_a_negative_binomial():
+    mean, theta = torch.tensor([0.5, 20.0]), torch.tensor([1.0, 4.0])
+    counts = sample_negative_binomial(mean.log().expand(40_000, -1), theta.log(), seeded())
+    assert torch.equal(counts, counts.round())
+    torch.testing.assert_close(counts.mean(0), mean, rtol=0.05, atol=0)
+    torch.testing.assert_close(counts.var(0), mean + mean**2 / theta, rtol=0.05, atol=0)
+
+
+def test_counts_are_drawn_at_the_decode_timestep(count_pipe, monkeypatch):
+    """The network is called as often as asked for, never far below, and its last means are those of the counts."""
+    seen = []
+
+    def forward(x, timestep, **kwargs):
+        seen.append(timestep[0].item())
+        log_mean = torch.full_like(x, 1.0 if len(seen) == 6 else 20.0)
+        return SCRDiTTransformerOutput(x, log_mean, torch.full((23,), 3.0))
+
+    monkeypatch.setattr(count_pipe.transformer, "forward", forward)
+    cells = count_pipe(num_cells=300, num_inference_steps=6, generator=seeded()).adata
+    assert len(seen) == 6
+    assert min(seen) >= 49
+    assert cells.X.mean() == pytest.approx(np.e, rel=0.05)
+
+
+def test_counts_are_drawn_per_cell_with_a_generator_per_cell(count_pipe, generators):
+    kwargs = dict(num_cells=5, num_inference_steps=3)
+    first, second = (count_pipe(**kwargs, generator=generators(5), batch_size=n).adata for n in (2, 5))
+    assert np.array_equal(first.X.toarray(), second.X.toarray())
+
+
+def test_decode_round_goes_to_the_end(count_pipe):
+    kwargs = dict(num_cells=3, num_inference_steps=4, output_type="latent", decode="round")
+    samples = count_pipe(**kwargs, generator=seeded()).samples
+    count_pipe.register_to_config(decode_timestep=None)
+    assert torch.equal(count_pipe(**kwargs | {"decode": None}, generator=seeded()).samples, samples)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(decode="mean"), 'decode must be "sample", "round" or None'),
+        (dict(decode="round", decode_timestep=5), "takes no decode_timestep"),
+        (dict(decode_timestep=1000), "timesteps 0 to 999 and cannot decode at 1000"),
+    ],
+)
+def test_refuses_decoding(count_pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        count_pipe(**kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [dict(decode="sample"), dict(decode_timestep=5)])
+def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs):
+    with pytest.raises(ValueError, match="needs a (decode_timestep|transformer with a count_head)"):
+        pipe(**kwargs)
+
+
+# -- reproducibility ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUPPORTED_SCHEDULERS)
+def test_same_seed_same_cells(pipe, name):
+    swap(pipe, name)
+    kwargs = dict(num_cells=4, num_inference_steps=4, output_type="latent")
+    first, second, other = (pipe(**kwargs, generator=seeded(seed)).samples for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("name", SUPPORTED_SCHEDULERS)
+def test_a_batch_of_three_is_three_singles(pipe, generators, name):
+    swap(pipe, name)
+    kwargs = dict(num_inference_steps=4, output_type="latent", guidance_scale=1.5)
+    together = pipe(num_cells=3, generator=generators(3), **kwargs)
+    alone = [pipe(num_cells=1, generator=generators(1, start=i), **kwargs) for i in range(3)]
+    torch.testing.assert_close(together.samples, torch.cat([a.samples for a in alone]), rtol=1e-4, atol=1e-4)
+    assert together.obs.to_numpy().tolist() == [a.obs.to_numpy().tolist()[0] for a in alone]
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DDPMScheduler", "HeunDiscreteScheduler"])
+def test_batch_size_does_not_matter_with_a_generator_per_cell(pipe, generators, name):
+    swap(pipe, name)
+    kwargs = dict(num_cells=7, num_inference_steps=4, output_type="latent")
+    outputs = [pipe(**kwargs, generator=generators(7), batch_size=size) for size in (2, 512)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output.samples, outputs[0].samples, rtol=1e-4, atol=1e-4)
+        pd.testing.assert_frame_equal(output.obs, outputs[0].obs)
+
+
+def test_without_a_generator_pytorchs_seed_rules_and_is_recorded(pipe):
+    torch.manual_seed(5)
+    first = pipe(num_cells=4, num_inference_steps=2).adata
+    torch.manual_seed(5)
+    second = pipe(num_cells=4, num_inference_steps=2).adata
+    recorded = pipe(num_cells=4, num_inference_steps=2, generator=seeded(first.uns["scrdit"]["seed"])).adata
+    for cells in (second, recorded):
+        assert np.array_equal(cells.X.toarray(), first.X.toarray())
+        pd.testing.assert_frame_equal(cells.obs, first.obs)
+
+
+def test_latents_are_used_and_left_alone(pipe):
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)  # scales its noise
+    latents = torch.randn(2, 23, generator=seeded())
+    before = latents.clone()
+    kwargs = dict(num_inference_steps=3, output_type="latent", conditions={"cell_type": "B", "batch": "b1"})
+    outputs = [pipe(latents=latents, generator=seeded(seed), **kwargs).samples for seed in (1, 2)]
+    assert torch.equal(latents, before)
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_eta_makes_ddim_stochastic(pipe):
+    swap(pipe, "DDIMScheduler")
+    latents = torch.randn(2, 23, generator=seeded())
+    kwargs = dict(latents=latents, num_inference_steps=3, output_type="latent", conditions={"cell_type": "B"})
+    plain, noisy = (pipe(generator=seeded(1), eta=eta, **kwargs).samples for eta in (0.0, 1.0))
+    assert not torch.allclose(plain, noisy)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+OBS = pd.DataFrame({"cell_type": ["B", "T"], "batch": ["b1", "b2"]})
+REFUSED_CALLS = {
+    "num_cells 0": (dict(num_cells=0), ValueError, "num_cells must be at least 1, got 0"),
+    "num_cells float": (dict(num_cells=2.0), TypeError, "num_cells must be an integer, got 2.0"),
+    "num_cells bool": (dict(num_cells=True), TypeError, "num_cells must be an integer, got True"),
+    "num_inference_steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps must be at least 1"),
+    "too many steps": (dict(num_inference_steps=1001), ValueError, "num_inference_steps"),
+    "batch_size": (dict(batch_size=-1), ValueError, "batch_size must be at least 1, got -1"),
+    "obs and conditions": (dict(obs=OBS, conditions={"cell_type": "B"}), ValueError, "either obs .* or conditions"),
+    "obs no frame": (dict(obs={"cell_type": ["B"]}), TypeError, "obs must be a pandas DataFrame .* got dict"),
+    "obs length": (dict(obs=OBS, num_cells=3), ValueError, "obs has 2 rows for num_cells=3"),
+    "obs other columns": (
+        dict(obs=OBS.rename(columns={"cell_type": "a", "batch": "b"})),
+        ValueError,
+        r"obs has none of the model's conditions \['cell_type', 'batch'\]; it has \['a', 'b'\]",
+    ),
+    "obs unknown label": (dict(obs=OBS.replace("T", "Tcell")), ValueError, "Unknown cell_type 'Tcell'.* Known"),
+    "obs NaN": (dict(obs=OBS.replace("T", np.nan)), ValueError, "'cell_type' holds 1 NaN"),
+    "conditions no dict": (dict(conditions="B"), TypeError, "conditions must be a dict .* got str"),
+    "conditions unknown key": (dict(conditions={"tissue": "lung"}), ValueError, "Unknown condition 'tissue'"),
+    "conditions unknown label": (dict(conditions={"cell_type": "NKT"}), ValueError, "did you mean 'NK'"),
+    "conditions length": (dict(num_cells=3, conditions={"cell_type": ["B", "T"]}), ValueError, "2 labels for 3 cells"),
+    "conditions of two lengths": (
+        dict(conditions={"cell_type": ["B", "T"], "batch": ["b1"]}),
+        ValueError,
+        r"conditions\['batch'\] lists 1 labels for 2 cells",
+    ),
+    "eta without DDIM": (dict(eta=0.5), ValueError, "takes no eta; eta=0.5 needs DDIMScheduler"),
+    "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "one per cell: got 1 for 2 cells"),
+    "generator a seed": (dict(generator=0), TypeError, "generator"),
+    "latents shape": (dict(latents=torch.zeros(2, 22)), ValueError, r"latents has shape \(2, 22\), expected \(2, 23\)"),
+    "latents no tensor": (dict(latents=np.zeros((2, 23))), TypeError, "latents"),
+    "latents and num_cells": (dict(latents=torch.zeros(2, 23), num_cells=3), ValueError, r"expected \(3, 23\)"),
+    "output_type": (dict(output_type="pil"), ValueError, "output_type must be one of .* got 'pil'"),
+    "callback tensors": (
+        dict(callback_on_step_end_tensor_inputs=["noise"]),
+        ValueError,
+        r"can hold \['latents'\], got \['noise'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "error", "message"), REFUSED_CALLS.values(), ids=REFUSED_CALLS.keys())
+def test_refuses_before_any_work(pipe, monkeypatch, kwargs, error, message):
+    def forward(*args, **kwargs):
+        raise AssertionError("the network ran")
+
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    with pytest.raises(error, match=message):
+        pipe(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(num_genes=24, num_classes=[3, 2]), "The processor has 23 genes, the transformer 24"),
+        (dict(num_genes=23, num_classes=[3, 5]), r"categories, the transformer's \[3, 5\]"),
+        (dict(num_genes=23, num_classes=None), r"\[3, 2\] categories, the transformer's \[\]"),
+    ],
+)
+def test_refuses_components_that_do_not_fit(processor, config, message):
+    pipe = SCRDiTPipeline(SCRDiTTransformer(patch_size=5, num_layers=1, **config), default_scheduler(), processor)
+    with pytest.raises(ValueError, match=message):
+        pipe()
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+MODEL_INDEX = """{
+  "_class_name": "SCRDiTPipeline",
+  "_diffusers_version": "%s",
+  "decode_timestep": null,
+  "min_timestep": 0,
+  "processor": [
+    "scrdit_diffusers",
+    "SCRDiTProcessor"
+  ],
+  "scheduler": [
+    "diffusers",
+    "UniPCMultistepScheduler"
+  ],
+  "transformer": [
+    "scrdit_diffusers",
+    "SCRDiTTransformer"
+  ]
+}
+"""
+
+
+def test_model_index_is_pinned(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "model_index.json").read_text() == MODEL_INDEX % diffusers.__version__
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "processor/preprocessor_config.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_a_saved_pipeline_generates_the_same_cells(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = SCRDiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    kwargs = dict(num_cells=4, num_inference_steps=3, guidance_scale=1.5)
+    cells, expected = (p(**kwargs, generator=seeded()).adata for p in (loaded, pipe))
+    assert np.array_equal(cells.X.toarray(), expected.X.toarray())
+    pd.testing.assert_frame_equal(cells.obs, expected.obs)
+    assert cells.uns["scrdit"]["model"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "from a folder"])
+@pytest.mark.parametrize("name", SUPPORTED_SCHEDULERS)
+def test_a_swap_keeps_the_noise_schedule(tmp_path, name, saved):
+    """`from_config` in memory drops what is at its default; Heun, KDPM2 and others would use other betas then."""
+    shipped = default_scheduler("epsilon", beta_schedule="scaled_linear", num_train_timesteps=500)
+    if saved:
+        shipped.save_pretrained(tmp_path)
+        shipped = type(shipped).from_pretrained(tmp_path)
+    scheduler = getattr(diffusers, name).from_config(shipped.config)
+    betas = torch.linspace(0.0001**0.5, 0.02**0.5, 500) ** 2
+    torch.testing.assert_close(scheduler.alphas_cumprod, torch.cumprod(1 - betas, dim=0))
+    assert scheduler.config.prediction_type == "epsilon"
+    assert not scheduler.config.get("clip_sample", False)
+
+
+def test_the_shipped_scheduler_has_every_argument_explicit():
+    assert default_scheduler().config.get("_use_default_values", []) == []
+
+
+# -- schedulers --------------------------------------------------------------------------------------------------------
+
+
+class ExactDenoiser:
+    """What a perfect network returns for model-space values that are N(5, 3^2)."""
+
+    mean, std = 5.0, 3.0
+
+    def __init__(self, prediction_type):
+        betas = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
+        self.log_alphas_cumprod = torch.log1p(-betas).cumsum(0)
+        self.prediction_type = prediction_type
+
+    def __call__(self, x, timestep, **kwargs):
+        t = timestep.double()
+        low, high = t.floor().long().clamp(0, 999), t.ceil().long().clamp(0, 999)
+        log_a = torch.lerp(self.log_alphas_cumprod[low], self.log_alphas_cumprod[high], t - low)[:, None]
+        a, x = log_a.exp(), x.double()  # x = sqrt(a) x0 + sqrt(1 - a) eps
+        gain = a.sqrt() * self.std**2 / (a * self.std**2 + 1 - a)
+        x0 = self.mean + gain * (x - a.sqrt() * self.mean)  # E[x0 | x]
+        eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        v = a.sqrt() * eps - (1 - a).sqrt() * x0
+        prediction = dict(epsilon=eps, v_prediction=v, sample=x0)[self.prediction_type]
+        return SCRDiTTransformerOutput(sample=prediction.float())
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_diffusers(pipe, monkeypatch, name, prediction_type):
+    """A supported scheduler reproduces the moments of an exact denoiser; every other is refused."""
+    if prediction_type not in SUPPORTED_SCHEDULERS.get(name, ()):
+        try:
+            swap(pipe, name, prediction_type)
+        except (TypeError, ValueError, NotImplementedError):
+            return  # cannot be made from the config of ours
+        with pytest.raises(ValueError, match=name):
+            check_scheduler(pipe.scheduler)
+        return
+    swap(pipe, name, prediction_type)
+    monkeypatch.setattr(pipe.transformer, "forward", ExactDenoiser(prediction_type))
+    samples = pipe(num_cells=400, num_inference_steps=50, generator=seeded(), output_type="latent").samples
+    assert samples.mean().item() == pytest.approx(5, abs=0.3)
+    assert samples.std().item() == pytest.approx(3, abs=0.3)
+
+
+def test_the_list_of_supported_schedulers_is_complete():
+    assert set(SUPPORTED_SCHEDULERS) <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDPMScheduler(), "DDPMScheduler has clip_sample=True, which cuts off cells"),
+        (DDPMScheduler(clip_sample=False, thresholding=True), "has thresholding=True"),
+        (FlowMatchEulerDiscreteScheduler(), "flow-matching.*; use UniPCMultistepScheduler, DDIMScheduler"),
+        (diffusers.LCMScheduler(), "LCMScheduler needs a model distilled for it.*; use DPMSolver"),
+        (diffusers.PNDMScheduler(prediction_type="v_prediction"), "PNDMScheduler cannot sample .*v_prediction"),
+    ],
+)
+def test_a_refused_scheduler_gets_a_reason_and_an_alternative(pipe, scheduler, message):
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=message):
+        pipe()
+
+
+def test_a_subclass_of_a_supported_scheduler_works(pipe):
+    class MyScheduler(DDIMScheduler):
+        pass
+
+    pipe.scheduler = MyScheduler.from_config(pipe.scheduler.config)
+    assert pipe(num_cells=2, num_inference_steps=2).adata.uns["scrdit"]["scheduler"] == "MyScheduler"

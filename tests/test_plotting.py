@@ -1,0 +1,135 @@
+"""The figures show the numbers they should, and name their axes."""
+
+import anndata as ad
+import matplotlib
+import numpy as np
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from scrdit_diffusers import metrics, plotting
+
+KEY = "bulk_labels"
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """120 real cells x 60 genes with counts."""
+    raw = sc.datasets.pbmc68k_reduced()[:120].copy()
+    values = np.expm1(raw.raw.X.toarray().astype(np.float64))
+    unit = np.where(values > 0, values, np.inf).min(axis=1, keepdims=True)  # a cell's smallest value is one count
+    counts = sp.csr_matrix(np.rint(values / unit), dtype=np.float32)
+    genes = np.argsort(-np.asarray(counts.mean(axis=0)).ravel())[:60]
+    return ad.AnnData(counts, obs=raw.obs[[KEY]], var=raw.raw.var)[:, genes].copy()
+
+
+@pytest.fixture(autouse=True)
+def close_figures(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: pytest.fail("plt.show was called"))
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def embedding(cells):
+    return plotting.joint_umap(cells[:60], cells[60:], labels_key=KEY)
+
+
+def named(axes):
+    return all(ax.get_xlabel() and ax.get_ylabel() for ax in np.ravel(axes))
+
+
+def test_joint_umap_embeds_every_cell_once(embedding, cells):
+    assert set(embedding.index) == set(cells.obs_names) and len(embedding) == 120
+    assert (embedding["origin"] == "real").sum() == 60
+    assert list(embedding[KEY]) == list(cells.obs.loc[embedding.index, KEY])
+    assert np.isfinite(embedding[["UMAP1", "UMAP2"]]).all(axis=None)
+
+
+@pytest.mark.parametrize("color", ["origin", KEY])
+def test_umap_draws_every_cell_and_names_every_colour(embedding, color):
+    ax = plotting.umap(embedding, color)
+    assert sum(len(points.get_offsets()) for points in ax.collections) == 120
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(texts) == embedding[color].nunique() and named(ax)
+
+
+def test_umap_tells_more_labels_apart_than_it_has_colours(embedding):
+    table = embedding.assign(label=[f"{i % 10:02d}" for i in range(120)])
+    looks = {
+        (tuple(handle.get_facecolor()[0]), tuple(map(tuple, handle.get_paths()[0].vertices)))
+        for handle in plotting.umap(table, "label").get_legend().legend_handles
+    }
+    assert len(looks) == 10
+
+
+def test_umap_refuses_an_unknown_column(embedding):
+    with pytest.raises(ValueError, match="color must be one of .*got 'batch'"):
+        plotting.umap(embedding, "batch")
+
+
+def test_joint_umap_bounds_the_number_of_cells(cells):
+    table = plotting.joint_umap(cells, cells[:, ::-1], train=cells, max_cells=30)
+    assert len(table) == 60
+
+
+def test_gene_statistics_shows_the_metrics(cells):
+    real, synthetic = cells[:60], cells[60:]
+    axes = plotting.gene_statistics(real, synthetic)
+    expected = metrics.gene_marginals(*(metrics.log_normalize(part.X, "counts") for part in (real, synthetic)))
+    assert f"{expected['gene_mean_r']:.3f}" in axes[0].get_title()
+    assert f"{expected['gene_zero_fraction_mae']:.3f}" in axes[1].get_title()
+    assert axes[0].get_xscale() == axes[0].get_yscale() == "log" and named(axes)
+
+
+def test_gene_statistics_says_how_many_genes_a_log_axis_cannot_show(cells):
+    synthetic = cells.copy()
+    synthetic.X = synthetic.X @ sp.diags((np.arange(60) > 2).astype(np.float32))
+    assert "3 genes" in plotting.gene_statistics(cells, synthetic)[0].get_title()
+
+
+def test_mean_variance_has_a_point_for_each_gene(cells):
+    ax = plotting.mean_variance(cells[:60], cells[60:])
+    offsets = ax.collections[0].get_offsets()
+    dense = cells[:60].X.toarray()
+    shown = dense.var(axis=0) > 0
+    np.testing.assert_allclose(offsets[:, 0], dense.mean(axis=0)[shown], rtol=1e-5)
+    np.testing.assert_allclose(offsets[:, 1], dense.var(axis=0)[shown], rtol=1e-4)
+    assert named(ax)
+
+
+def test_cell_statistics_are_shares_of_all_cells(cells):
+    axes = plotting.cell_statistics(cells[:80], cells[80:])
+    for ax in axes:
+        heights = [patch.get_height() for patch in ax.patches if isinstance(patch, plt.Rectangle)]
+        assert sum(heights) == pytest.approx(200)  # 100 % of real and of synthetic cells
+    assert "counts" in axes[0].get_xlabel() and named(axes)
+
+
+def test_log_normalised_values_are_named_as_such(cells):
+    logged = cells.copy()
+    logged.X = metrics.log_normalize(logged.X, "counts")
+    axes = plotting.cell_statistics(logged, logged, value_space="log_normalized")
+    assert "counts" not in axes[0].get_xlabel()
+
+
+def test_loss_curve_draws_training_and_validation():
+    ax = plotting.loss_curve(range(500), 1 / np.arange(1, 501), validation=([100, 200], [0.1, 0.05]))
+    assert [line.get_label() for line in ax.lines] == ["training", "training, mean of 10", "validation"] and named(ax)
+
+
+def test_loss_curve_refuses_lists_of_different_length():
+    with pytest.raises(ValueError, match="losses has 1 losses for 2 steps"):
+        plotting.loss_curve([0, 1], [0.5])
+
+
+def test_axes_that_are_given_are_drawn_on(cells, embedding):
+    figure, axes = plt.subplots(1, 2)
+    assert plotting.gene_statistics(cells, cells, axes=axes)[0] is axes[0]
+    assert plotting.umap(embedding, ax=axes[0]) is axes[0]
+    with pytest.raises(ValueError, match="axes must hold 2 Axes, got 1"):
+        plotting.cell_statistics(cells, cells, axes=axes[:1])

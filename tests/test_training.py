@@ -1,0 +1,251 @@
+"""The training and generation scripts, run as a user runs them."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import SCRDiTPipeline, save_table
+
+REPOSITORY = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "training/train.py"]
+TINY = ["--n_top_genes", "30", "--patch_size", "8", "--num_layers", "1", "--num_attention_heads", "2"]
+TINY += ["--attention_head_dim", "8", "--train_batch_size", "16", "--lr_warmup_steps", "2", "--max_train_steps", "8"]
+TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to", "none"]
+
+
+def run(command, **kwargs):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, **kwargs)
+
+
+def train(dataset, output_dir, *arguments):
+    return run([*LAUNCH, "--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments])
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train_script():
+    return load_script("train")
+
+
+@pytest.fixture
+def train_here(train_script):
+    """Run the script's main in this process, which saves the seconds of importing everything."""
+
+    def train_here(dataset, output_dir, *arguments):
+        command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
+        train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield train_here
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights(output_dir):
+    return load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rates = rng.gamma(0.5, 2.0, size=(2, 40))
+    labels = rng.choice(2, size=90)
+    counts = sp.csr_matrix(rng.poisson(rates[labels]), dtype=np.float32)
+    obs = pd.DataFrame({"cell_type": np.array(["T cell", "B cell"])[labels]}, index=[f"cell{i}" for i in range(90)])
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(40)])).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("model")
+    result = train(dataset, output_dir, "--labels_key", "cell_type", "--report_to", "tensorboard")
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def test_output_dir_is_a_pipeline(trained):
+    pipe = SCRDiTPipeline.from_pretrained(trained)
+    adata = pipe(5, conditions={"cell_type": "B cell"}, num_inference_steps=3).adata
+    assert adata.shape == (5, 30) and np.array_equal(adata.X.data, np.rint(adata.X.data))
+
+
+def test_weights_moved(trained):
+    assert weights(trained)["proj_out.weight"].abs().max() > 0  # zero when training starts
+
+
+def test_config_checkpoints_pictures_and_logs_are_written(trained):
+    config = json.loads((trained / "train_config.json").read_text())
+    assert config["labels_key"] == ["cell_type"] and config["max_train_steps"] == 8
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in (trained / "samples").iterdir()) == ["step-4.png", "step-8.png"]
+    assert list((trained / "logs").rglob("events.out*"))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(train_here, trained, dataset, tmp_path, caplog):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(trained / "checkpoint-3", checkpoint)
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6.tmp")  # as if killed while it was written
+    train_here(dataset, tmp_path, "--labels_key", "cell_type", "--resume_from_checkpoint", "latest")
+    assert f"Resumed from {checkpoint}" in caplog.text
+    resumed = weights(tmp_path)
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_accumulated_gradients_train(train_here, dataset, tmp_path):
+    train_here(dataset, tmp_path, "--gradient_accumulation_steps", "2", "--train_batch_size", "8", "--use_ema", "False")
+    assert (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_other_prediction_types_and_log_normalized_values_train(train_here, dataset, tmp_path, prediction_type):
+    arguments = ["--value_space", "log_normalized", "--target_sum", "1e4", "--zero_negation", "True"]
+    arguments += ["--prediction_type", prediction_type, "--beta_schedule", "linear", "--patch_embed_type", "shared"]
+    train_here(dataset, tmp_path, *arguments)
+    adata = SCRDiTPipeline.from_pretrained(tmp_path)(3, num_inference_steps=3).adata
+    assert adata.n_obs == 3 and "counts" not in adata.layers
+
+
+def test_table_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_path):
+    save_table(ad.read_h5ad(dataset), tmp_path / "table")
+    train_here(tmp_path / "table", tmp_path / "model", "--labels_key", "cell_type")
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(tmp_path / "model")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_dry_run_prints_cost_and_writes_nothing(train_here, dataset, tmp_path, capsys, caplog):
+    train_here(dataset, tmp_path / "model", "--dry_run")
+    assert not (tmp_path / "model").exists()
+    assert "MFLOP per cell" in caplog.text and '"patch_size": 8' in capsys.readouterr().out
+
+
+def test_interrupt_saves_a_checkpoint(dataset, tmp_path):
+    command = [sys.executable, "training/train.py", "--dataset", str(dataset), "--output_dir", str(tmp_path), *TINY]
+    command += ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--validation_steps", "100000"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    seen = b""
+    while b"cells/s" not in seen:
+        seen += os.read(process.stderr.fileno(), 4096)
+        assert process.poll() is None, seen
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "--resume_from_checkpoint latest" in stderr
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+
+
+def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
+    arguments = ["--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"]
+    with pytest.raises(RuntimeError, match=r"not finite at step \d+ .*lower --learning_rate"):
+        train_here(dataset, tmp_path, *arguments)
+
+
+BAD_ARGUMENTS = {
+    "no such file": (["--dataset", "nowhere.h5ad"], "does not exist"),
+    "unknown label column": (["--labels_key", "celltype"], "did you mean 'cell_type'"),
+    "missing layer": (["--layer", "counts"], "does not exist"),
+    "no layers": (["--num_layers", "0"], "num_layers must be at least 1"),
+    "negative rate": (["--learning_rate", "-1"], "--learning_rate must be positive"),
+    "all cells held out": (["--val_fraction", "1"], "--val_fraction must be at least 0 and below 1"),
+    "no gene list": (["--genes", "nowhere.txt"], "is no file"),
+    "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "is no checkpoint"),
+    "decoding below what is trained": (["--decode_timestep", "300"], "--decode_timestep"),
+    "counts for log values": (["--value_space", "log_normalized"], "holds only integers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(train_here, dataset, tmp_path, name):
+    arguments, message = BAD_ARGUMENTS[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_here(dataset, tmp_path / "model", *arguments)
+    assert not (tmp_path / "model").exists()
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(train_here, trained, dataset):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        train_here(dataset, trained, "--labels_key", "cell_type")
+
+
+def test_resuming_with_other_data_is_refused(train_here, trained, dataset, tmp_path):
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match="was trained on other cells"):
+        train_here(dataset, tmp_path, "--resume_from_checkpoint", "latest")
+
+
+def test_errors_end_the_script_without_a_traceback(tmp_path):
+    result = train("nowhere.h5ad", tmp_path)
+    assert result.returncode != 0 and "error: nowhere.h5ad does not exist" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def generate():
+    script = load_script("generate")
+
+    def generate(*arguments):
+        arguments = [str(argument) for argument in arguments]
+        script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(arguments)[0])
+
+    return generate
+
+
+def test_generate_writes_cells_with_the_wanted_labels(generate, trained, tmp_path):
+    (tmp_path / "wanted.csv").write_text("cell_type\nB cell\nT cell\nB cell\n")
+    output = tmp_path / "cells.h5ad"
+    generate("--pipeline", trained, "--obs", tmp_path / "wanted.csv", "--output", output, "--seed", 3)
+    adata = ad.read_h5ad(output)
+    assert adata.obs["cell_type"].tolist() == ["B cell", "T cell", "B cell"] and adata.uns["scrdit"]["seed"] == 3
+
+
+def test_generate_swaps_the_scheduler(generate, trained, tmp_path):
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--num_cells", 2, "--condition", "cell_type=T cell", "--scheduler", "DDIMScheduler", "--eta", 1]
+    generate("--pipeline", trained, "--output", output, *arguments)
+    assert ad.read_h5ad(output).uns["scrdit"]["scheduler"] == "DDIMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_cells", 2, "--condition", "cell_type=T cel"], "did you mean 'T cell'"),
+        (["--num_cells", 2, "--condition", "cell_type"], "key=value"),
+        (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no NoScheduler"),
+        ([], "--num_cells"),
+    ],
+)
+def test_generate_refuses_bad_arguments(generate, trained, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate("--pipeline", trained, "--output", tmp_path / "cells.h5ad", *arguments)
+
+
+def test_generate_does_not_replace_a_file_unasked(generate, trained, tmp_path):
+    (tmp_path / "cells.h5ad").write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        generate("--pipeline", trained, "--num_cells", 1, "--output", tmp_path / "cells.h5ad")

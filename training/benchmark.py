@@ -1,0 +1,176 @@
+"""Speed of the default preset against the paper's model, side by side in one run.
+
+    python training/benchmark.py                                        # two CPU cores: about three minutes
+    python training/benchmark.py --device cuda --dtype bfloat16 --compile
+
+Both models have 2,000 genes and ten labels; the values are random, on which speed does not depend. Training is one
+optimiser step (forward, backward, clipping, AdamW); sampling is the pipeline as a user calls it. The paper's 1,000
+DDPM steps are measured on some of them and scaled, as all steps cost the same.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from scrdit_diffusers import (
+    SCRDIT_PRESETS,
+    SCRDiTPipeline,
+    SCRDiTProcessor,
+    SCRDiTTransformer,
+    default_scheduler,
+    diffusion_loss,
+)
+
+NUM_GENES, NUM_LABELS = 2000, 10
+DEFAULT, PAPER = "scrdit-s", "scrdit-paper-d1"
+PAPER_STEPS = 1000
+
+
+def seconds(function, repeats: int, device: str) -> float:
+    """Median wall time of a call, after one for warming up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipeline:
+    """Make an untrained pipeline; the default preset draws counts from its likelihood, the paper's rounds."""
+    ours = preset == DEFAULT
+    model = SCRDiTTransformer(
+        num_genes=NUM_GENES, num_classes=[NUM_LABELS], count_head=ours, **SCRDIT_PRESETS[preset]
+    ).to(device, dtype)
+    processor = SCRDiTProcessor(
+        var_names=[f"gene{i}" for i in range(NUM_GENES)],
+        mean=np.full(NUM_GENES, 0.1),
+        std=np.full(NUM_GENES, 0.3),
+        condition_keys=["cell_type"],
+        condition_categories=[[f"type{i}" for i in range(NUM_LABELS)]],
+        composition=[[i, 1] for i in range(NUM_LABELS)],
+    )
+    if ours:
+        model.initialize_weights(torch.full((NUM_GENES,), 0.1))
+        scheduler = default_scheduler(beta_schedule="squaredcos_cap_v2")
+        pipe = SCRDiTPipeline(model, scheduler, processor, decode_timestep=800)
+    else:
+        scheduler = DDPMScheduler.from_config(default_scheduler("epsilon").config)
+        pipe = SCRDiTPipeline(model, scheduler, processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float, float]:
+    """Cells per second of an optimiser step, and achieved FLOP/s (backward counted as two forward passes)."""
+    pipe = make_pipeline(preset, args.device, torch.float32)
+    model = pipe.transformer.train()
+    flops = 3 * model.flops_per_cell() * batch_size
+    batch = {
+        "values": torch.randn(batch_size, NUM_GENES, device=args.device),
+        "class_labels": torch.randint(NUM_LABELS, (batch_size, 1), device=args.device),
+        "counts": torch.poisson(torch.full((batch_size, NUM_GENES), 0.1)).to(args.device),
+    }
+    timesteps = torch.randint(450, 1000, (batch_size,), device=args.device)
+    noise = torch.randn(batch_size, NUM_GENES, device=args.device)
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    forward = torch.compile(model) if args.compile else model
+
+    def step():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = diffusion_loss(forward, noise_scheduler, batch, timesteps, noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    time_of_step = seconds(step, repeats, args.device)
+    return batch_size / time_of_step, flops / time_of_step
+
+
+def sample_rate(preset: str, batch_size: int, num_inference_steps: int, repeats: int, args) -> float:
+    """Cells per second of a pipeline call."""
+    pipe = make_pipeline(preset, args.device, getattr(torch, args.dtype))
+    if args.compile:
+        pipe.transformer.compile()
+
+    def call():
+        pipe(batch_size, num_inference_steps=num_inference_steps, batch_size=batch_size, output_type="np")
+
+    return batch_size / seconds(call, repeats, args.device)
+
+
+def matmul_rate(preset: str, batch_size: int, args) -> float:
+    """FLOP/s of a plain matmul of the shape of a block's MLP: (B N, D) x (D, 4 D)."""
+    config = SCRDIT_PRESETS[preset]
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    rows = batch_size * -(-NUM_GENES // config["patch_size"])
+    a = torch.randn(rows, dim, device=args.device, dtype=getattr(torch, args.dtype))
+    b = torch.randn(dim, 4 * dim, device=args.device, dtype=getattr(torch, args.dtype))
+    return 2 * rows * dim * 4 * dim / seconds(lambda: a @ b, 20, args.device)
+
+
+def main() -> None:
+    """Measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="compile the transformer")
+    parser.add_argument("--paper_steps_measured", type=int, default=10, help="of the 1,000 DDPM steps")
+    parser.add_argument("--output", default="outputs/benchmark.json")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+
+    batch = 128 if args.device == "cpu" else 4096
+    paper_batch = 16 if args.device == "cpu" else 512
+    ours, ours_flops = train_rate(DEFAULT, batch, 10, args)
+    paper, paper_flops = train_rate(PAPER, paper_batch, 3, args)
+    ours_sampling = sample_rate(DEFAULT, 4 * batch, 25, 3, args)
+    partial = sample_rate(PAPER, 4 * paper_batch, args.paper_steps_measured, 2, args)
+    paper_sampling = partial * args.paper_steps_measured / PAPER_STEPS
+    results = {
+        "machine": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.processor()} {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "training_cells_per_second": {DEFAULT: ours, PAPER: paper, "ratio": ours / paper},
+        "sampling_cells_per_second": {
+            f"{DEFAULT}, 25 calls": ours_sampling,
+            f"{PAPER}, DDPM {PAPER_STEPS}": paper_sampling,
+            "ratio": ours_sampling / paper_sampling,
+        },
+        "training_flops_over_matmul": {
+            DEFAULT: ours_flops / matmul_rate(DEFAULT, batch, args),
+            PAPER: paper_flops / matmul_rate(PAPER, paper_batch, args),
+        },
+        "training_gflops": {DEFAULT: ours_flops / 1e9, PAPER: paper_flops / 1e9},
+    }
+    print(f"{NUM_GENES} genes, {args.device}, {args.dtype}{', compiled' if args.compile else ''}")
+    print(f"{'':34}{DEFAULT:>16}{PAPER:>18}{'ratio':>10}")
+    print(f"{'training, cells per second':34}{ours:16.1f}{paper:18.2f}{ours / paper:10.1f}")
+    ratio = ours_sampling / paper_sampling
+    print(f"{'sampling, cells per second':34}{ours_sampling:16.1f}{paper_sampling:18.4f}{ratio:10.0f}")
+    print(f"{'training, GFLOP/s':34}{ours_flops / 1e9:16.1f}{paper_flops / 1e9:18.1f}")
+    over = results["training_flops_over_matmul"]
+    print(f"{'... over a plain matmul':34}{over[DEFAULT]:16.2f}{over[PAPER]:18.2f}")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(results, indent=2))
+    print(f"Wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
