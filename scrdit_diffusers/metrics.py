@@ -184,20 +184,19 @@ class _Cells:
     values: sp.csr_matrix  # (n, G) counts, or log-normalised values
     log_values: sp.csr_matrix  # (n, G) log-normalised
     pcs: np.ndarray  # (n, PCs) in E
-    labels: np.ndarray | None  # (n,)
+    labels: np.ndarray  # (n,); all empty without labels_key
 
     @classmethod
     def from_anndata(cls, adata: ad.AnnData, values: sp.csr_matrix, labels_key: str | None, space: EvaluationSpace):
         log_values = log_normalize(values, space.value_space)
-        labels = None if labels_key is None else adata.obs[labels_key].astype(str).to_numpy()
+        labels = np.full(adata.n_obs, "") if labels_key is None else adata.obs[labels_key].astype(str).to_numpy()
         return cls(values, log_values, space.pca.transform(log_values[:, space.columns]), labels)
 
     def __len__(self) -> int:
         return len(self.pcs)
 
     def __getitem__(self, rows: np.ndarray) -> "_Cells":
-        labels = None if self.labels is None else self.labels[rows]
-        return _Cells(self.values[rows], self.log_values[rows], self.pcs[rows], labels)
+        return _Cells(self.values[rows], self.log_values[rows], self.pcs[rows], self.labels[rows])
 
     def sample(self, n: int, rng: np.random.Generator) -> "_Cells":
         """At most n cells, without replacement, in their order."""
@@ -292,8 +291,8 @@ def compare(
     rng = np.random.default_rng(seed)
     n = min(max_cells, *map(len, cells.values()))
     cells = {name: group.sample(n, rng) for name, group in cells.items()}
-    labels = _common_labels(cells, min_label_cells)
-    lost = set(_common_labels({"real": complete}, min_label_cells)) - set(labels)
+    labels = [] if labels_key is None else _common_labels(cells, min_label_cells)
+    lost = set() if labels_key is None else set(_common_labels({"real": complete}, min_label_cells)) - set(labels)
     if lost:
         logger.warning("No rows for %s: fewer than %d cells among %d of a group.", sorted(lost), min_label_cells, n)
     scale = float(np.median(pdist(train_cells.sample(max_cells, rng).pcs)))
@@ -323,19 +322,19 @@ def _score(
     figures = {"all": _pair_metrics(query, real, scale, seed)}
     numbers = {"all": len(real)}
     boosting = HistGradientBoostingClassifier(max_bins=31, random_state=seed)  # 255 bins: as good, many times slower
-    genes = [
+    x, y = (
         np.column_stack([group.log_values[:, space.columns].toarray(), group.library_size, group.genes_detected])
         for group in (query, real)
-    ]
-    figures["all"]["classifier_genes_auroc"] = classifier_auroc(*genes, boosting, seed)
+    )
+    figures["all"]["classifier_genes_auroc"] = classifier_auroc(x, y, boosting, seed)
     if importlib.util.find_spec("scib_metrics"):
         figures["all"]["ilisi"] = ilisi(query.pcs, real.pcs)
     figures["all"]["gene_gene_r"] = gene_gene_agreement(query.log_values, real.log_values, train.log_values)
     for label in labels:
-        pair = [group[np.flatnonzero(group.labels == label)] for group in (query, real)]
-        numbers[label] = min(map(len, pair))
-        figures[label] = _pair_metrics(*(group.sample(numbers[label], rng) for group in pair), scale, seed)
-    if train.labels is not None and len(np.unique(train.labels)) > 1:
+        a, b = (group[np.flatnonzero(group.labels == label)] for group in (query, real))
+        n = numbers[label] = min(len(a), len(b))
+        figures[label] = _pair_metrics(a.sample(n, rng), b.sample(n, rng), scale, seed)
+    if len(np.unique(train.labels)) > 1:
         subset = train.sample(max_cells, rng)
         predicted = _label_classifier().fit(subset.pcs, subset.labels).predict(query.pcs)
         for group in figures:
@@ -359,7 +358,7 @@ def _score(
 
 def _pair_metrics(x: _Cells, y: _Cells, scale: float, seed: int) -> dict[str, float]:
     """Metrics of two groups of equal size that make sense for one label, too."""
-    forest = RandomForestClassifier(100, random_state=seed)
+    forest = RandomForestClassifier(200, random_state=seed)
     return {
         "mmd2": mmd2(x.pcs, y.pcs, scale),
         "w2": wasserstein2(x.pcs, y.pcs),
@@ -690,7 +689,7 @@ def _sample_by_label(
         raise ValueError("obs has no rows; give one row per new cell.")
     values = get_matrix(train, layer, counts=False)
     if labels_key is None:
-        known, wanted = np.zeros(train.n_obs), np.zeros(len(obs))
+        known, wanted = np.full(train.n_obs, ""), np.full(len(obs), "")
     else:
         _check_labels(train.obs, labels_key, "train")
         _check_labels(obs, labels_key, None)
@@ -727,8 +726,6 @@ def _check_labels(obs: pd.DataFrame, labels_key: str, name: str | None) -> None:
 
 def _common_labels(groups: dict[str, _Cells], min_cells: int) -> list[str]:
     """Labels with enough cells in every group."""
-    if groups["real"].labels is None:
-        return []
     counts = pd.DataFrame({name: pd.Series(group.labels).value_counts() for name, group in groups.items()}).fillna(0)
     return sorted(counts.index[(counts >= min_cells).all(axis=1)])
 

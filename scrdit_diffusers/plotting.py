@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -179,7 +180,7 @@ def mean_variance(
         ax.scatter(mean[shown], variance[shown], s=6, alpha=0.4, lw=0, c=COLORS[name], label=name)
     ax.set(xscale="log", yscale="log")
     if value_space == "counts":
-        limits = np.array(ax.get_xlim())
+        limits = ax.get_xlim()
         ax.plot(limits, limits, c="0.4", lw=1, ls="--", label="Poisson")
         ax.set_xlim(limits)
     unit = "counts" if value_space == "counts" else _unit(value_space)
@@ -265,7 +266,7 @@ def loss_curve(
     return ax
 
 
-def _axes(axes: Axes | Sequence[Axes] | None, n: int = 1):
+def _axes(axes: Any, n: int = 1) -> Any:
     """Return the given Axes, or those of a new figure with n panels."""
     if axes is None:
         axes = plt.subplots(1, n, figsize=(4.8 * n, 4.2), layout="constrained")[1]

@@ -570,7 +570,7 @@ def test_the_list_of_supported_schedulers_is_complete():
         (DDPMScheduler(), "DDPMScheduler has clip_sample=True, which cuts off cells"),
         (DDPMScheduler(clip_sample=False, thresholding=True), "has thresholding=True"),
         (FlowMatchEulerDiscreteScheduler(), "flow-matching.*; use UniPCMultistepScheduler, DDIMScheduler"),
-        (diffusers.LCMScheduler(), "LCMScheduler needs a model distilled for it.*; use DPMSolver"),
+        (diffusers.LCMScheduler(), "LCMScheduler needs a model distilled for it.*; use UniPC"),
         (diffusers.PNDMScheduler(prediction_type="v_prediction"), "PNDMScheduler cannot sample .*v_prediction"),
     ],
 )

@@ -206,7 +206,7 @@ def test_unconditional_model_takes_no_labels_or_none_per_cell():
 def test_refuses_labels_of_another_shape(shape):
     """Also shapes with the right number of codes: reshaping them would mix up the cells."""
     model, inputs = make_model(), make_inputs()
-    with pytest.raises(ValueError, match=r"class_labels has .*expected shape \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"class_labels has .*expected \(4, 2\)"):
         model(**inputs | {"class_labels": torch.zeros(shape, dtype=torch.long)})
 
 
