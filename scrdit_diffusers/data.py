@@ -50,18 +50,19 @@ def anndata_to_table(
     taken = [key for key in ("genes", "expressions") if key in obs]
     if taken:
         raise ValueError(f"obs has columns {taken}, names that the table needs itself; rename them or leave them out.")
-    labels = obs.select_dtypes("category").columns
-    obs = obs.assign(**{key: obs[key].astype(object).map(str, na_action="ignore") for key in labels})
+    categoricals = obs.select_dtypes("category").columns
+    obs = obs.assign(**{key: obs[key].astype(object).map(str, na_action="ignore") for key in categoricals})
     schema = pa.Schema.from_pandas(obs, preserve_index=False).remove_metadata()
     chunks = []
     for start in range(0, max(adata.n_obs, 1), ROWS_PER_CHUNK):
         rows = matrix[start : start + ROWS_PER_CHUNK]
         offsets = pa.array(rows.indptr.astype(np.int32))
-        chunk = pa.Table.from_pandas(obs.iloc[start : start + ROWS_PER_CHUNK], schema=schema, preserve_index=False)
-        chunk = chunk.replace_schema_metadata(None)
-        chunk = chunk.append_column("genes", pa.ListArray.from_arrays(offsets, pa.array(rows.indices.astype(np.int32))))
-        chunk = chunk.append_column("expressions", pa.ListArray.from_arrays(offsets, pa.array(rows.data)))
-        chunks.append(chunk)
+        columns = {
+            "genes": pa.ListArray.from_arrays(offsets, pa.array(rows.indices.astype(np.int32))),
+            "expressions": pa.ListArray.from_arrays(offsets, pa.array(rows.data)),
+        }
+        labels = pa.Table.from_pandas(obs.iloc[start : start + ROWS_PER_CHUNK], schema=schema, preserve_index=False)
+        chunks.append(pa.table(columns | {name: labels[name] for name in labels.column_names}))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(chunks)))
 
 
@@ -204,7 +205,9 @@ class CellCollator:
         (B, G) float32.
         """
         values = self.processor.select_values(rows_to_matrix(rows, self.num_vars), self.columns)
-        obs = rows.select(self.processor.condition_keys).to_pandas()
+        obs = pd.DataFrame(
+            {key: rows[key].to_pandas() for key in self.processor.condition_keys}, index=range(rows.num_rows)
+        )
         batch = {
             "values": torch.from_numpy(self.processor.transform(values)).float(),
             "class_labels": torch.from_numpy(self.processor.encode_labels(obs)),

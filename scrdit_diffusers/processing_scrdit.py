@@ -111,8 +111,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
     The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
     becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and
-    standard deviation are those of the training cells, after zero negation, so that model space has mean 0 and
-    standard deviation 1 for every gene.
+    standard deviation are those of the training cells, after zero negation, the latter not below a floor, so that in
+    model space a gene has mean 0 and standard deviation 1, or less for a gene that few cells express.
 
     Usually built by [`SCRDiTProcessor.from_anndata`], and loaded with the pipeline.
 
@@ -219,6 +219,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         zero_negation: bool = False,
         zero_value: float = -10.0,
         zero_threshold: float = 0.0,
+        min_std: float = 0.3,
         n_top_genes: int = 2000,
         flavor: str = "seurat",
         genes: Sequence[str] | None = None,
@@ -245,6 +246,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             See the class.
         zero_threshold
             See the class.
+        min_std
+            Smallest standard deviation by which a gene is divided, in the log space. Divided by its own, a gene that
+            few cells express would reach tens of standard deviations and drown the others (figures in
+            training/LOG.md). 0 gives every gene the standard deviation 1.
         n_top_genes
             How many genes to keep; fewer are kept where fewer are expressed.
         flavor
@@ -295,7 +300,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             condition_keys=labels_key,
             condition_categories=categories,
         )
-        processor.mean, processor.std = processor._moments(values)
+        processor.mean, std = processor._moments(values)
+        processor.std = np.maximum(std, min_std)
         if labels_key:
             combinations, numbers = np.unique(processor.encode_labels(adata.obs), axis=0, return_counts=True)
             processor.composition = np.column_stack([combinations, numbers]).tolist()

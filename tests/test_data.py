@@ -38,7 +38,7 @@ def assert_same_cells(left: ad.AnnData, right: ad.AnnData) -> None:
 def test_table_round_trip(adata, monkeypatch, rows_per_chunk):
     monkeypatch.setattr(data, "ROWS_PER_CHUNK", rows_per_chunk)
     table = anndata_to_table(adata)
-    assert table.column_names == ["cell_type", "batch", "age", "genes", "expressions"]
+    assert table.column_names == ["genes", "expressions", "cell_type", "batch", "age"]
     assert len(table) == 60
     assert_same_cells(table_to_anndata(table, adata.var), adata)
 
@@ -63,7 +63,7 @@ def test_table_of_other_matrices(adata, convert):
 
 def test_table_of_a_layer_with_chosen_columns(adata):
     table = anndata_to_table(adata, layer="lognorm", obs_columns=["batch"])
-    assert table.column_names == ["batch", "genes", "expressions"]
+    assert table.column_names == ["genes", "expressions", "batch"]
     back = table_to_anndata(table, adata.var)
     assert np.array_equal(back.X.toarray(), adata.layers["lognorm"].toarray())
 

@@ -103,7 +103,7 @@ def test_target_sum_normalizes_over_all_genes(adata):
 def test_model_space_is_standardised(value_space, zero_negation):
     matrix = random_counts(1) if value_space == "counts" else log_normalized(1)
     processor = SCRDiTProcessor.from_anndata(
-        make_adata(matrix), value_space=value_space, zero_negation=zero_negation, flavor="all"
+        make_adata(matrix), value_space=value_space, zero_negation=zero_negation, min_std=0.0, flavor="all"
     )
     values = processor.get_values(make_adata(matrix))
     model_space = processor.transform(values)
@@ -111,6 +111,15 @@ def test_model_space_is_standardised(value_space, zero_negation):
     np.testing.assert_allclose(model_space.mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(model_space[:, varies].std(axis=0), 1, atol=1e-9)
     assert varies.sum() > 30
+
+
+def test_rarely_expressed_genes_keep_a_smaller_std():
+    counts = random_counts(1)
+    own, floored = (
+        SCRDiTProcessor.from_anndata(make_adata(counts), min_std=min_std, flavor="all").std for min_std in (0.0, 0.8)
+    )
+    assert (own < 0.8).any() and (own > 0.8).any()
+    np.testing.assert_array_equal(floored, np.maximum(own, 0.8))
 
 
 @pytest.mark.parametrize("zero_negation", [False, True])

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class TrainingArguments:
     target_sum: float | None = arg(None, "log_normalized: the values are counts, scale them to this library size.")
     zero_negation: bool = arg(False, "Move exact zeros to --zero_value, away from small positive values.")
     zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
+    min_std: float = arg(0.3, "Smallest standard deviation by which a gene is divided, in the log space.")
     n_top_genes: int = arg(2000, "Number of genes to keep.")
     flavor: str = arg("seurat", "Choice of genes: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all.")
     genes: str | None = arg(None, "Text file with one gene name per line, instead of a choice by --flavor.")
@@ -110,7 +112,7 @@ class TrainingArguments:
     num_train_epochs: int | None = arg(None, "Passes over the cells; overrides --max_train_steps.")
     gradient_accumulation_steps: int = arg(1, "Batches per optimiser step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
-    learning_rate: float = arg(1e-3, "Peak learning rate.")
+    learning_rate: float | None = arg(None, "Peak learning rate; 3e-3 x 128 / width of the model if not given.")
     lr_scheduler: str = arg("cosine", "Learning-rate schedule of diffusers.optimization.get_scheduler.")
     lr_warmup_steps: int = arg(200, "Warm-up steps.")
     adam_beta1: float = arg(0.9, "AdamW beta 1.")
@@ -221,6 +223,7 @@ def main(args: TrainingArguments) -> None:
         target_sum=args.target_sum,
         zero_negation=args.zero_negation,
         zero_value=args.zero_value,
+        min_std=args.min_std,
         n_top_genes=args.n_top_genes,
         flavor=args.flavor,
         genes=genes,
@@ -257,6 +260,9 @@ def main(args: TrainingArguments) -> None:
     updates_per_epoch = math.ceil(len(loader) / accelerator.num_processes / args.gradient_accumulation_steps)
     if args.num_train_epochs is not None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
+
+    if args.learning_rate is None:
+        args.learning_rate = 3e-3 * 128 / (model.config.num_attention_heads * model.config.attention_head_dim)
 
     cells_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
@@ -319,9 +325,9 @@ def main(args: TrainingArguments) -> None:
             loaded = SCRDiTTransformer.from_pretrained(input_dir, subfolder="transformer")
             accelerator.unwrap_model(models.pop()).load_state_dict(loaded.state_dict())
         if ema is not None:
-            loaded = EMAModel.from_pretrained(
-                os.path.join(input_dir, "transformer_ema"), SCRDiTTransformer, foreach=True
-            )
+            with warnings.catch_warnings():  # EMAModel calls from_config in a way that diffusers itself deprecates
+                warnings.simplefilter("ignore", FutureWarning)
+                loaded = EMAModel.from_pretrained(os.path.join(input_dir, "transformer_ema"), SCRDiTTransformer)
             ema.load_state_dict(loaded.state_dict())
             ema.to(accelerator.device)
 
