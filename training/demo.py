@@ -63,7 +63,7 @@ def main() -> None:
     pipeline_folder = OUTPUT / "pipeline"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     arguments = ["--dataset", str(OUTPUT / "train.h5ad"), "--labels_key", LABELS_KEY]
-    arguments += ["--output_dir", str(pipeline_folder), "--max_train_steps", "3000"]
+    arguments += ["--output_dir", str(pipeline_folder), "--max_train_steps", "1500"]
     run(*accelerate, "training/train.py", *arguments)
 
     # 2. Load, and generate as many cells as there are test cells, with their labels
@@ -81,12 +81,12 @@ def main() -> None:
     draw(test, synthetic, train, pipeline_folder)
 
     shown = table[table["group"] == "all"].set_index("metric")[["value", "ceiling", "copula", "aim"]]
-    with pd.option_context("display.float_format", "{:.3f}".format, "display.max_rows", None):
+    with pd.option_context("display.width", 200, "display.max_columns", None, "display.max_rows", None):
         print(
             "\nGenerated cells (value) against test cells, beside what other real cells reach (ceiling) and what a"
             "\nGaussian copula of each label reaches (copula):\n"
         )
-        print(shown)
+        print(shown.round(3))
     print(f"\nEverything lies in {OUTPUT}:")
     for name, meaning in {
         "pipeline/": "the trained pipeline: SCRDiTPipeline.from_pretrained takes this folder",
