@@ -562,7 +562,20 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         self._current_timestep = None
         self.maybe_free_model_hooks()
-        return self._make_output(batches, class_labels, generator, output_type, return_dict, num_inference_steps, eta)
+        seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
+        provenance = {
+            "model": str(self.config.get("_name_or_path") or ""),
+            "value_space": self.processor.value_space,
+            "scheduler": type(self.scheduler).__name__,
+            "num_inference_steps": int(num_inference_steps),
+            "guidance_scale": float(guidance_scale),
+            "eta": float(eta),
+            "decode": "round" if decode_timestep is None else f"sample at timestep {decode_timestep}",
+            "seed": seeds if isinstance(generator, list) else seeds[0],
+            "scrdit_diffusers_version": version("scrdit_diffusers"),
+            "diffusers_version": version("diffusers"),
+        }
+        return self._make_output(batches, class_labels, output_type, return_dict, provenance)
 
     def guide(self, prediction: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off."""
@@ -575,12 +588,11 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self,
         batches: list,
         class_labels: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator],
         output_type: str,
         return_dict: bool,
-        num_inference_steps: int,
-        eta: float,
+        provenance: dict[str, Any],
     ) -> SCRDiTPipelineOutput | tuple:
+        """Join the batches of cells into the output that was asked for."""
         num_genes = self.processor.num_genes
         if output_type == "latent":
             samples: Any = torch.cat(batches)
@@ -605,16 +617,5 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         adata = ad.AnnData(samples, obs=obs.assign(synthetic=True), var=var)
         if self.processor.value_space == "counts":
             adata.layers["counts"] = samples.copy()
-        seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
-        adata.uns["scrdit"] = {
-            "model": str(self.config.get("_name_or_path") or ""),
-            "value_space": self.processor.value_space,
-            "scheduler": type(self.scheduler).__name__,
-            "num_inference_steps": int(num_inference_steps),
-            "guidance_scale": float(self.guidance_scale),
-            "eta": float(eta),
-            "seed": seeds if isinstance(generator, list) else seeds[0],
-            "scrdit_diffusers_version": version("scrdit_diffusers"),
-            "diffusers_version": version("diffusers"),
-        }
+        adata.uns["scrdit"] = provenance
         return SCRDiTPipelineOutput(adata=adata) if return_dict else (adata,)

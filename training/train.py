@@ -193,16 +193,13 @@ def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     check_args(args)
-    if args.overwrite_output_dir and not args.dry_run:
-        for path in checkpoints(args.output_dir):
-            shutil.rmtree(path)
+    for path in checkpoints(args.output_dir) if args.overwrite_output_dir and not args.dry_run else []:
+        shutil.rmtree(path)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-        ),
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -215,28 +212,14 @@ def main(args: TrainingArguments) -> None:
     adata = read_cells(args.dataset)
     genes = Path(args.genes).read_text().split() if args.genes else None
     train_cells, val_cells = split_cells(adata, args.labels_key, args.val_fraction, args.seed)
-    processor = SCRDiTProcessor.from_anndata(
-        adata[train_cells],
-        labels_key=args.labels_key,
-        layer=args.layer,
-        value_space=args.value_space,
-        target_sum=args.target_sum,
-        zero_negation=args.zero_negation,
-        zero_value=args.zero_value,
-        min_std=args.min_std,
-        n_top_genes=args.n_top_genes,
-        flavor=args.flavor,
-        genes=genes,
-    )
+    names = ["layer", "labels_key", "value_space", "target_sum", "zero_negation", "zero_value", "min_std"]
+    names += ["n_top_genes", "flavor"]
+    options = {name: getattr(args, name) for name in names}
+    processor = SCRDiTProcessor.from_anndata(adata[train_cells], **options, genes=genes)
     table = CellDataset(anndata_to_table(adata, args.layer, obs_columns=args.labels_key))
     collate = CellCollator(processor, adata.var_names)
-    loader = DataLoader(
-        Subset(table, train_cells.tolist()),
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-    )
+    options = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
+    loader = DataLoader(Subset(table, train_cells.tolist()), **options, shuffle=True, collate_fn=collate)
     rng = np.random.default_rng(args.seed)
     shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
     val_batch = collate(table.__getitems__(np.sort(shown_cells).tolist()))
@@ -280,14 +263,8 @@ def main(args: TrainingArguments) -> None:
             print(json.dumps({"arguments": dataclasses.asdict(args), "transformer": dict(model.config)}, indent=2))
         return
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
         optimizer,
@@ -296,14 +273,9 @@ def main(args: TrainingArguments) -> None:
     )
     ema = None
     if args.use_ema:
+        warmup = {"decay": args.ema_decay, "use_ema_warmup": True, "power": 3 / 4}
         ema = EMAModel(
-            model.parameters(),
-            decay=args.ema_decay,
-            use_ema_warmup=True,
-            power=3 / 4,
-            foreach=True,
-            model_cls=SCRDiTTransformer,
-            model_config=model.config,
+            model.parameters(), **warmup, foreach=True, model_cls=SCRDiTTransformer, model_config=model.config
         )
         ema.to(accelerator.device)
 
@@ -335,12 +307,14 @@ def main(args: TrainingArguments) -> None:
     accelerator.register_load_state_pre_hook(load_hook)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     val_batch = {name: tensor.to(accelerator.device) for name, tensor in val_batch.items()}
+    record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
     null_labels = torch.tensor(processor.num_classes, dtype=torch.long, device=accelerator.device)  # (K,)
     if accelerator.is_main_process:
+        if args.push_to_hub:  # before training, so that a wrong name or token costs nothing
+            name, private = args.hub_model_id or Path(args.output_dir).name, args.hub_private_repo
+            repo_id = create_repo(name, private=private, token=args.hub_token, exist_ok=True).repo_id
         os.makedirs(args.output_dir, exist_ok=True)
-        accelerator.init_trackers(
-            "scrdit", {k: str(v) for k, v in dataclasses.asdict(args).items() if "token" not in k}
-        )
+        accelerator.init_trackers("scrdit", {k: str(v) for k, v in record.items()})
 
     def save_checkpoint(step: int) -> None:
         path = Path(args.output_dir) / f"checkpoint-{step}"
@@ -457,14 +431,13 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         pipe = SCRDiTPipeline(trained_model(), scheduler, processor, **pipeline_config)
         pipe.save_pretrained(args.output_dir)
-        record = {k: v for k, v in dataclasses.asdict(args).items() if k != "hub_token"}
         record |= {"train_cells": len(train_cells), "val_cells": len(val_cells)}
         record |= {"num_processes": accelerator.num_processes, "command": sys.argv}
         record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
         (Path(args.output_dir) / "train_config.json").write_text(json.dumps(record, indent=2))
         logger.info(f"Saved the pipeline to {args.output_dir}")
         if args.push_to_hub:
-            push_to_hub(args)
+            push_to_hub(args, repo_id)
     accelerator.end_training()
 
 
@@ -483,10 +456,8 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
     )
 
 
-def push_to_hub(args: TrainingArguments) -> None:
+def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
     """Upload the pipeline folder, without checkpoints and logs, with a model card."""
-    name = args.hub_model_id or Path(args.output_dir).name
-    repo_id = create_repo(name, private=args.hub_private_repo, token=args.hub_token, exist_ok=True).repo_id
     description = f"scRDiT trained on `{Path(args.dataset).name}`: generates single cells as AnnData."
     card = load_or_create_model_card(repo_id, from_training=True, license="apache-2.0", model_description=description)
     card = populate_model_card(card, ["biology", "genomics", "single-cell", "modality:rna"])
