@@ -242,7 +242,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         "proj_out",
         "count",
     ]
-    _keep_in_fp32_modules = ["pos_embed"]
+    _keep_in_fp32_modules = ["pos_embed", "count_log_mean", "count_log_dispersion"]
 
     @register_to_config
     def __init__(
