@@ -126,7 +126,7 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
 
 
 def split_cells(
-    adata: ad.AnnData, labels_key: Sequence[str], fraction: float, seed: int
+    adata: ad.AnnData, labels_key: str | Sequence[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Set cells aside: `fraction` of the cells of each combination of labels.
 
@@ -150,12 +150,15 @@ def split_cells(
     ValueError
         A column is missing, holds NaN or is not categorical.
     """
+    labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+    if not adata.n_obs:
+        raise ValueError("adata has no cells.")
     for key in labels_key:
         label_categories(adata.obs, key)
     rng = np.random.default_rng(seed)
     groups = [np.arange(adata.n_obs)]
     if labels_key:
-        grouped = adata.obs[list(labels_key)].reset_index(drop=True).groupby(list(labels_key), observed=True, sort=True)
+        grouped = adata.obs[labels_key].reset_index(drop=True).groupby(labels_key, observed=True, sort=True)
         groups = [np.asarray(cells) for cells in grouped.groups.values()]
     aside = np.sort(np.concatenate([rng.permutation(cells)[: round(fraction * len(cells))] for cells in groups]))
     return np.setdiff1d(np.arange(adata.n_obs), aside), aside

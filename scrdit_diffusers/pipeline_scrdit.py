@@ -3,6 +3,7 @@
 import bisect
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .processing_scrdit import SCRDiTProcessor
+from .processing_scrdit import MAX_COUNT, SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ SUPPORTED_SCHEDULERS: dict[str, tuple[str, ...]] = {
     "KDPM2DiscreteScheduler": ("epsilon", "v_prediction"),
     "PNDMScheduler": ("epsilon",),
 }
+# What a scheduler that is swapped in must share with the one that the pipeline came with.
+NOISE_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+# With the cosine schedule their first step spans noise levels of a ratio of hundreds, which they extrapolate over.
+_TWO_STAGE_SCHEDULERS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 _REFUSED_SCHEDULERS = {
     "LCMScheduler": "needs a model distilled for it and distorts the cells of any other",
     "TCDScheduler": "needs a model distilled for it and distorts the cells of any other",
@@ -126,11 +131,16 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     prediction_type = config.get("prediction_type", "epsilon")
     if known is not None and prediction_type not in SUPPORTED_SCHEDULERS[known]:
         raise ValueError(f'{name} cannot sample a model with prediction_type="{prediction_type}"; {alternative}')
+    if known in _TWO_STAGE_SCHEDULERS and scheduler.alphas_cumprod[-1] < 1e-6:
+        raise ValueError(
+            f"{name} distorts cells on this noise schedule: its two-stage steps cannot cross the first, very large "
+            f"noise levels of {config.get('beta_schedule')!r}; {alternative}"
+        )
     for setting in ("clip_sample", "thresholding"):
         if config.get(setting):
             raise ValueError(
                 f"{name} has {setting}=True, which cuts off cells: model space is not bounded by -1 and 1. "
-                f"Make it with {setting}=False, or by `{name}.from_config(pipe.scheduler.config)` from the shipped one."
+                f"Make it by `{name}.from_config(pipe.scheduler.config)` from the config of the shipped one."
             )
 
 
@@ -158,7 +168,7 @@ def sample_negative_binomial(
         ]
         return torch.cat(rows)
     device = log_mean.device if generator is None else generator.device
-    mean = log_mean.to(device).exp()
+    mean = log_mean.to(device).clamp(max=math.log(MAX_COUNT)).exp()
     dispersion = log_dispersion.to(device).exp().expand_as(mean)
     rate = torch._standard_gamma(dispersion, generator=generator) * mean / dispersion
     return torch.poisson(rate, generator=generator)
@@ -208,6 +218,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
         self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
 
     @property
     def guidance_scale(self) -> float:
@@ -283,6 +294,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         if conditions is not None and not isinstance(conditions, Mapping):
             raise TypeError(f'conditions must be a dict such as {{"cell_type": "B"}}, got {type(conditions).__name__}.')
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number of at least 0 (1.0 is off), got {guidance_scale!r}.")
         if guidance_scale != 1.0 and not self.processor.condition_keys:
             raise ValueError(f"guidance_scale={guidance_scale} needs a conditional model; this one has no conditions.")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
@@ -308,6 +321,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, got {unknown}."
             )
         check_scheduler(self.scheduler)
+        for name, trained in self._noise_process.items():
+            if self.scheduler.config.get(name) != trained:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} has {name}={self.scheduler.config.get(name)!r}, this model was "
+                    f"trained with {trained!r}: make it by `.from_config` from the config of the shipped one."
+                )
         last = self.scheduler.config.num_train_timesteps - 1
         if num_inference_steps > last + 1:
             raise ValueError(
@@ -411,7 +430,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
-            off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off.
+            off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off. Scales
+            above 1 sharpen the labels and inflate the counts.
         eta
             Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
         decode
@@ -423,7 +443,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             Makes the result reproducible: one for all, or a list with one per cell, which makes each cell
             independent of the others and of `batch_size`. `None` draws a seed from PyTorch's global state.
         batch_size
-            Cells that are generated at a time; bounds the memory.
+            Cells that are generated at a time; bounds the memory. With a single generator it also decides which noise
+            a cell gets, so that another `batch_size` gives other cells.
         latents
             Noise to start from instead of drawing it, shape (cells, G), standard normal.
         output_type
@@ -465,7 +486,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f'decode must be "sample", "round" or None, got {decode!r}.')
         if decode == "round" and decode_timestep is not None:
             raise ValueError('decode="round" goes to the end and takes no decode_timestep.')
-        decode_timestep = None if decode == "round" else decode_timestep or self.config.decode_timestep
+        if decode_timestep is None and decode != "round":
+            decode_timestep = self.config.decode_timestep
         if decode == "sample" and decode_timestep is None:
             raise ValueError('decode="sample" needs a decode_timestep: the pipeline has none.')
         self.check_inputs(

@@ -71,6 +71,8 @@ def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_mat
         like counts.
     """
     name = _matrix_name(layer)
+    if adata.isbacked:
+        raise ValueError("adata is backed by a file; load it into memory with adata.to_memory().")
     if layer is not None and layer not in adata.layers:
         raise ValueError(
             f"{name} does not exist; the layers are {list(adata.layers) or 'none'}, and layer=None takes adata.X."
@@ -551,6 +553,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             rows = (codes[:, fixed] == combination).all(axis=1)
             matching = composition[(composition[:, fixed] == combination).all(axis=1)]
             if not len(matching):
+                labels = [self.condition_categories[k][code] for k, code in zip(fixed, combination, strict=True)]
+                logger.warning("No training cell is %s: its other labels are drawn from all training cells.", labels)
                 matching = composition
             cumulative = np.cumsum(matching[:, -1]) / matching[:, -1].sum()
             drawn = np.searchsorted(cumulative, quantiles[rows], side="right")
@@ -584,9 +588,12 @@ def label_categories(obs: pd.DataFrame, key: str) -> list[str]:
     column = obs[key]
     if column.isna().any():
         raise ValueError(f"obs[{key!r}] holds {int(column.isna().sum())} NaN; give every cell a label or drop it.")
+    if key == "synthetic":
+        raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
     if isinstance(column.dtype, pd.CategoricalDtype):
-        return [str(name) for name in column.cat.remove_unused_categories().cat.categories]
-    names = sorted(column.unique())
+        names = list(column.cat.remove_unused_categories().cat.categories)
+    else:
+        names = sorted(column.unique(), key=lambda name: (str(type(name)), name))
     if len(names) > max(50, len(column) // 2):
         raise ValueError(
             f"obs[{key!r}] has {len(names)} different values in {len(column)} cells: it is no categorical label."

@@ -42,7 +42,7 @@ def constant(value):
 
 def swap(pipe, name, prediction_type="epsilon"):
     """The one-line swap that users write, from the scheduler of a model with this prediction type."""
-    pipe.scheduler = default_scheduler(prediction_type)
+    pipe.__init__(pipe.transformer, default_scheduler(prediction_type), pipe.processor)
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     return pipe
 
@@ -558,6 +558,48 @@ def test_every_scheduler_of_diffusers(pipe, monkeypatch, name, prediction_type):
     samples = pipe(num_cells=400, num_inference_steps=50, generator=seeded(), output_type="latent").samples
     assert samples.mean().item() == pytest.approx(5, abs=0.3)
     assert samples.std().item() == pytest.approx(3, abs=0.3)
+
+
+@pytest.mark.parametrize("name", SUPPORTED_SCHEDULERS)
+def test_supported_schedulers_on_the_default_cosine_schedule(pipe, monkeypatch, name):
+    """They keep the moments there too, or are refused: Heun would give a standard deviation of 67."""
+    prediction_type = SUPPORTED_SCHEDULERS[name][-1]
+    pipe.__init__(pipe.transformer, default_scheduler(prediction_type, "squaredcos_cap_v2"), pipe.processor)
+    denoiser = ExactDenoiser(prediction_type)
+    denoiser.log_alphas_cumprod = pipe.scheduler.alphas_cumprod.double().log()
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    if name in ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
+        with pytest.raises(ValueError, match=f"{name} distorts cells on this noise schedule"):
+            check_scheduler(pipe.scheduler)
+        return
+    if name == "PNDMScheduler":
+        return  # epsilon prediction, for which the cosine schedule is no choice
+    monkeypatch.setattr(pipe.transformer, "forward", denoiser)
+    samples = pipe(num_cells=400, num_inference_steps=25, generator=seeded(), output_type="latent").samples
+    assert samples.mean().item() == pytest.approx(5, abs=0.3)
+    assert samples.std().item() == pytest.approx(3, abs=0.4)
+
+
+def test_a_scheduler_with_another_noise_process_is_refused(pipe):
+    pipe.scheduler = DDIMScheduler(clip_sample=False, prediction_type="epsilon", beta_start=0.0001)
+    with pytest.raises(ValueError, match="has prediction_type='epsilon', this model was trained with 'sample'"):
+        pipe(num_cells=1)
+
+
+def test_decode_timestep_zero_is_not_ignored(pipe):
+    with pytest.raises(ValueError, match="count_head"):
+        pipe(num_cells=1, decode_timestep=0)
+
+
+@pytest.mark.parametrize("guidance_scale", [-1.0, float("nan"), float("inf"), "2"])
+def test_bad_guidance_scales_are_refused(pipe, guidance_scale):
+    with pytest.raises(ValueError, match="guidance_scale must be a number"):
+        pipe(num_cells=1, guidance_scale=guidance_scale)
+
+
+def test_overflowing_means_are_capped():
+    counts = sample_negative_binomial(torch.full((1, 50), 80.0), torch.full((50,), 5.0), seeded())
+    assert torch.isfinite(counts).all() and (counts >= 0).all() and counts.max() < 2**26
 
 
 def test_the_list_of_supported_schedulers_is_complete():

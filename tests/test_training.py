@@ -107,20 +107,27 @@ def test_weights_moved(trained):
 def test_config_checkpoints_pictures_and_logs_are_written(trained):
     config = json.loads((trained / "train_config.json").read_text())
     assert config["labels_key"] == ["cell_type"] and config["max_train_steps"] == 8
-    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert sorted(path.name for path in (trained / "samples").iterdir()) == ["step-4.png", "step-8.png"]
     assert list((trained / "logs").rglob("events.out*"))
 
 
 def test_resumed_run_equals_the_uninterrupted_one(train_here, trained, dataset, tmp_path, caplog):
-    checkpoint = tmp_path / "checkpoint-3"
-    shutil.copytree(trained / "checkpoint-3", checkpoint)
-    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6.tmp")  # as if killed while it was written
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(trained / "checkpoint-6", checkpoint)
+    shutil.copytree(trained / "checkpoint-8", tmp_path / "checkpoint-8.tmp")  # as if killed while it was written
     train_here(dataset, tmp_path, "--labels_key", "cell_type", "--resume_from_checkpoint", "latest")
     assert f"Resumed from {checkpoint}" in caplog.text
     resumed = weights(tmp_path)
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_resuming_with_other_arguments_is_refused(train_here, trained, dataset, tmp_path):
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
+    arguments = ["--labels_key", "cell_type", "--resume_from_checkpoint", "latest", "--train_batch_size", "8"]
+    with pytest.raises(ValueError, match=r"train_batch_size.*\(16, 8\)"):
+        train_here(dataset, tmp_path, *arguments)
 
 
 def test_accumulated_gradients_train(train_here, dataset, tmp_path):
@@ -253,6 +260,12 @@ def test_generate_writes_cells_with_the_wanted_labels(generate, trained, tmp_pat
     assert adata.obs["cell_type"].tolist() == ["B cell", "T cell", "B cell"] and adata.uns["scrdit"]["seed"] == 3
 
 
+def test_generate_takes_a_condition_once_only(generate, trained, tmp_path):
+    arguments = ["--num_cells", 2, "--condition", "cell_type=T cell", "--condition", "cell_type=B cell"]
+    with pytest.raises(ValueError, match="names a column twice"):
+        generate("--pipeline", trained, "--output", tmp_path / "cells.h5ad", *arguments)
+
+
 def test_generate_swaps_the_scheduler(generate, trained, tmp_path):
     output = tmp_path / "cells.h5ad"
     arguments = ["--num_cells", 2, "--condition", "cell_type=T cell", "--scheduler", "DDIMScheduler", "--eta", 1]
@@ -265,7 +278,7 @@ def test_generate_swaps_the_scheduler(generate, trained, tmp_path):
     [
         (["--num_cells", 2, "--condition", "cell_type=T cel"], "did you mean 'T cell'"),
         (["--num_cells", 2, "--condition", "cell_type"], "key=value"),
-        (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no NoScheduler"),
+        (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
         ([], "--num_cells"),
     ],
 )

@@ -14,6 +14,7 @@ import anndata as ad
 import diffusers
 import pandas as pd
 import torch
+from diffusers import SchedulerMixin
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline
@@ -28,7 +29,10 @@ class GenerationArguments:
     num_cells: int | None = field(default=None, metadata={"help": "Number of cells; that of --obs if not given."})
     condition: list[str] = field(
         default_factory=list,
-        metadata={"help": "Labels as key=value, such as cell_type=B; others are drawn from the training composition."},
+        metadata={
+            "action": "extend",
+            "help": "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition.",
+        },
     )
     obs: str | None = field(
         default=None, metadata={"help": "Table with a row per cell and conditions as columns: .csv, .tsv or .h5ad."}
@@ -69,17 +73,20 @@ def main(args: GenerationArguments) -> None:
     if any("=" not in condition for condition in args.condition):
         raise ValueError(f"--condition takes key=value, got {args.condition}.")
     conditions = dict(condition.split("=", 1) for condition in args.condition) or None
+    if len(conditions or ()) < len(args.condition):
+        raise ValueError(f"--condition names a column twice: {args.condition}.")
     obs = read_obs(args.obs) if args.obs else None
     if args.num_cells is None and obs is None:
         raise ValueError("Give --num_cells, or --obs with one row per cell.")
-    if args.scheduler and not hasattr(diffusers, args.scheduler):
-        raise ValueError(f"diffusers has no {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
+    scheduler_class = getattr(diffusers, args.scheduler or "", None)
+    if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
     pipe.to(args.device or best)
     if args.scheduler:
-        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     adata = pipe(
         num_cells=args.num_cells,
         conditions=conditions,
@@ -101,5 +108,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(HfArgumentParser(GenerationArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

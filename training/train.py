@@ -139,6 +139,18 @@ class TrainingArguments:
     hub_private_repo: bool = arg(False, "Make the repository private.")
 
 
+# Arguments that a resumed run may change.
+CHANGEABLE = ["dataset", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps"]
+CHANGEABLE += [
+    "num_train_epochs",
+    "dataloader_num_workers",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+]
+CHANGEABLE += ["validation_steps", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "dry_run"]
+
+
 def check_args(args: TrainingArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is read."""
     if args.dataset is None:
@@ -159,9 +171,12 @@ def check_args(args: TrainingArguments) -> None:
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
-    if checkpoints(args.output_dir) and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+    if len(set(args.labels_key)) < len(args.labels_key):
+        raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
+    used = checkpoints(args.output_dir) or (Path(args.output_dir) / "model_index.json").exists()
+    if used and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
         raise ValueError(
-            f"{args.output_dir} holds checkpoints of an earlier run: give --resume_from_checkpoint latest to go on "
+            f"{args.output_dir} holds an earlier run: give --resume_from_checkpoint latest to go on "
             "with it, --overwrite_output_dir to delete them, or another --output_dir."
         )
 
@@ -283,6 +298,7 @@ def main(args: TrainingArguments) -> None:
     def save_hook(models, weights, output_dir):
         if accelerator.is_main_process:
             processor.save_pretrained(os.path.join(output_dir, "processor"))
+            (Path(output_dir) / "arguments.json").write_text(json.dumps(record))
             for saved in models:
                 accelerator.unwrap_model(saved).save_pretrained(os.path.join(output_dir, "transformer"))
             if ema is not None:
@@ -293,6 +309,10 @@ def main(args: TrainingArguments) -> None:
         saved = SCRDiTProcessor.from_pretrained(os.path.join(input_dir, "processor"))
         if saved.to_json_string() != processor.to_json_string():
             raise ValueError(f"{input_dir} was trained on other cells, genes or labels; use the arguments of that run.")
+        before = json.loads((Path(input_dir) / "arguments.json").read_text())
+        changed = {k: (before[k], v) for k, v in record.items() if k not in CHANGEABLE and before[k] != v}
+        if changed:
+            raise ValueError(f"Arguments differ from those of {input_dir} (then, now): {changed}.")
         while models:
             loaded = SCRDiTTransformer.from_pretrained(input_dir, subfolder="transformer")
             accelerator.unwrap_model(models.pop()).load_state_dict(loaded.state_dict())
@@ -350,11 +370,14 @@ def main(args: TrainingArguments) -> None:
         obs = processor.decode_labels(val_batch["class_labels"].cpu().numpy())
         synthetic = pipe(count, obs=obs, generator=torch.Generator().manual_seed(args.seed)).adata
         real = ad.AnnData(processor.inverse_transform(val_batch["values"].cpu().numpy()), var=synthetic.var)
-        figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=args.value_space))[0].figure
+        try:
+            figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=args.value_space))[0].figure
+        except ValueError as error:  # a model at its beginning may give cells that cannot be drawn
+            logger.warning(f"No picture at step {step}: {error}")
+            return loss
         os.makedirs(os.path.join(args.output_dir, "samples"), exist_ok=True)
         figure.savefig(os.path.join(args.output_dir, "samples", f"step-{step}.png"), dpi=100)
         matplotlib.pyplot.close(figure)
-        accelerator.log({"val_loss": loss}, step=step)
         return loss
 
     # 4. Train
@@ -406,9 +429,13 @@ def main(args: TrainingArguments) -> None:
                 rate = (progress.format_dict["rate"] or 0) * cells_per_step
                 shown |= {"loss": f"{train_loss:.4f}", "cells/s": f"{rate:.0f}"}
                 progress.set_postfix(shown)
+            if step == args.max_train_steps:
+                save_checkpoint(step)
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 if accelerator.is_main_process:
-                    shown["val_loss"] = f"{validate(step):.4f}"
+                    val_loss = validate(step)
+                    accelerator.log({"val_loss": val_loss}, step=step)
+                    shown["val_loss"] = f"{val_loss:.4f}"
                     progress.set_postfix(shown)
             if signals:
                 accelerator.set_trigger()
@@ -469,5 +496,5 @@ def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
