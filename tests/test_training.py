@@ -177,9 +177,10 @@ def missing_card(*args, **kwargs):
 
 
 def test_dry_run_prints_cost_and_writes_nothing(train_here, dataset, tmp_path, capsys, caplog):
-    train_here(dataset, tmp_path / "model", "--dry_run")
+    train_here(dataset, tmp_path / "model", "--dry_run", "--hub_token", "secret")
     assert not (tmp_path / "model").exists()
-    assert "MFLOP per cell" in caplog.text and '"patch_size": 8' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "MFLOP per cell" in caplog.text and '"patch_size": 8' in printed and "secret" not in printed
 
 
 def test_interrupt_saves_a_checkpoint(dataset, tmp_path):

@@ -262,6 +262,8 @@ def main(args: TrainingArguments) -> None:
     if args.learning_rate is None:
         args.learning_rate = 3e-3 * 128 / (model.config.num_attention_heads * model.config.attention_head_dim)
 
+    record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
+
     cells_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
     logger.info(
@@ -275,7 +277,8 @@ def main(args: TrainingArguments) -> None:
     )
     if args.dry_run:
         if accelerator.is_main_process:
-            print(json.dumps({"arguments": dataclasses.asdict(args), "transformer": dict(model.config)}, indent=2))
+            shown = {name: value for name, value in model.config.items() if not name.startswith("_")}
+            print(json.dumps({"arguments": record, "transformer": shown}, indent=2))
         return
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
@@ -327,7 +330,6 @@ def main(args: TrainingArguments) -> None:
     accelerator.register_load_state_pre_hook(load_hook)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     val_batch = {name: tensor.to(accelerator.device) for name, tensor in val_batch.items()}
-    record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
     null_labels = torch.tensor(processor.num_classes, dtype=torch.long, device=accelerator.device)  # (K,)
     if accelerator.is_main_process:
         if args.push_to_hub:  # before training, so that a wrong name or token costs nothing
@@ -391,7 +393,7 @@ def main(args: TrainingArguments) -> None:
         signal.signal(name, lambda number, frame: signals.append(number))
     stopped = False
     progress = tqdm(total=args.max_train_steps, initial=step, desc="train", disable=not accelerator.is_main_process)
-    shown: dict[str, str] = {}
+    postfix: dict[str, str] = {}
     running: list[float] = []
     while step < args.max_train_steps and not stopped:
         epoch, done = divmod(step, updates_per_epoch)
@@ -427,16 +429,16 @@ def main(args: TrainingArguments) -> None:
                 train_loss, running = float(np.mean(running)), []
                 accelerator.log({"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
                 rate = (progress.format_dict["rate"] or 0) * cells_per_step
-                shown |= {"loss": f"{train_loss:.4f}", "cells/s": f"{rate:.0f}"}
-                progress.set_postfix(shown)
+                postfix |= {"loss": f"{train_loss:.4f}", "cells/s": f"{rate:.0f}"}
+                progress.set_postfix(postfix)
             if step == args.max_train_steps:
                 save_checkpoint(step)
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 if accelerator.is_main_process:
                     val_loss = validate(step)
                     accelerator.log({"val_loss": val_loss}, step=step)
-                    shown["val_loss"] = f"{val_loss:.4f}"
-                    progress.set_postfix(shown)
+                    postfix["val_loss"] = f"{val_loss:.4f}"
+                    progress.set_postfix(postfix)
             if signals:
                 accelerator.set_trigger()
             stopped = accelerator.check_trigger()  # the processes agree on the step
