@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from .processing_scrdit import VALUE_SPACES, get_matrix, looks_like_counts, normalize_log1p
+from .processing_scrdit import VALUE_SPACES, gene_moments, get_matrix, looks_like_counts, normalize_log1p
 
 logger = logging.getLogger(__name__)
 
@@ -462,7 +462,7 @@ def ilisi(x: np.ndarray, y: np.ndarray, n_neighbors: int = 90) -> float:
 
 def gene_marginals(x: sp.csr_matrix, y: sp.csr_matrix) -> dict[str, float]:
     """Pearson r of the genes' means and variances (log-normalised), and mean absolute difference of zero fractions."""
-    moments = [_moments(matrix) for matrix in (x, y)]
+    moments = [gene_moments(matrix) for matrix in (x, y)]
     zeros = [1 - matrix.getnnz(axis=0) / matrix.shape[0] for matrix in (x, y)]
     return {
         "gene_mean_r": _pearson(moments[0][0], moments[1][0]),
@@ -477,7 +477,7 @@ def gene_gene_agreement(x: sp.csr_matrix, y: sp.csr_matrix, train: sp.csr_matrix
     Log-normalised values of the `n_genes` genes with the largest mean in train. A gene that does not vary correlates
     with none (0), so that a model does not gain by making genes constant.
     """
-    genes = np.argsort(-_moments(train)[0], kind="stable")[:n_genes]
+    genes = np.argsort(-gene_moments(train)[0], kind="stable")[:n_genes]
     triangle = np.triu_indices(len(genes), k=1)
     correlations = []
     for matrix in (x, y):
@@ -512,7 +512,7 @@ def effect_size_slopes(x: _Cells, y: _Cells, train: _Cells, labels: list[str], n
 
     def fold_changes(cells: _Cells, label: str) -> np.ndarray:
         inside = cells.labels == label
-        return _moments(cells.log_values[inside])[0] - _moments(cells.log_values[~inside])[0]
+        return gene_moments(cells.log_values[inside])[0] - gene_moments(cells.log_values[~inside])[0]
 
     products = {}
     for label in labels:
@@ -737,12 +737,6 @@ def _label_classifier() -> ClassifierMixin:
 def _fit_pca(log_values: sp.csr_matrix, n_comps: int, seed: int) -> PCA:
     """Fit PCs with implicit centring, so that the matrix stays sparse."""
     return PCA(min(n_comps, min(log_values.shape) - 1), svd_solver="arpack", random_state=seed).fit(log_values)
-
-
-def _moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each gene."""
-    mean = np.asarray(matrix.mean(axis=0)).ravel()
-    return mean, np.asarray(matrix.power(2).mean(axis=0)).ravel() - mean**2
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:

@@ -103,6 +103,15 @@ def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
     return sp.csr_matrix(sp.diags(scale) @ counts.astype(np.float64)).log1p()
 
 
+def gene_moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each column, in two passes: E[x^2] - E[x]^2 would take rounding for variance."""
+    matrix = sp.csr_matrix(matrix, dtype=np.float64, copy=True)
+    mean = np.asarray(matrix.mean(axis=0)).ravel()
+    zeros = matrix.shape[0] - matrix.getnnz(axis=0)
+    matrix.data = (matrix.data - mean[matrix.indices]) ** 2
+    return mean, (np.asarray(matrix.sum(axis=0)).ravel() + zeros * mean**2) / matrix.shape[0]
+
+
 class SCRDiTProcessor(FeatureExtractionMixin):
     r"""Maps the values of AnnData to the space in which the transformer works, and back.
 
@@ -448,10 +457,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         offset = sp.csr_matrix(values, dtype=np.float64, copy=True)  # values minus that of zero, hence still sparse
         offset.eliminate_zeros()
         offset.data = self._forward(offset.data) - self._zero
-        mean = np.asarray(offset.mean(axis=0)).ravel()
-        zeros = offset.shape[0] - offset.getnnz(axis=0)
-        offset.data = (offset.data - mean[offset.indices]) ** 2
-        variance = (np.asarray(offset.sum(axis=0)).ravel() + zeros * mean**2) / offset.shape[0]
+        mean, variance = gene_moments(offset)
         return mean + self._zero, np.sqrt(np.where(variance > 1e-12, variance, 1.0))
 
     # -- labels ----------------------------------------------------------------------------------------------------
@@ -641,9 +647,8 @@ def _select_genes(
     expressed_columns = np.flatnonzero(expressed)
     matrix = matrix[:, expressed_columns].astype(np.float64)
     if flavor == "cv":
-        mean = np.asarray(matrix.mean(axis=0)).ravel()
-        variance = np.asarray(matrix.power(2).mean(axis=0)).ravel() - mean**2
-        order = np.argsort(-np.sqrt(np.maximum(variance, 0)) / mean, kind="stable")
+        mean, variance = gene_moments(matrix)
+        order = np.argsort(-np.sqrt(variance) / mean, kind="stable")
         return np.sort(expressed_columns[order[:n_top_genes]])
     import scanpy as sc  # here, because it takes seconds and generating cells does not need it
 
