@@ -6,6 +6,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from .count_head import SCRDiTCountHead, count_bins
 from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, split_cells, table_to_anndata
 from .objective import diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
@@ -17,12 +18,14 @@ __all__ = [
     "SCRDIT_PRESETS",
     "CellCollator",
     "CellDataset",
+    "SCRDiTCountHead",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
     "SCRDiTProcessor",
     "SCRDiTTransformer",
     "SCRDiTTransformerOutput",
     "anndata_to_table",
+    "count_bins",
     "default_scheduler",
     "diffusion_loss",
     "drop_labels",

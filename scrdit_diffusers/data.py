@@ -192,10 +192,15 @@ class CellCollator:
         Gives genes, transform and labels.
     var_names
         Gene vocabulary of the table.
+    counts
+        Also give the counts, for a model with a count head.
     """
 
-    def __init__(self, processor: SCRDiTProcessor, var_names: Sequence[str]):
+    def __init__(self, processor: SCRDiTProcessor, var_names: Sequence[str], counts: bool = False):
+        if counts and processor.value_space != "counts":
+            raise ValueError(f'counts=True needs a processor with value_space="counts", not {processor.value_space!r}.')
         self.processor = processor
+        self.counts = counts
         self.num_vars = len(var_names)
         self.columns = processor.gene_columns(var_names)
 
@@ -204,8 +209,7 @@ class CellCollator:
 
         Returns
         -------
-        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and in "counts" space also `counts`
-        (B, G) float32.
+        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and if asked for `counts` (B, G) float32.
         """
         values = self.processor.select_values(rows_to_matrix(rows, self.num_vars), self.columns)
         obs = pd.DataFrame(
@@ -215,6 +219,6 @@ class CellCollator:
             "values": torch.from_numpy(self.processor.transform(values)).float(),
             "class_labels": torch.from_numpy(self.processor.encode_labels(obs)),
         }
-        if self.processor.value_space == "counts":
+        if self.counts:
             batch["counts"] = torch.from_numpy(values.toarray()).float()
         return batch

@@ -1,40 +1,10 @@
-"""What training minimises: the weighted error of the denoiser and the likelihood of the counts."""
+"""What training minimises: the weighted error of the denoiser, or the likelihood of the counts."""
 
 from collections.abc import Mapping
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-
-
-def negative_binomial_nll(counts: torch.Tensor, log_mean: torch.Tensor, log_dispersion: torch.Tensor) -> torch.Tensor:
-    r"""Negative log-likelihood of counts under a negative binomial with mean mu and inverse dispersion theta.
-
-    With r = log(mu / theta),
-
-    -log p(k) = (theta + k) log(1 + exp(r)) - k r - log(Gamma(theta + k) / Gamma(theta) / k!);
-    the last term is zero for k = 0, so that the costly gamma functions are evaluated for expressed genes only.
-
-    Parameters
-    ----------
-    counts
-        Counts k, shape (B, G).
-    log_mean
-        Log of mu, shape (B, G).
-    log_dispersion
-        Log of theta, shape (G,).
-
-    Returns
-    -------
-    Negative log-likelihoods, shape (B, G).
-    """
-    ratio = log_mean - log_dispersion  # (B, G)
-    dispersion = log_dispersion.exp()  # (G,)
-    nll = (dispersion + counts) * torch.log1p(ratio.clamp(max=80).exp()) - counts * ratio  # (B, G)
-    cells, genes = counts.nonzero(as_tuple=True)  # E expressed genes
-    k, theta = counts[cells, genes], dispersion[genes]  # (E,)
-    log_choose = torch.lgamma(theta + k) - torch.lgamma(theta) - torch.lgamma(k + 1)  # (E,)
-    return nll.index_put((cells, genes), -log_choose, accumulate=True)
 
 
 def loss_weights(
@@ -110,11 +80,10 @@ def diffusion_loss(
     noise: torch.Tensor,
     loss_weighting: str = "v",
     max_loss_weight: float = 25.0,
-    count_loss_weight: float = 5.0,
 ) -> torch.Tensor:
     """Noise cells, denoise them once, and compare.
 
-    loss = w(t) |prediction - target|^2 / G + `count_loss_weight` * (-log p(counts | noisy cell)) / G
+    Without a count head the loss is w(t) |prediction - target|^2 / G, with one it is -log p(counts | noisy cell) / G.
 
     Parameters
     ----------
@@ -123,7 +92,7 @@ def diffusion_loss(
     noise_scheduler
         Gives the noise process and the prediction type.
     batch
-        `values` (B, G) in model space, `class_labels` (B, K), and `counts` (B, G) for a model with a count head.
+        `values` (B, G) in model space, `class_labels` (B, K), and for a model with a count head `counts` (B, G).
     timesteps
         Timesteps, shape (B,).
     noise
@@ -132,8 +101,6 @@ def diffusion_loss(
         See [`loss_weights`].
     max_loss_weight
         See [`loss_weights`].
-    count_loss_weight
-        Weight of the likelihood of the counts.
 
     Returns
     -------
@@ -141,7 +108,11 @@ def diffusion_loss(
     """
     values = batch["values"]  # (B, G)
     noisy = noise_scheduler.add_noise(values, noise, timesteps)  # (B, G)
-    prediction, *count_likelihood = model(noisy, timesteps, batch["class_labels"], return_dict=False)
+    if "counts" in batch:
+        counts = batch["counts"]  # (B, G)
+        library_size = counts.sum(dim=1)  # (B,)
+        return model(noisy, timesteps, batch["class_labels"], library_size, counts, return_dict=False)[-1]  # (B,)
+    prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise  # (B, G)
@@ -151,9 +122,4 @@ def diffusion_loss(
         target = values  # (B, G)
     snr = compute_snr(noise_scheduler, timesteps).clamp(min=1e-8)  # (B,)
     weight = loss_weights(snr, prediction_type, loss_weighting, max_loss_weight)  # (B,)
-    loss = weight * (prediction.float() - target).square().mean(dim=1)  # (B,)
-    if count_likelihood:
-        log_mean, log_dispersion = count_likelihood  # (B, G), (G,)
-        nll = negative_binomial_nll(batch["counts"], log_mean.float(), log_dispersion.float())  # (B, G)
-        loss = loss + count_loss_weight * nll.mean(dim=1)
-    return loss
+    return weight * (prediction.float() - target).square().mean(dim=1)  # (B,)

@@ -3,7 +3,6 @@
 import bisect
 import inspect
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .processing_scrdit import MAX_COUNT, SCRDiTProcessor
+from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
@@ -144,34 +143,13 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             )
 
 
-def sample_negative_binomial(
-    log_mean: torch.Tensor, log_dispersion: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+def draw_uniform(
+    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator], device: torch.device
 ) -> torch.Tensor:
-    """Draw counts from negative binomials, as Poisson counts with gamma-distributed rates.
-
-    Parameters
-    ----------
-    log_mean
-        Log of the means, shape (B, G).
-    log_dispersion
-        Log of the inverse dispersions, shape (G,).
-    generator
-        One generator, or a list with one per row.
-
-    Returns
-    -------
-    Counts as floats, shape (B, G), on the device of the generator.
-    """
+    """Draw uniform random numbers in [0, 1); from a list of generators one row each."""
     if isinstance(generator, list):
-        rows = [
-            sample_negative_binomial(row[None], log_dispersion, g) for row, g in zip(log_mean, generator, strict=True)
-        ]
-        return torch.cat(rows)
-    device = log_mean.device if generator is None else generator.device
-    mean = log_mean.to(device).clamp(max=math.log(MAX_COUNT)).exp()
-    dispersion = log_dispersion.to(device).exp().expand_as(mean)
-    rate = torch._standard_gamma(dispersion, generator=generator) * mean / dispersion
-    return torch.poisson(rate, generator=generator)
+        return torch.cat([draw_uniform((1, *shape[1:]), g, device) for g in generator])
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
 
 def draw_seeds(generator: torch.Generator | list[torch.Generator]) -> int | list[int]:
@@ -194,7 +172,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     processor
         Genes, value transform and labels.
     decode_timestep
-        Where denoising stops and counts are drawn from the likelihood that a transformer with `count_head` predicts.
+        Where denoising stops and counts are drawn from their posterior, for a transformer with a count head.
         `None`: denoise to the end and invert the transform, which rounds in "counts" space.
     min_timestep
         Lowest timestep on which the transformer was trained.
@@ -255,6 +233,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_cells: int,
         conditions: Mapping[str, str | Sequence[str]] | None,
         obs: pd.DataFrame | None,
+        library_size: float | Sequence[float] | None,
         num_inference_steps: int,
         guidance_scale: float,
         eta: float,
@@ -292,6 +271,20 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
             )
+        if library_size is not None and self.transformer.count_head is None:
+            raise ValueError("library_size needs a model that predicts counts (with a count head).")
+        if library_size is not None:
+            try:
+                sizes_of_cells = np.asarray(library_size, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"library_size must be a number or one per cell, got {library_size!r}.") from error
+            if sizes_of_cells.shape not in ((), (num_cells,)):
+                raise ValueError(
+                    f"library_size has shape {sizes_of_cells.shape} for {num_cells} cells; give one number for all, or "
+                    "one per cell."
+                )
+            if not (np.isfinite(sizes_of_cells).all() and (sizes_of_cells >= 1).all()):
+                raise ValueError("library_size must be at least 1: it is the total count of a cell.")
         if conditions is not None and not isinstance(conditions, Mapping):
             raise TypeError(f'conditions must be a dict such as {{"cell_type": "B"}}, got {type(conditions).__name__}.')
         if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
@@ -327,13 +320,22 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     f"{type(self.scheduler).__name__} has {name}={self.scheduler.config.get(name)!r}, this model was "
                     f"trained with {trained!r}: make it by `.from_config` from the config of the shipped one."
                 )
+        if self.transformer.count_head is not None:
+            names = ("num_train_timesteps", "beta_schedule")
+            expected = {name: self.transformer.config[name] for name in names} | {"prediction_type": "sample"}
+            for name, value in expected.items():
+                if self.scheduler.config.get(name) != value:
+                    raise ValueError(
+                        f"{type(self.scheduler).__name__} has {name}={self.scheduler.config.get(name)!r}, but the "
+                        f"transformer's count head needs {value!r}."
+                    )
         last = self.scheduler.config.num_train_timesteps - 1
         if num_inference_steps > last + 1:
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} exceeds the {last + 1} timesteps of the training."
             )
-        if decode_timestep is not None and not self.transformer.config.count_head:
-            raise ValueError("decode_timestep needs a transformer with a count_head; this one has none.")
+        if decode_timestep is not None and self.transformer.count_head is None:
+            raise ValueError("decode_timestep needs a transformer with a count head; this one has none.")
         if not self.config.min_timestep <= (decode_timestep or 0) <= last:
             raise ValueError(
                 f"This model was trained on timesteps {self.config.min_timestep} to {last} and cannot decode at "
@@ -378,11 +380,23 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Codes (cells, K) of the labels: given ones, and the others drawn from the training composition."""
         if obs is not None:
             conditions = {key: obs[key].tolist() for key in self.processor.condition_keys if key in obs}
-        if isinstance(generator, list):
-            quantiles = torch.cat([torch.rand(1, generator=g, device=g.device).cpu() for g in generator])
-        else:
-            quantiles = torch.rand(num_cells, generator=generator, device=generator.device).cpu()
+        quantiles = draw_uniform((num_cells,), generator, torch.device("cpu"))
         return torch.from_numpy(self.processor.sample_labels(num_cells, conditions, quantiles.numpy()))
+
+    def prepare_library_size(
+        self,
+        library_size: float | Sequence[float] | None,
+        class_labels: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator],
+    ) -> torch.Tensor | None:
+        """Library sizes (cells,): the given ones, or drawn from those of the training cells with the same labels."""
+        if self.transformer.count_head is None:
+            return None
+        num_cells = len(class_labels)
+        if library_size is not None:
+            return torch.as_tensor(np.broadcast_to(library_size, num_cells).astype(np.float32))
+        quantiles = draw_uniform((num_cells,), generator, torch.device("cpu"))
+        return torch.from_numpy(self.processor.sample_library_sizes(class_labels.numpy(), quantiles.numpy())).float()
 
     def prepare_latents(
         self, num_cells: int, generator: torch.Generator | list[torch.Generator], latents: torch.Tensor | None
@@ -400,6 +414,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_cells: int | None = None,
         conditions: Mapping[str, str | Sequence[str]] | None = None,
         obs: pd.DataFrame | None = None,
+        library_size: float | Sequence[float] | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
@@ -419,13 +434,18 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Parameters
         ----------
         num_cells
-            How many cells. `None`: as many as `obs`, `latents` or a list in `conditions` has entries, else 1.
+            How many cells. `None`: as many as `obs`, `latents` or a list in `conditions` or `library_size` has
+            entries, else 1.
         conditions
             Labels by condition, such as `{"cell_type": "B"}`: one label for all cells, or a list with one per cell.
             Conditions that are left out are drawn from the training composition, given those that are not.
         obs
             Instead of `conditions`, a table with one row per new cell, such as the `obs` of real cells. Its columns
             that are no conditions of the model are ignored.
+        library_size
+            Total count over the model's genes, one number for all cells or one per cell. `None` draws it from the
+            training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
+            on average.
         num_inference_steps
             Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
         guidance_scale
@@ -435,8 +455,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         eta
             Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
         decode
-            "sample" draws counts from the likelihood predicted at `decode_timestep`, "round" denoises to the end and
-            rounds. `None`: "sample" where the pipeline has a `decode_timestep`.
+            "sample" draws counts from their posterior at `decode_timestep`, "round" denoises to the end and rounds.
+            `None`: "sample" where the pipeline has a `decode_timestep`.
         decode_timestep
             Replaces the pipeline's.
         generator
@@ -480,7 +500,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         # 1. Check the request
         if num_cells is None:
             given = conditions.values() if isinstance(conditions, Mapping) else ()
-            lists = [labels for labels in given if np.ndim(labels) == 1]
+            lists = [entries for entries in (*given, library_size) if np.ndim(entries) == 1]
             num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
         if decode not in (None, "sample", "round"):
             raise ValueError(f'decode must be "sample", "round" or None, got {decode!r}.')
@@ -494,6 +514,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             num_cells,
             conditions,
             obs,
+            library_size,
             num_inference_steps,
             guidance_scale,
             eta,
@@ -512,8 +533,9 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
-        # 2. Labels of all cells
+        # 2. Labels and library sizes of all cells
         class_labels = self.prepare_class_labels(num_cells, conditions, obs, generator)  # (cells, K)
+        library_sizes = self.prepare_library_size(library_size, class_labels, generator)  # (cells,) or None
         null_labels = torch.tensor(self.processor.num_classes, dtype=torch.long)  # (K,)
 
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -529,7 +551,9 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 x_t = self.prepare_latents(
                     chunk.stop - chunk.start, chunk_generator, None if latents is None else latents[chunk]
                 )  # (B, G)
+                chunk_sizes = None if library_sizes is None else library_sizes[chunk].to(device)  # (B,)
                 if self.do_classifier_free_guidance:
+                    chunk_sizes = None if chunk_sizes is None else torch.cat([chunk_sizes] * 2)  # (2B,)
                     chunk_labels = torch.cat([null_labels.to(device).expand_as(chunk_labels), chunk_labels])  # (2B, K)
                 step_kwargs = {"eta": eta, "generator": chunk_generator}
                 step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
@@ -549,11 +573,11 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                             model_input,
                             timestep=t.expand(model_input.shape[0]),
                             class_labels=chunk_labels,
+                            library_size=chunk_sizes,
                             attention_kwargs=attention_kwargs,
                         )
                     if decode_timestep is not None and i == self._num_timesteps - 1:
-                        log_mean = self.guide(output.count_log_mean)  # (B, G), of the counts given x_t
-                        log_dispersion = output.count_log_dispersion.float()  # (G,)
+                        log_mean = self.guide(output.count_log_mean)  # (B, G)
                     else:
                         prediction = self.guide(output.sample)  # (B, G)
                         x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
@@ -579,7 +603,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 if decode_timestep is None:
                     values = self.processor.inverse_transform(x_t.cpu().numpy())  # (B, G)
                 else:
-                    values = sample_negative_binomial(log_mean, log_dispersion, chunk_generator).cpu().numpy()  # (B, G)
+                    uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
+                    noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
+                    values = self.transformer.count_head.sample(
+                        log_mean, noisy, t.expand(len(noisy)), uniform
+                    )  # (B, G)
+                    values = values.cpu().numpy()
                 batches.append(sp.csr_matrix(values))
 
         self._current_timestep = None

@@ -1,7 +1,7 @@
 """Figures of real and synthetic cells and of training. Each function draws on Axes, returns them and never shows."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -10,8 +10,19 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from matplotlib.axes import Axes
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
-from .metrics import EvaluationSpace, gene_marginals, get_values, log_normalize
+from .metrics import (
+    EvaluationSpace,
+    check_labels,
+    gene_correlations,
+    gene_marginals,
+    get_values,
+    log_normalize,
+    pearson,
+)
+from .processing_scrdit import gene_moments
 
 # Okabe and Ito, colours that colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -187,6 +198,195 @@ def mean_variance(
     ax.set(xlabel=f"gene mean ({unit})", ylabel=f"gene variance ({unit}, squared)")
     ax.legend(frameon=False, markerscale=2)
     return ax
+
+
+def mean_zero_fraction(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    layer: str | None = None,
+    value_space: str = "counts",
+    ax: Axes | None = None,
+) -> Axes:
+    """Scatter each gene's fraction of cells with zero over its mean (log scale), for real and for synthetic cells.
+
+    Parameters are those of [`gene_statistics`]; counts are shown as they are, with the Poisson line `exp(-mean)`.
+    """
+    ax = _axes(ax)
+    for name, values in _values(real, synthetic, layer, value_space).items():
+        mean = np.asarray(values.mean(axis=0)).ravel()
+        zeros = 1 - values.getnnz(axis=0) / values.shape[0]
+        ax.scatter(mean[mean > 0], zeros[mean > 0], s=6, alpha=0.4, lw=0, c=COLORS[name], label=name)
+    ax.set(xscale="log")
+    if value_space == "counts":
+        limits = ax.get_xlim()
+        means = np.geomspace(limits[0], limits[1], 100)
+        ax.plot(means, np.exp(-means), c="0.4", lw=1, ls="--", label="Poisson")
+        ax.set_xlim(limits)
+    unit = "counts" if value_space == "counts" else _unit(value_space)
+    ax.set(xlabel=f"gene mean ({unit})", ylabel="fraction of cells with zero")
+    ax.legend(frameon=False, markerscale=2)
+    return ax
+
+
+def gene_gene_correlation(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    layer: str | None = None,
+    value_space: str = "counts",
+    n_genes: int = 100,
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """Spearman correlations of the most expressed genes, in real and in synthetic cells side by side.
+
+    Parameters
+    ----------
+    real, synthetic, layer, value_space
+        As in [`gene_statistics`].
+    n_genes
+        Number of genes, those with the largest mean (log-normalised) in `real`; all where there are no more.
+    axes
+        Two Axes to draw on; `None` makes a new figure.
+
+    Returns
+    -------
+    Axes of real and of synthetic cells, genes in the same order (clustered in `real`) and with the same colours. The
+    title states Pearson's r between both.
+    """
+    axes = _axes(axes, 2)
+    logs = {name: log_normalize(m, value_space) for name, m in _values(real, synthetic, layer, value_space).items()}
+    genes = np.argsort(-gene_moments(logs["real"])[0], kind="stable")[:n_genes]
+    if len(genes) < 3:
+        raise ValueError(f"{len(genes)} genes have too few correlations to compare; give at least 3.")
+    correlations = {name: gene_correlations(matrix[:, genes]) for name, matrix in logs.items()}
+    distance = np.clip(1 - correlations["real"], 0, None)
+    order = leaves_list(linkage(squareform(distance, checks=False), "average"))
+    triangle = np.triu_indices(len(genes), k=1)
+    limit = max(0.05, np.quantile(np.abs(correlations["real"][triangle]), 0.99))
+    for ax, (name, correlation) in zip(axes, correlations.items(), strict=True):
+        image = ax.imshow(correlation[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set(xticks=[], yticks=[], xlabel=f"{len(genes)} most expressed genes", ylabel="the same genes", title=name)
+    r = pearson(*(correlation[triangle] for correlation in correlations.values()))
+    axes[1].set_title(f"synthetic, r = {r:.3f}")
+    axes[1].figure.colorbar(image, ax=list(axes), label="Spearman correlation", shrink=0.7)
+    return axes
+
+
+def marker_dotplot(
+    real: ad.AnnData,
+    synthetic: ad.AnnData,
+    train: ad.AnnData,
+    labels_key: str,
+    layer: str | None = None,
+    value_space: str = "counts",
+    n_markers: int = 2,
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """Dot plot of each label's top marker genes, in real and in synthetic cells side by side.
+
+    Parameters
+    ----------
+    real, synthetic, layer, value_space
+        As in [`gene_statistics`].
+    train
+        Real cells that choose the markers: genes of each label with the largest t statistic against all other cells
+        (`scanpy.tl.rank_genes_groups`).
+    labels_key
+        Column of obs in all three. Labels are those with at least 3 cells in `train`.
+    n_markers
+        Genes per label; a gene is shown once.
+    axes
+        Two Axes to draw on; `None` makes a new figure.
+
+    Returns
+    -------
+    Axes of real and of synthetic cells. Size: share of the label's cells that express the gene; colour: mean
+    log-normalised value, as a share of the gene's largest mean over the labels of `real`.
+
+    Raises
+    ------
+    ValueError
+        Labels are missing, or fewer than two labels have enough training cells.
+    """
+    import scanpy as sc  # here, because it takes seconds and no other figure needs it
+
+    groups = dict(train=train, real=real, synthetic=synthetic)
+    for name, adata in groups.items():
+        check_labels(adata.obs, labels_key, name)
+    logs = {
+        name: log_normalize(get_values(adata, synthetic.var_names, layer, value_space, name), value_space)
+        for name, adata in groups.items()
+    }
+    cells = {name: adata.obs[labels_key].astype(str).to_numpy() for name, adata in groups.items()}
+    names, numbers = np.unique(cells["train"], return_counts=True)
+    labels = list(names[numbers >= 3])
+    if len(labels) < 2:
+        raise ValueError(f"train.obs[{labels_key!r}] needs two labels of at least 3 cells, it has {labels}.")
+    obs = pd.DataFrame({"label": pd.Categorical(cells["train"])}, index=train.obs_names)
+    ranked = ad.AnnData(logs["train"], obs=obs, var=synthetic.var[[]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # log fold changes of genes that a label does not express
+        sc.tl.rank_genes_groups(ranked, "label", groups=labels, n_genes=n_markers, method="t-test")
+    markers = list(dict.fromkeys(name for label in labels for name in ranked.uns["rank_genes_groups"]["names"][label]))
+    columns = synthetic.var_names.get_indexer(markers)
+
+    if axes is None:
+        size = (2.2 + 0.5 * len(markers), 1.8 + 0.28 * len(labels))
+        axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)[1]
+    axes = _axes(axes, 2)
+    x, y = (grid.ravel() for grid in np.meshgrid(range(len(markers)), range(len(labels))))
+    largest = None
+    for ax, name in zip(axes, ("real", "synthetic"), strict=True):
+        means, shares = np.zeros((2, len(labels), len(markers)))
+        for i, label in enumerate(labels):
+            chosen = logs[name][cells[name] == label][:, columns]
+            if chosen.shape[0]:
+                means[i] = np.asarray(chosen.mean(axis=0)).ravel()
+                shares[i] = chosen.getnnz(axis=0) / chosen.shape[0]
+        largest = np.maximum(means.max(axis=0), 1e-12) if largest is None else largest
+        dots = ax.scatter(
+            x, y, s=90 * shares.ravel(), c=(means / largest).ravel(), cmap="Reds", vmin=0, vmax=1, ec="0.5", lw=0.4
+        )
+        ax.set_xticks(range(len(markers)), markers, rotation=90, fontsize="small")
+        ax.set_yticks(range(len(labels)), labels, fontsize="small")
+        ax.set(title=name, xlim=(-0.7, len(markers) - 0.3), ylim=(len(labels) - 0.4, -0.6))
+    axes[0].set(ylabel=labels_key)
+    for share in (0.2, 0.6, 1.0):
+        axes[1].scatter([], [], s=90 * share, c="0.7", ec="0.5", lw=0.4, label=f"{share:.0%}")
+    axes[1].legend(title="expressing", frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    axes[1].figure.colorbar(dots, ax=axes[1], label="mean, share of largest", shrink=0.5, anchor=(0, 0))
+    return axes
+
+
+def quality_against_steps(
+    values: pd.DataFrame, references: Mapping[str, pd.Series] | None = None, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Draw metrics over the number of network calls, one panel each.
+
+    Parameters
+    ----------
+    values
+        A row per number of network calls (the index), a column per metric.
+    references
+        Values by metric that are drawn as horizontal lines, by what they are, such as "real cells" or a baseline.
+    axes
+        One Axes for each metric; `None` makes a new figure.
+    """
+    if not len(values) or not values.shape[1]:
+        raise ValueError(f"values has shape {values.shape}; give at least one number of steps and one metric.")
+    panels = list(np.ravel(_axes(axes, values.shape[1])))
+    for ax, metric in zip(panels, map(str, values), strict=True):
+        ax.plot(values.index, values[metric], c=COLORS["synthetic"], lw=1.8, marker="o", ms=4, label="synthetic")
+        colors = (COLORS["real"], *PALETTE[2:])
+        for color, style, (name, reference) in zip(
+            colors, ("--", ":", "-.") * 3, (references or {}).items(), strict=False
+        ):
+            ax.axhline(reference[metric], c=color, lw=1.4, ls=style, label=name)
+        ax.set_xscale("log")
+        ax.set_xticks(values.index, [str(steps) for steps in values.index])
+        ax.minorticks_off()
+        ax.set(xlabel="network calls per cell", ylabel=metric)
+    panels[0].legend(frameon=False, fontsize="small")
+    return panels
 
 
 def cell_statistics(

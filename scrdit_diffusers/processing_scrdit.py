@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 VALUE_SPACES = ("counts", "log_normalized")
 GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
+LIBRARY_SIZE_QUANTILES = 21
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
 MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
 
@@ -154,6 +155,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         For each key its categories; the code of a category is its position.
     composition
         Training cells by combination of categories, rows of K codes and a number of cells.
+    log_library_sizes
+        In "counts" space, for each row of `composition` quantiles of the log of its cells' total counts over the G
+        genes, equally spaced from 0 to 1.
 
     Raises
     ------
@@ -181,6 +185,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         condition_keys: Sequence[str] = (),
         condition_categories: Sequence[Sequence[str]] = (),
         composition: Sequence[Sequence[int]] = (),
+        log_library_sizes: Sequence[Sequence[float]] = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -196,6 +201,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         self.condition_keys = [str(key) for key in condition_keys]
         self.condition_categories = [[str(name) for name in names] for names in condition_categories]
         self.composition = [[int(number) for number in row] for row in composition]
+        self.log_library_sizes = [[float(size) for size in row] for row in log_library_sizes]
 
         if value_space not in VALUE_SPACES:
             raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
@@ -218,6 +224,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise ValueError("mean and std must be finite, and std positive.")
         if len(self.condition_keys) != len(self.condition_categories):
             raise ValueError("condition_keys and condition_categories must have the same length.")
+        if self.log_library_sizes and len(self.log_library_sizes) != len(self.composition):
+            raise ValueError("log_library_sizes must have one row for each of composition.")
 
     @classmethod
     def from_anndata(
@@ -313,9 +321,14 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         )
         processor.mean, std = processor._moments(values)
         processor.std = np.maximum(std, min_std)
-        if labels_key:
-            combinations, numbers = np.unique(processor.encode_labels(adata.obs), axis=0, return_counts=True)
-            processor.composition = np.column_stack([combinations, numbers]).tolist()
+        codes = processor.encode_labels(adata.obs)
+        combinations, of_cell, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        processor.composition = np.column_stack([combinations, numbers]).tolist()
+        if value_space == "counts":
+            log_sizes = np.log(np.maximum(np.asarray(values.sum(axis=1), dtype=np.float64).ravel(), 1))
+            levels = np.linspace(0, 1, LIBRARY_SIZE_QUANTILES)
+            quantiles = [np.quantile(log_sizes[of_cell.ravel() == i], levels) for i in range(len(combinations))]
+            processor.log_library_sizes = np.round(quantiles, 4).tolist()
         return processor
 
     @property
@@ -566,6 +579,50 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             drawn = np.searchsorted(cumulative, quantiles[rows], side="right")
             codes[np.ix_(rows, free)] = matching[np.ix_(drawn, free)]
         return codes
+
+    def sample_library_sizes(self, codes: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+        """Library sizes for new cells: those of the training cells with the same labels, interpolated.
+
+        For a combination of labels that no training cell has, the quantiles are those of all cells, shifted by what
+        each of its labels shifts them.
+
+        Parameters
+        ----------
+        codes
+            Labels, shape (cells, K).
+        quantiles
+            Uniform random numbers in [0, 1), shape (cells,).
+
+        Returns
+        -------
+        Total counts over the G genes, shape (cells,).
+
+        Raises
+        ------
+        ValueError
+            The processor holds no library sizes: it is not for counts, or from an earlier version.
+        """
+        if not self.log_library_sizes:
+            raise ValueError("The processor holds no library sizes; give library_size.")
+        known = np.asarray(self.composition, dtype=np.int64)  # (combinations, K + 1)
+        table = np.asarray(self.log_library_sizes)  # (combinations, quantiles)
+        average = np.average(table, axis=0, weights=known[:, -1])  # (quantiles,)
+        levels = np.linspace(0, 1, table.shape[1])
+        log_sizes = np.empty(len(codes))
+        for combination in np.unique(codes, axis=0):
+            same = (known[:, :-1] == combination).all(axis=1)
+            if same.any():
+                log_size = table[same][0]
+            else:
+                log_size = average.copy()
+                for k, code in enumerate(combination):
+                    alike = known[:, k] == code
+                    if alike.any():
+                        log_size += np.average(table[alike], axis=0, weights=known[alike, -1]) - average
+                log_size = np.sort(log_size)
+            rows = (codes == combination).all(axis=1)
+            log_sizes[rows] = np.interp(quantiles[rows], levels, log_size)
+        return np.exp(log_sizes)
 
 
 def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:

@@ -20,6 +20,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
+from .count_head import SCRDiTCountHead
+
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens.
 _PRESET_COLUMNS = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
@@ -45,15 +47,16 @@ class SCRDiTTransformerOutput(BaseOutput):
         The prediction, shape (B, G), in model space: noise, velocity or the clean cell, as the `prediction_type` of
         the scheduler says.
     count_log_mean
-        With `count_head`, log of the mean of each gene's count given the noisy cell, shape (B, G).
-    count_log_dispersion
-        With `count_head`, log of each gene's inverse dispersion theta, shape (G,): the variance of a count with mean
-        mu is mu + mu^2 / theta.
+        With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
+        [`SCRDiTCountHead.sample`] draws counts from it.
+    count_nll
+        With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
+        `sample` is then left out.
     """
 
-    sample: torch.Tensor
+    sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
-    count_log_dispersion: torch.Tensor | None = None
+    count_nll: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -203,14 +206,19 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     mlp_ratio
         Hidden width of the MLPs over D.
     dropout
-        Dropout probability in the MLPs.
+        Dropout probability in the MLPs and before the last projection.
     num_classes
         Number of categories of each categorical condition (cell type, batch, ...). `None` or empty: unconditional.
         Condition k has codes 0 ... `num_classes[k]` - 1, and `num_classes[k]` is its null entry (no label given),
         which classifier-free guidance uses.
-    count_head
-        Also predict each gene's count given the noisy cell, as a negative binomial: its mean by a projection of the
-        tokens, its dispersion by one number per gene. It is the decoder of Ho et al. 2020 (section 3.3) for counts.
+    count_bins
+        `None`: the projection of the tokens is the prediction. Given (by [`count_bins`], for the counts of the training
+        cells), the projection is each gene's log mean count, and [`SCRDiTCountHead`] turns it and the noisy cell into
+        the posterior of the counts; `sample` is then the posterior mean of the clean cell.
+    num_train_timesteps
+        Number of diffusion timesteps T of the noise process; used by the count head.
+    beta_schedule
+        Noise schedule of the noise process; used by the count head.
 
     Raises
     ------
@@ -240,9 +248,10 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         "class_embed",
         "norm",
         "proj_out",
-        "count",
+        "count_head",
+        "library_size_embed",
     ]
-    _keep_in_fp32_modules = ["pos_embed", "count_log_mean", "count_log_dispersion"]
+    _keep_in_fp32_modules = ["pos_embed", "count_head"]
 
     @register_to_config
     def __init__(
@@ -256,7 +265,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         num_classes: list[int] | None = None,
-        count_head: bool = False,
+        count_bins: list[list[int]] | None = None,
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "squaredcos_cap_v2",
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
@@ -274,7 +285,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         self.patch_embed: nn.Module
         self.proj_out: nn.Module
-        self.count_out: nn.Module
         if patch_embed_type == "per_patch":
             # The bias of each token's own projection is its learned position.
             self.patch_embed = SCRDiTPerPatchLinear(num_patches, patch_size, dim)
@@ -288,13 +298,12 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             pos_embed = get_2d_sincos_pos_embed(dim, (num_patches, 1), base_size=num_patches)  # (N, D)
             self.register_buffer("pos_embed", pos_embed.float(), persistent=True)
 
-        if count_head:
-            per_patch = patch_embed_type == "per_patch"
-            self.count_out = (
-                SCRDiTPerPatchLinear(num_patches, dim, patch_size) if per_patch else nn.Linear(dim, patch_size)
-            )
-            self.count_log_mean = nn.Parameter(torch.zeros(num_genes))  # where the projection is zero
-            self.count_log_dispersion = nn.Parameter(torch.zeros(num_genes))
+        self.count_head: SCRDiTCountHead | None = None
+        if count_bins is not None:
+            if sum(genes for genes, _ in count_bins) != num_genes:
+                raise ValueError(f"count_bins has {sum(g for g, _ in count_bins)} genes, the model {num_genes}.")
+            self.count_head = SCRDiTCountHead(count_bins, num_train_timesteps, beta_schedule)
+            self.library_size_embed = TimestepEmbedding(1, dim)
 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
@@ -307,17 +316,13 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
+        self.dropout_out = nn.Dropout(dropout)
 
-    def initialize_weights(self, count_mean: torch.Tensor | None = None) -> None:
+    def initialize_weights(self) -> None:
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
 
         Loading, LoRA and caching compare outputs, so the constructor leaves PyTorch's non-zero defaults in place.
-
-        Parameters
-        ----------
-        count_mean
-            With `count_head`, mean count of each gene in the training cells, shape (G,), from which the predicted
-            means start.
+        A count head starts from the training cells: [`SCRDiTCountHead.initialize`].
         """
         # Linear layers and patch projections: Xavier uniform, zero bias.
         for module in self.modules():
@@ -329,16 +334,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 bound = (6 / (fan_in + fan_out)) ** 0.5
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.normal_(module.bias, std=0.02)  # on the way in, the learned position of a token
-        # Timestep and labels: small and normal.
-        for embedding in [self.time_embed.linear_1, self.time_embed.linear_2, *self.class_embed]:
+        # Timestep, labels and library size: small and normal.
+        embeddings = [self.time_embed.linear_1, self.time_embed.linear_2, *self.class_embed]
+        if self.count_head is not None:
+            embeddings.append(self.library_size_embed.linear_2)
+        for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.02)
         # adaLN-Zero: gates, shifts, scales and the last projection start at zero.
         zero = nn.ModuleList([self.adaln_out, self.proj_out])
-        if self.config.count_head:
-            zero.append(self.count_out)
-            nn.init.constant_(self.count_log_dispersion, 2.0)
-            if count_mean is not None:
-                self.count_log_mean.data.copy_(count_mean.clamp(min=1e-4).log())
         zero.extend(block.get_submodule("adaln") for block in self.transformer_blocks)
         for parameter in zero.parameters():
             nn.init.zeros_(parameter)
@@ -368,6 +371,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
+        library_size: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
@@ -382,6 +387,11 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         class_labels
             Integer codes, shape (B,) for one condition or (B, K) for K conditions; a condition's `num_classes` is
             its null code. `None`: no label is given.
+        library_size
+            With a count head, total count of each cell over the G genes, shape (B,). `None`: that of a typical
+            training cell.
+        counts
+            With a count head, the cells' counts, shape (B, G): return their likelihood instead of the prediction.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
         return_dict
@@ -389,22 +399,30 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         Returns
         -------
-        The prediction, shape (B, G), and with `count_head` the log means (B, G) and log dispersions (G,) of the counts.
+        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
+        negative log-likelihoods (B,).
 
         Raises
         ------
         ValueError
-            The number of genes or of conditions is not the model's.
+            The number of genes or of conditions is not the model's, or a model without a count head got `library_size`
+            or `counts`.
         """
         batch_size, num_genes = hidden_states.shape
         if num_genes != self.config.num_genes:
             raise ValueError(f"hidden_states has {num_genes} genes, the model has {self.config.num_genes}.")
+        if self.count_head is None and (library_size is not None or counts is not None):
+            raise ValueError("library_size and counts need a model with a count head (count_bins).")
+        noisy = hidden_states  # (B, G)
 
-        # 1. Condition: timestep + labels
+        # 1. Condition: timestep + labels + library size
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)  # (B,)
         temb = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))  # (B, D)
         for label_embedding in self.embed_labels(class_labels, batch_size):
             temb = temb + label_embedding  # (B, D)
+        if self.count_head is not None:
+            depth = self.count_head.standardize_library_size(library_size, like=hidden_states)  # (B,)
+            temb = temb + self.library_size_embed(depth[:, None].to(temb.dtype))  # (B, D)
 
         # 2. Genes -> tokens
         padding = self.num_patches * self.config.patch_size - num_genes
@@ -422,27 +440,32 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 4. Tokens -> genes
         shift, scale = self.adaln_out(F.silu(temb)).chunk(2, dim=-1)  # 2 x (B, D)
-        hidden_states = modulate(self.norm_out(hidden_states), shift, scale)  # (B, N, D)
-        sample = self.proj_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
-        if not self.config.count_head:
-            return SCRDiTTransformerOutput(sample=sample) if return_dict else (sample,)
+        hidden_states = self.dropout_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, D)
+        output = SCRDiTTransformerOutput(sample=self.proj_out(hidden_states).flatten(1)[:, :num_genes])  # (B, G)
 
-        # 5. Tokens -> counts
-        log_mean = self.count_log_mean + self.count_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
-        if not return_dict:
-            return (sample, log_mean, self.count_log_dispersion)
-        return SCRDiTTransformerOutput(sample, log_mean, self.count_log_dispersion)
+        # 5. What the cell says about each gene, and the gene's own noisy value -> counts
+        if self.count_head is not None:
+            log_mean = self.count_head(output.sample, depth)  # (B, G)
+            if counts is None:
+                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
+                output = SCRDiTTransformerOutput(sample=sample, count_log_mean=log_mean)
+            else:
+                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
+                output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_nll=nll)
+        return output if return_dict else output.to_tuple()
 
     def flops_per_cell(self) -> int:
-        """Floating-point operations of one forward pass for one cell: two for each multiply-add of the matmuls."""
+        """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""
         n, p = self.num_patches, self.config.patch_size
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         per_token = (
             4 * dim * dim + 2 * dim * int(dim * self.config.mlp_ratio) + 2 * n * dim
         )  # qkv + out, MLP, attention
         per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
-        num_projections = 3 if self.config.count_head else 2
-        return 2 * (self.config.num_layers * n * per_token + num_projections * n * p * dim + per_cell)
+        if self.count_head is not None:
+            per_cell += dim + dim * dim  # library size
+            per_cell += sum(5 * genes * bins for genes, bins in self.config.count_bins)  # posterior and its mean
+        return 2 * (self.config.num_layers * n * per_token + 2 * n * p * dim + per_cell)
 
 
 # The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this table of diffusers, which is private.

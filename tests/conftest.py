@@ -7,13 +7,15 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
 
 torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
 
 CELL_TYPES = ["T", "B", "NK"]  # not sorted: the stored order must be kept
 BATCHES = ["b1", "b2"]
 NUM_GENES = 23  # not divisible by the patch size of the tiny model
+MODEL = dict(num_genes=NUM_GENES, patch_size=5, num_layers=2, num_attention_heads=2, attention_head_dim=8)
+MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 
 
 @pytest.fixture
@@ -49,20 +51,31 @@ def processor(adata) -> SCRDiTProcessor:
 def model() -> SCRDiTTransformer:
     """A model of five tokens of five genes; the last token holds three genes and two zeros."""
     torch.manual_seed(0)
-    return SCRDiTTransformer(
-        num_genes=NUM_GENES,
-        patch_size=5,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_classes=[len(CELL_TYPES), len(BATCHES)],
-    ).eval()
+    return SCRDiTTransformer(**MODEL).eval()
+
+
+@pytest.fixture
+def count_model(adata, processor) -> SCRDiTTransformer:
+    """The same model with a count head for the sixty cells, on the noise schedule of `default_scheduler()`."""
+    torch.manual_seed(0)
+    model = SCRDiTTransformer(**MODEL, count_bins=count_bins(adata.X), beta_schedule="linear").eval()
+    codes = processor.encode_labels(adata.obs)
+    model.count_head.initialize(adata.X, codes, processor.mean, processor.std)
+    return model
 
 
 @pytest.fixture
 def pipe(model, processor) -> SCRDiTPipeline:
     """The tiny pipeline, with the scheduler that trained pipelines ship with."""
     pipe = SCRDiTPipeline(transformer=model, scheduler=default_scheduler(), processor=processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def count_pipe(count_model, processor) -> SCRDiTPipeline:
+    """The tiny pipeline that draws counts from their posterior at timestep 50."""
+    pipe = SCRDiTPipeline(count_model, default_scheduler(), processor, decode_timestep=50)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

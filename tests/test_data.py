@@ -172,8 +172,22 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
     assert batch["values"].dtype == torch.float32
     assert np.array_equal(batch["values"].numpy(), expected)
     assert np.array_equal(batch["class_labels"].numpy(), processor.encode_labels(cells.obs))
-    if processor.value_space == "counts":
-        assert np.array_equal(batch["counts"].numpy(), processor.get_values(cells).toarray())
+    assert "counts" not in batch
+
+
+@pytest.mark.parametrize("kwargs", [dict(flavor="all"), dict(genes=["gene9", "gene3", "gene20"])])
+def test_a_batch_with_its_counts(adata, kwargs):
+    processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
+    rows = CellDataset(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
+    counts = CellCollator(processor, adata.var_names, counts=True)(rows)["counts"]
+    assert counts.dtype == torch.float32
+    assert np.array_equal(counts.numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
+
+
+def test_refuses_the_counts_of_log_normalised_values(adata):
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
+    with pytest.raises(ValueError, match="counts=True needs a processor with value_space=\"counts\""):
+        CellCollator(processor, adata.var_names, counts=True)
 
 
 def test_an_unconditional_batch_has_no_labels(adata):

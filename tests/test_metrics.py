@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.gaussian_process.kernels import RBF
 from sklearn.linear_model import LogisticRegression
 
-from scrdit_diffusers import metrics
+from scrdit_diffusers import baselines, metrics
 
 KEY = "bulk_labels"
 
@@ -61,7 +61,7 @@ def copy_table(split):
 
 @pytest.fixture(scope="module")
 def independent_table(split):
-    synthetic = metrics.resample_genes(split["train"], split["real"].obs, KEY, np.random.default_rng(0))
+    synthetic = baselines.resample_genes(split["train"], split["real"].obs, KEY, np.random.default_rng(0))
     return compare(split, synthetic, labels_key=KEY)
 
 
@@ -306,36 +306,3 @@ def test_legacy_mmd_agrees_with_the_formula(clouds):
     kernel = sum(np.exp(-squared / (bandwidth * 2**k)) for k in range(5))
     sign = np.repeat([1, -1], [60, 60])
     assert metrics._legacy_mmd(*clouds) == pytest.approx(sign @ kernel @ sign / 60**2)
-
-
-# -- baselines ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("baseline", [metrics.resample_genes, metrics.gaussian_copula])
-def test_baselines_have_the_requested_labels_and_only_values_of_train(baseline, split):
-    synthetic = baseline(split["train"], split["real"].obs, KEY, np.random.default_rng(0))
-    assert (
-        synthetic.shape == split["real"].shape and synthetic.X.dtype == np.float32 and synthetic.obs["synthetic"].all()
-    )
-    assert list(synthetic.obs[KEY].astype(str)) == list(split["real"].obs[KEY].astype(str))
-    for label in synthetic.obs[KEY].cat.categories:
-        new, old = (a.X[(a.obs[KEY] == label).to_numpy()].toarray() for a in (synthetic, split["train"]))
-        assert all(set(new[:, g]) <= set(old[:, g]) for g in range(0, 120, 20))
-
-
-def test_resampled_genes_are_independent_and_copula_genes_are_not():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(400, 1)) + 0.3 * rng.normal(size=(400, 2))
-    train = ad.AnnData(sp.csr_matrix(np.exp(z), dtype=np.float32))
-    obs = pd.DataFrame(index=[str(i) for i in range(2000)])
-    independent = metrics.resample_genes(train, obs, None, rng).X.toarray()
-    copula = metrics.gaussian_copula(train, obs, None, rng).X.toarray()
-    expected = spearmanr(train.X.toarray()).statistic
-    assert abs(spearmanr(independent).statistic) < 0.1
-    assert spearmanr(copula).statistic == pytest.approx(expected, abs=0.03)
-
-
-def test_baselines_refuse_unknown_labels(split):
-    obs = pd.DataFrame({KEY: ["B", "Platelet"]})
-    with pytest.raises(ValueError, match="labels that train lacks: .*Platelet"):
-        metrics.gaussian_copula(split["train"], obs, KEY, np.random.default_rng(0))

@@ -1,12 +1,11 @@
 """The training objective: weights, dropped labels, count likelihood."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from scrdit_diffusers import SCRDiTTransformer, default_scheduler
-from scrdit_diffusers.objective import diffusion_loss, drop_labels, loss_weights, negative_binomial_nll
+from scrdit_diffusers import default_scheduler
+from scrdit_diffusers.objective import diffusion_loss, drop_labels, loss_weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -54,27 +53,6 @@ def test_weights_are_bounded():
     assert loss_weights(torch.tensor([1e4]), "sample", "v", max_loss_weight=25).item() == 25
 
 
-def test_negative_binomial_against_torch_distribution():
-    torch.manual_seed(0)
-    log_mean, log_dispersion = torch.randn(40, 30), torch.randn(30) + 1
-    counts = torch.poisson(torch.full((40, 30), 2.0))
-    oracle = torch.distributions.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
-    nll = negative_binomial_nll(counts, log_mean, log_dispersion)
-    torch.testing.assert_close(nll, -oracle.log_prob(counts), rtol=1e-4, atol=1e-4)
-
-
-def test_negative_binomial_gradient_against_torch_distribution():
-    torch.manual_seed(0)
-    counts = torch.poisson(torch.full((10, 6), 1.0)).double()
-    log_mean, log_dispersion = torch.randn(10, 6).double().requires_grad_(), torch.randn(6).double().requires_grad_()
-    ours = torch.autograd.grad(
-        negative_binomial_nll(counts, log_mean, log_dispersion).sum(), (log_mean, log_dispersion)
-    )
-    oracle = torch.distributions.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
-    theirs = torch.autograd.grad(-oracle.log_prob(counts).sum(), (log_mean, log_dispersion))
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_labels_are_dropped_at_their_rate():
     codes = torch.zeros(20_000, 1, dtype=torch.long)
     dropped = drop_labels(codes, torch.tensor([7]), 0.1, torch.Generator().manual_seed(0))
@@ -94,19 +72,40 @@ def test_without_conditions_nothing_is_dropped():
     assert drop_labels(codes, torch.zeros(0, dtype=torch.long), 0.5).shape == (5, 0)
 
 
-def test_counts_add_their_likelihood():
-    torch.manual_seed(0)
-    model = SCRDiTTransformer(num_genes=6, patch_size=4, num_layers=1, count_head=True).eval()
-    scheduler = noise_scheduler("sample")
-    batch = {
-        "values": torch.randn(3, 6),
-        "class_labels": None,
-        "counts": torch.tensor(np.arange(18.0)).view(3, 6).float(),
-    }
-    arguments = (model, scheduler, batch, torch.tensor([500, 600, 700]), torch.randn(3, 6))
-    with torch.no_grad():
-        without, with_counts = (diffusion_loss(*arguments, count_loss_weight=weight) for weight in (0.0, 2.0))
-        noisy = scheduler.add_noise(batch["values"], arguments[4], arguments[3])
-        _, log_mean, log_dispersion = model(noisy, arguments[3], return_dict=False)
-    expected = 2 * negative_binomial_nll(batch["counts"], log_mean, log_dispersion).mean(1)
-    torch.testing.assert_close(with_counts - without, expected, rtol=1e-4, atol=1e-4)
+@torch.no_grad()
+def test_the_loss_of_counts_is_their_nll_given_the_noisy_cell_and_the_library_size(count_model, adata, processor):
+    counts = torch.from_numpy(adata.X[:3].toarray())
+    labels = torch.from_numpy(processor.encode_labels(adata.obs[:3]))
+    values = torch.from_numpy(processor.transform(adata.X[:3])).float()
+    timesteps, noise = torch.tensor([100, 500, 900]), torch.randn(3, 23, generator=torch.Generator().manual_seed(0))
+    batch = {"values": values, "class_labels": labels, "counts": counts}
+    loss = diffusion_loss(count_model, noise_scheduler("sample"), batch, timesteps, noise)
+    alpha_bar = noise_scheduler("sample").alphas_cumprod[timesteps][:, None]
+    noisy = alpha_bar.sqrt() * values + (1 - alpha_bar).sqrt() * noise
+    output = count_model(noisy, timesteps, labels, library_size=counts.sum(dim=1))
+    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_counts_are_refused_by_a_model_without_a_count_head(model):
+    batch = {"values": torch.zeros(2, 23), "class_labels": None, "counts": torch.ones(2, 23)}
+    with pytest.raises(ValueError, match="need a model with a count head"):
+        diffusion_loss(model, noise_scheduler("sample"), batch, torch.tensor([3, 4]), torch.randn(2, 23))
+
+
+def test_counts_can_be_learned(count_model, adata, processor):
+    """A few steps on all cells must bring the loss below that of the initial means."""
+    count_model.initialize_weights()
+    codes = torch.from_numpy(processor.encode_labels(adata.obs))
+    values, counts = processor.transform(adata.X), adata.X.toarray()
+    batch = {"values": torch.from_numpy(values).float(), "class_labels": codes, "counts": torch.from_numpy(counts)}
+    optimizer = torch.optim.Adam(count_model.parameters(), lr=1e-2)
+    timesteps, noise = torch.full((60,), 700), torch.randn(60, 23, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(20):
+        loss = diffusion_loss(count_model, noise_scheduler("sample"), batch, timesteps, noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1

@@ -17,9 +17,10 @@ from scrdit_diffusers import (
     SCRDiTProcessor,
     SCRDiTTransformer,
     SCRDiTTransformerOutput,
+    count_bins,
     default_scheduler,
 )
-from scrdit_diffusers.pipeline_scrdit import SUPPORTED_SCHEDULERS, check_scheduler, sample_negative_binomial
+from scrdit_diffusers.pipeline_scrdit import SUPPORTED_SCHEDULERS, check_scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = sorted(
@@ -254,38 +255,21 @@ def test_no_guidance_evaluates_the_network_once_per_cell(pipe, monkeypatch):
 # -- counts from the likelihood ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def count_pipe(processor):
-    """A pipeline that stops at timestep 50 and draws counts."""
-    torch.manual_seed(0)
-    model = SCRDiTTransformer(23, 5, num_layers=1, num_classes=[3, 2], count_head=True)
-    pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_sampled_counts_have_the_moments_of_a_negative_binomial():
-    mean, theta = torch.tensor([0.5, 20.0]), torch.tensor([1.0, 4.0])
-    counts = sample_negative_binomial(mean.log().expand(40_000, -1), theta.log(), seeded())
-    assert torch.equal(counts, counts.round())
-    torch.testing.assert_close(counts.mean(0), mean, rtol=0.05, atol=0)
-    torch.testing.assert_close(counts.var(0), mean + mean**2 / theta, rtol=0.05, atol=0)
-
-
 def test_counts_are_drawn_at_the_decode_timestep(count_pipe, monkeypatch):
     """The network is called as often as asked for, never far below, and its last means are those of the counts."""
     seen = []
 
     def forward(x, timestep, **kwargs):
         seen.append(timestep[0].item())
-        log_mean = torch.full_like(x, 1.0 if len(seen) == 6 else 20.0)
-        return SCRDiTTransformerOutput(x, log_mean, torch.full((23,), 3.0))
+        return SCRDiTTransformerOutput(torch.zeros_like(x), torch.full_like(x, 1.0 if len(seen) == 6 else 20.0))
 
     monkeypatch.setattr(count_pipe.transformer, "forward", forward)
-    cells = count_pipe(num_cells=300, num_inference_steps=6, generator=seeded()).adata
+    means = []
+    monkeypatch.setattr(count_pipe.transformer.count_head, "sample", lambda m, *_: means.append(m) or m.exp().floor())
+    cells = count_pipe(num_cells=3, num_inference_steps=6, generator=seeded()).adata
     assert len(seen) == 6
     assert min(seen) >= 49
-    assert cells.X.mean() == pytest.approx(np.e, rel=0.05)
+    assert (means[0] == 1).all() and (cells.X.toarray() == 2).all()
 
 
 def test_counts_are_drawn_per_cell_with_a_generator_per_cell(count_pipe, generators):
@@ -316,8 +300,158 @@ def test_refuses_decoding(count_pipe, kwargs, message):
 
 @pytest.mark.parametrize("kwargs", [dict(decode="sample"), dict(decode_timestep=5)])
 def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs):
-    with pytest.raises(ValueError, match="needs a (decode_timestep|transformer with a count_head)"):
+    with pytest.raises(ValueError, match="needs a (decode_timestep|transformer with a count head)"):
         pipe(**kwargs)
+
+
+@pytest.mark.parametrize("name", [name for name, types in SUPPORTED_SCHEDULERS.items() if "sample" in types])
+def test_every_scheduler_hands_the_cell_to_the_head_as_it_was_noised(count_pipe, adata, monkeypatch, name):
+    """Denoised towards one cell, the head must get sqrt(alpha_bar) times it, also from schedulers that scale."""
+    count_pipe.scheduler = getattr(diffusers, name).from_config(count_pipe.scheduler.config)
+    clean = torch.from_numpy(count_pipe.processor.transform(adata.X[:1])).float()
+    head, seen = count_pipe.transformer.count_head, []
+    forward = lambda x, **kwargs: SCRDiTTransformerOutput(clean.expand_as(x), torch.zeros_like(x))  # noqa: E731
+    monkeypatch.setattr(count_pipe.transformer, "forward", forward)
+    sample = head.sample
+    monkeypatch.setattr(head, "sample", lambda *args: seen.append(args) or sample(*args))
+    count_pipe(num_cells=200, num_inference_steps=10, generator=seeded())
+    _, noisy, timestep, _ = seen[0]
+    assert timestep.shape == (200,)
+    alpha_bar = head.alpha_bar(timestep)[0]
+    assert ((noisy.mean(0) - alpha_bar.sqrt() * clean[0]).abs() < 6 * ((1 - alpha_bar) / 200).sqrt()).all()
+    assert noisy.std().item() < 1.5 * ((1 - alpha_bar) + (alpha_bar.sqrt() * clean).var()).sqrt().item()
+
+
+@pytest.mark.parametrize("name", [name for name, types in SUPPORTED_SCHEDULERS.items() if "sample" in types])
+def test_every_scheduler_draws_counts(count_pipe, generators, name):
+    count_pipe.scheduler = getattr(diffusers, name).from_config(count_pipe.scheduler.config)
+    kwargs = dict(num_inference_steps=4, library_size=60)
+    together = count_pipe(3, generator=generators(3), **kwargs).adata.X.toarray()
+    alone = [count_pipe(1, generator=generators(1, start=i), **kwargs).adata.X.toarray() for i in range(3)]
+    assert np.array_equal(together, np.concatenate(alone))
+    assert np.array_equal(together, np.rint(together)) and together.any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@torch.no_grad()
+def test_guidance_of_the_means_of_counts(count_pipe, monkeypatch, scale):
+    means = []
+    head = count_pipe.transformer.count_head
+    monkeypatch.setattr(head, "sample", lambda mean, noisy, *_: means.append((mean, noisy)) or noisy.abs().floor())
+    conditions = {"cell_type": ["B", "NK"], "batch": ["b1", "b2"]}
+    kwargs = dict(num_inference_steps=1, decode_timestep=900, library_size=[40, 90], generator=seeded())
+    count_pipe(conditions=conditions, guidance_scale=scale, **kwargs)
+    (mean, noisy), t = means[0], int(count_pipe.scheduler.timesteps[0])
+    codes, null = torch.tensor([[1, 0], [2, 1]]), torch.tensor([[3, 2], [3, 2]])
+    cond, uncond = (
+        count_pipe.transformer(noisy, t, labels, library_size=torch.tensor([40, 90])).count_log_mean
+        for labels in (codes, null)
+    )
+    torch.testing.assert_close(mean, scale * cond + (1 - scale) * uncond, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_a_scheduler_of_another_noise_process_than_the_count_heads(count_model, processor):
+    pipe = SCRDiTPipeline(count_model, default_scheduler(beta_schedule="squaredcos_cap_v2"), processor)
+    with pytest.raises(ValueError, match="has beta_schedule='squaredcos_cap_v2', but .* count head needs 'linear'"):
+        pipe()
+
+
+def test_refuses_another_prediction_type_than_the_count_heads(count_model, processor):
+    with pytest.raises(ValueError, match="has prediction_type='epsilon', but .* count head needs 'sample'"):
+        SCRDiTPipeline(count_model, default_scheduler("epsilon"), processor)()
+
+
+def test_unconditional_pipeline_with_a_count_head(adata):
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
+    model = SCRDiTTransformer(23, 5, num_layers=1, count_bins=count_bins(adata.X), beta_schedule="linear")
+    model.count_head.initialize(adata.X, processor.encode_labels(adata.obs), processor.mean, processor.std)
+    pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(3, num_inference_steps=3).adata.shape == (3, 23)
+
+
+def test_a_saved_pipeline_with_a_count_head_generates_the_same_cells(count_pipe, tmp_path):
+    count_pipe.save_pretrained(tmp_path)
+    loaded = SCRDiTPipeline.from_pretrained(tmp_path)
+    cells, expected = (p(4, num_inference_steps=3, generator=seeded()).adata for p in (loaded, count_pipe))
+    assert np.array_equal(cells.X.toarray(), expected.X.toarray())
+
+
+# -- library sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes_of(count_pipe, monkeypatch):
+    """The library sizes that the transformer gets, those of the cells with labels last."""
+
+    def sizes_of(**kwargs):
+        seen = []
+        forward = count_pipe.transformer.forward
+        with monkeypatch.context() as patch:
+            spy = lambda *args, **kwargs: seen.append(kwargs["library_size"]) or forward(*args, **kwargs)  # noqa: E731
+            patch.setattr(count_pipe.transformer, "forward", spy)
+            count_pipe(num_inference_steps=1, **{"generator": seeded()} | kwargs)
+        return torch.cat(seen).tolist()
+
+    return sizes_of
+
+
+def test_one_library_size_for_all_cells(sizes_of):
+    assert sizes_of(num_cells=3, library_size=70) == [70, 70, 70]
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor, pd.Series])
+def test_a_list_of_library_sizes_sets_the_number_of_cells(sizes_of, convert):
+    assert sizes_of(library_size=convert([70.0, 20.0, 55.0])) == [70, 20, 55]
+
+
+def test_library_sizes_are_cut_into_batches_and_doubled_for_guidance(sizes_of):
+    assert sizes_of(library_size=[1, 2, 3], batch_size=2, guidance_scale=2.0) == [1, 2, 1, 2, 3, 3]
+
+
+def test_library_sizes_are_drawn_from_the_cells_with_the_same_labels(sizes_of, adata):
+    own = adata[(adata.obs["cell_type"] == "NK") & (adata.obs["batch"] == "b2")].X.toarray().sum(axis=1)
+    sizes = sizes_of(num_cells=300, conditions={"cell_type": "NK", "batch": "b2"})
+    assert min(sizes) >= own.min() * 0.999 and max(sizes) <= own.max() * 1.001
+    assert np.median(sizes) == pytest.approx(np.median(own), rel=0.1)
+
+
+def test_drawn_library_sizes_are_reproducible(sizes_of, generators):
+    assert sizes_of(num_cells=5) == sizes_of(num_cells=5) != sizes_of(num_cells=5, generator=seeded(1))
+    per_cell = sizes_of(num_cells=5, generator=generators(5))
+    assert per_cell[2:4] == sizes_of(num_cells=2, generator=generators(2, start=2))
+
+
+def test_total_counts_follow_the_library_size(count_pipe):
+    count_pipe.transformer.initialize_weights()  # only the library size tells the cells apart
+    cells = count_pipe(library_size=[30] * 100 + [90] * 100, decode_timestep=900, generator=seeded()).adata
+    totals = cells.X.toarray().sum(axis=1)
+    assert totals[:100].mean() == pytest.approx(30, rel=0.15)
+    assert totals[100:].mean() == pytest.approx(90, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("library_size", "error", "message"),
+    [
+        (0, ValueError, "library_size must be at least 1"),
+        (-5.0, ValueError, "library_size must be at least 1"),
+        ([50, float("nan")], ValueError, "library_size must be at least 1"),
+        (float("inf"), ValueError, "library_size must be at least 1"),
+        ([50, 60, 70], ValueError, r"library_size has shape \(3,\) for 2 cells"),
+        ([[50, 60]], ValueError, r"library_size has shape \(1, 2\) for 2 cells"),
+        ("large", TypeError, "library_size must be a number or one per cell, got 'large'"),
+        ({"B": 50}, TypeError, "library_size must be a number or one per cell"),
+    ],
+)
+def test_refuses_library_sizes_before_any_work(count_pipe, monkeypatch, library_size, error, message):
+    monkeypatch.setattr(count_pipe.transformer, "forward", None)
+    with pytest.raises(error, match=message):
+        count_pipe(num_cells=2, library_size=library_size)
+
+
+def test_refuses_library_sizes_without_a_count_head(pipe):
+    with pytest.raises(ValueError, match="library_size needs a model that predicts counts"):
+        pipe(num_cells=2, library_size=50)
 
 
 # -- reproducibility ---------------------------------------------------------------------------------------------------
@@ -587,7 +721,7 @@ def test_a_scheduler_with_another_noise_process_is_refused(pipe):
 
 
 def test_decode_timestep_zero_is_not_ignored(pipe):
-    with pytest.raises(ValueError, match="count_head"):
+    with pytest.raises(ValueError, match="needs a transformer with a count head"):
         pipe(num_cells=1, decode_timestep=0)
 
 
@@ -595,11 +729,6 @@ def test_decode_timestep_zero_is_not_ignored(pipe):
 def test_bad_guidance_scales_are_refused(pipe, guidance_scale):
     with pytest.raises(ValueError, match="guidance_scale must be a number"):
         pipe(num_cells=1, guidance_scale=guidance_scale)
-
-
-def test_overflowing_means_are_capped():
-    counts = sample_negative_binomial(torch.full((1, 50), 80.0), torch.full((50,), 5.0), seeded())
-    assert torch.isfinite(counts).all() and (counts >= 0).all() and counts.max() < 2**26
 
 
 def test_the_list_of_supported_schedulers_is_complete():

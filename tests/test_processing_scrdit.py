@@ -294,6 +294,7 @@ def test_save_and_load_bit_by_bit(adata, tmp_path, kwargs):
     for name in ("value_space", "target_sum", "zero_negation", "zero_value", "zero_threshold", "gene_ids"):
         assert getattr(loaded, name) == getattr(processor, name)
     assert (loaded.conditions, loaded.composition) == (processor.conditions, processor.composition)
+    assert loaded.log_library_sizes == processor.log_library_sizes
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -376,6 +377,78 @@ def test_each_quantile_draws_its_own_label():
     quantiles = np.array([0.0, 0.59, 0.61, 0.69, 0.71, np.nextafter(1.0, 0.0)])
     codes = skewed_processor().sample_labels(6, None, quantiles)
     assert codes.tolist() == [[0, 0], [0, 0], [1, 0], [1, 0], [1, 1], [1, 1]]
+
+
+# -- library sizes -----------------------------------------------------------------------------------------------------
+
+
+def test_library_sizes_are_the_quantiles_of_the_cells_with_the_same_labels(processor, adata):
+    sizes = adata.X.toarray().sum(axis=1)
+    levels = np.linspace(0, 1, 101)[:-1]
+    for code, cell_type in enumerate(["T", "B", "NK"]):
+        own = sizes[(adata.obs["cell_type"] == cell_type) & (adata.obs["batch"] == "b2")]
+        drawn = processor.sample_library_sizes(np.tile([code, 1], (100, 1)), levels)
+        assert drawn[0] == pytest.approx(own.min(), rel=1e-3)
+        stored = levels * 20 == np.rint(levels * 20)
+        np.testing.assert_allclose(np.log(drawn[stored]), np.quantile(np.log(own), levels[stored]), atol=1e-3)
+        assert (np.diff(drawn) >= 0).all() and drawn[-1] <= own.max()
+
+
+def test_library_sizes_are_over_the_models_genes_only(adata):
+    processor = SCRDiTProcessor.from_anndata(adata, genes=["gene9", "gene3"])
+    size = processor.sample_library_sizes(np.empty((1, 0), dtype=int), np.zeros(1))[0]
+    assert size == pytest.approx(max(adata[:, ["gene9", "gene3"]].X.toarray().sum(axis=1).min(), 1), rel=1e-3)
+
+
+def test_library_sizes_without_labels_are_those_of_all_cells(adata):
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
+    assert processor.composition == [[60]]
+    drawn = processor.sample_library_sizes(np.empty((3, 0), dtype=int), np.array([0, 0.5, 1]))
+    sizes = adata.X.toarray().sum(axis=1)
+    np.testing.assert_allclose(drawn, [sizes.min(), np.median(sizes), sizes.max()], rtol=1e-2)
+
+
+def library_sizes_of(composition, log_library_sizes, codes, quantiles):
+    processor = SCRDiTProcessor(
+        condition_keys=["a", "b"],
+        condition_categories=[["a0", "a1", "a2"], ["b0", "b1"]],
+        composition=composition,
+        log_library_sizes=log_library_sizes,
+    )
+    return np.log(processor.sample_library_sizes(np.array(codes), np.array(quantiles)))
+
+
+def test_library_sizes_of_an_unseen_combination_are_shifted_by_each_label():
+    """With as many cells everywhere and shifts 0 and 1 by `a`, 0 and 2 by `b`, the shifts of (a1, b1) add."""
+    composition = [[0, 0, 50], [0, 1, 50], [1, 0, 50]]
+    sizes = [[5.0, 6.0], [7.0, 8.0], [6.0, 7.0]]
+    average, of_a1, of_b1 = np.array([6.0, 7.0]), np.array([6.0, 7.0]), np.array([7.0, 8.0])
+    drawn = library_sizes_of(composition, sizes, [[1, 1]] * 3, [0, 0.5, 1])
+    expected = of_a1 + of_b1 - average
+    np.testing.assert_allclose(drawn, [expected[0], expected.mean(), expected[1]])
+
+
+def test_library_sizes_of_a_label_without_cells_are_finite():
+    drawn = library_sizes_of([[0, 0, 50], [1, 1, 50]], [[5.0, 6.0], [7.0, 8.0]], [[2, 0], [2, 1]], [0.5, 0.5])
+    np.testing.assert_allclose(drawn, [5.5, 7.5])
+
+
+def test_each_cell_draws_the_library_size_of_its_own_labels():
+    sizes = [[5.0, 6.0], [7.0, 8.0]]
+    drawn = library_sizes_of([[0, 0, 50], [1, 1, 50]], sizes, [[1, 1], [0, 0], [1, 1]], [0.0, 0.5, 0.25])
+    np.testing.assert_allclose(drawn, [7, 5.5, 7.25])
+
+
+def test_empty_cells_have_a_library_size_of_one():
+    counts = sp.csr_matrix(np.eye(4)[[0, 1, 1]] * 3 * np.array([[1], [1], [0]]))
+    processor = SCRDiTProcessor.from_anndata(make_adata(counts), flavor="all")
+    assert processor.sample_library_sizes(np.empty((1, 0), dtype=int), np.zeros(1)) == 1
+
+
+def test_a_processor_of_log_normalised_values_holds_no_library_sizes(adata):
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
+    with pytest.raises(ValueError, match="holds no library sizes; give library_size"):
+        processor.sample_library_sizes(np.empty((1, 0), dtype=int), np.zeros(1))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -504,6 +577,7 @@ def test_refuses_a_single_cell(adata):
         (dict(gene_ids=["ENSG1"]), r"gene_ids has shape \(1,\)"),
         (dict(condition_keys=["cell_type"]), "condition_keys and condition_categories must have the same length"),
         (dict(value_space="cpm"), "value_space must be one of"),
+        (dict(log_library_sizes=[[1.0, 2.0]]), "log_library_sizes must have one row for each of composition"),
     ],
 )
 def test_refuses_constructor_arguments(kwargs, message):

@@ -21,9 +21,11 @@ def pipeline_folder(tmp_path):
         condition_keys=["cell_type"],
         condition_categories=[["CD19+ B", "CD34+"]],
         composition=[[0, 5], [1, 3]],
+        log_library_sizes=[[1.0, 2.0], [1.5, 2.5]],
     )
-    model = SCRDiTTransformer(num_genes=3, patch_size=2, num_layers=1, num_classes=[2], count_head=True)
-    SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=800).save_pretrained(tmp_path / "pipeline")
+    scheduler = default_scheduler(beta_schedule="squaredcos_cap_v2")
+    model = SCRDiTTransformer(num_genes=3, patch_size=2, num_layers=1, num_classes=[2], count_bins=[[3, 4]])
+    SCRDiTPipeline(model, scheduler, processor, decode_timestep=200).save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
 
 

@@ -1,13 +1,15 @@
 """The transformer against plain PyTorch oracles."""
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
+from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput, count_bins
 from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock
 
 PATCH_EMBED_TYPES = ("per_patch", "shared")
@@ -277,12 +279,16 @@ def test_save_and_load(tmp_path, patch_embed_type):
 
 
 @pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
-def test_count_head_starts_at_the_mean_counts(patch_embed_type):
-    model, mean = make_model(patch_embed_type, count_head=True), torch.linspace(0.1, 5, 23)
-    model.initialize_weights(count_mean=mean)
-    output = model(**make_inputs())
-    torch.testing.assert_close(output.count_log_mean.exp(), mean.expand(4, -1))
-    assert output.count_log_dispersion.shape == (23,)
+def test_count_head_starts_at_the_average_profile(patch_embed_type):
+    """Whatever the noisy cell and its labels; only the library size scales it."""
+    counts = sp.random_array((50, 23), density=0.5, rng=0, data_sampler=lambda size: np.arange(size) % 7 + 1.0)
+    model = make_model(patch_embed_type, count_bins=count_bins(counts.tocsr()))
+    model.initialize_weights()
+    model.count_head.initialize(counts, np.zeros((50, 2)), np.zeros(23), np.ones(23))
+    sizes = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    profile = torch.from_numpy(counts.sum(axis=0) / counts.sum()).float()
+    log_mean = model(**make_inputs(), library_size=sizes).count_log_mean
+    torch.testing.assert_close(log_mean.exp(), sizes[:, None] * profile, rtol=1e-4, atol=1e-6)
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -307,9 +313,9 @@ def test_own_presets_grow():
 
 
 @pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
-@pytest.mark.parametrize(("num_genes", "count_head"), [(23, False), (25, False), (25, True)])
-def test_flops_per_cell_against_the_flop_counter(patch_embed_type, num_genes, count_head):
-    model = make_model(patch_embed_type, num_genes, mlp_ratio=3.0, count_head=count_head)
+@pytest.mark.parametrize(("num_genes", "count_bins"), [(23, None), (25, None), (25, [[20, 4], [5, 9]])])
+def test_flops_per_cell_against_the_flop_counter(patch_embed_type, num_genes, count_bins):
+    model = make_model(patch_embed_type, num_genes, mlp_ratio=3.0, count_bins=count_bins)
     # The counter does not know the CPU's fused attention; the "math" backend is made of matmuls.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(**make_inputs(4, num_genes))

@@ -19,7 +19,7 @@ import scipy.sparse as sp
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scrdit_diffusers import SCRDiTPipeline, metrics, plotting, split_cells
+from scrdit_diffusers import SCRDiTPipeline, baselines, metrics, plotting, split_cells
 
 matplotlib.use("Agg")
 OUTPUT = Path("outputs/demo")
@@ -75,7 +75,7 @@ def main() -> None:
     # 3. Compare
     test, train, control = (part[:, pipe.processor.var_names].copy() for part in (test, train, control))
     table = metrics.compare(test, synthetic, train, control, labels_key=LABELS_KEY)
-    copula = metrics.gaussian_copula(train, test.obs, LABELS_KEY, np.random.default_rng(0))
+    copula = baselines.gaussian_copula(train, test.obs, LABELS_KEY, np.random.default_rng(0))
     table["copula"] = metrics.compare(test, copula, train, labels_key=LABELS_KEY)["value"]
     (OUTPUT / "metrics.json").write_text(json.dumps(table.to_dict(orient="records"), indent=2))
     draw(test, synthetic, train, pipeline_folder)

@@ -44,6 +44,7 @@ from scrdit_diffusers import (
     SCRDiTProcessor,
     SCRDiTTransformer,
     anndata_to_table,
+    count_bins,
     default_scheduler,
     diffusion_loss,
     drop_labels,
@@ -54,6 +55,8 @@ from scrdit_diffusers import (
 
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
+
+DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
 
 def arg(default, help, **kwargs):
@@ -87,7 +90,7 @@ class TrainingArguments:
     num_layers: int | None = arg(None, "Number of blocks.")
     num_attention_heads: int | None = arg(None, "Number of attention heads.")
     attention_head_dim: int | None = arg(None, "Width of a head.")
-    dropout: float = arg(0.0, "Dropout probability in the MLPs.")
+    dropout: float = arg(0.1, "Dropout probability in the MLPs and before the last projection.")
     # diffusion
     prediction_type: str = arg("sample", "What it predicts.", choices=["epsilon", "v_prediction", "sample"])
     num_train_timesteps: int = arg(1000, "Number of diffusion timesteps T.")
@@ -99,16 +102,15 @@ class TrainingArguments:
     decode: str = arg(
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
-    decode_timestep: int = arg(800, "Timestep at which counts are sampled from the likelihood.")
-    min_timestep: int = arg(450, "Lowest timestep to train where counts are sampled; the ones below are not used.")
-    count_loss_weight: float = arg(5.0, "Weight of the negative log-likelihood of the counts, per gene.")
+    decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
+    min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
     output_dir: str = arg("scrdit-model", "Folder of the pipeline, the checkpoints and the logs.")
     overwrite_output_dir: bool = arg(False, "Start anew although --output_dir holds checkpoints; they are deleted.")
     seed: int = arg(0, "Seed of everything.")
     train_batch_size: int = arg(128, "Cells per step and process.")
-    max_train_steps: int = arg(6000, "Number of optimiser steps.")
+    max_train_steps: int = arg(4500, "Number of optimiser steps.")
     num_train_epochs: int | None = arg(None, "Passes over the cells; overrides --max_train_steps.")
     gradient_accumulation_steps: int = arg(1, "Batches per optimiser step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
@@ -117,7 +119,7 @@ class TrainingArguments:
     lr_warmup_steps: int = arg(200, "Warm-up steps.")
     adam_beta1: float = arg(0.9, "AdamW beta 1.")
     adam_beta2: float = arg(0.99, "AdamW beta 2.")
-    adam_weight_decay: float = arg(0.01, "AdamW weight decay.")
+    adam_weight_decay: float = arg(0.1, "AdamW weight decay.")
     adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
     max_grad_norm: float = arg(1.0, "Largest gradient norm.")
     use_ema: bool = arg(True, "Average the weights; the average is what is saved.")
@@ -168,6 +170,11 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError(
             f"--min_timestep {args.min_timestep}, --decode_timestep {args.decode_timestep} and --num_train_timesteps "
             f"{args.num_train_timesteps} must be in this order."
+        )
+    if args.decode == "sample" and args.value_space == "counts" and args.prediction_type != "sample":
+        raise ValueError(
+            f"--prediction_type {args.prediction_type} needs --decode round: where counts are sampled, the denoised "
+            "cell follows from their posterior."
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
@@ -232,7 +239,8 @@ def main(args: TrainingArguments) -> None:
     options = {name: getattr(args, name) for name in names}
     processor = SCRDiTProcessor.from_anndata(adata[train_cells], **options, genes=genes)
     table = CellDataset(anndata_to_table(adata, args.layer, obs_columns=args.labels_key))
-    collate = CellCollator(processor, adata.var_names)
+    sample_counts = args.value_space == "counts" and args.decode == "sample"
+    collate = CellCollator(processor, adata.var_names, counts=sample_counts)
     options = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
     loader = DataLoader(Subset(table, train_cells.tolist()), **options, shuffle=True, collate_fn=collate)
     rng = np.random.default_rng(args.seed)
@@ -244,12 +252,17 @@ def main(args: TrainingArguments) -> None:
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
     config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
-    sample_counts = args.value_space == "counts" and args.decode == "sample"
-    model = SCRDiTTransformer(**config, count_head=sample_counts)
-    count_mean = np.asarray(processor.get_values(adata[train_cells], args.layer).mean(axis=0)).ravel()
-    model.initialize_weights(torch.from_numpy(count_mean))
+    counts = processor.get_values(adata[train_cells], args.layer) if sample_counts else None  # (cells, G)
+    if sample_counts:
+        config |= {"count_bins": count_bins(counts), "beta_schedule": args.beta_schedule}
+        config |= {"num_train_timesteps": args.num_train_timesteps}
+    model = SCRDiTTransformer(**config)
+    model.initialize_weights()
+    if sample_counts:
+        codes = processor.encode_labels(adata.obs.iloc[train_cells])
+        model.count_head.initialize(counts, codes, processor.mean, processor.std)
     min_timestep = args.min_timestep if sample_counts else 0
-    weights = (args.loss_weighting, args.max_loss_weight, args.count_loss_weight)
+    weights = (args.loss_weighting, args.max_loss_weight)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -282,7 +295,14 @@ def main(args: TrainingArguments) -> None:
         return
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
+    # The dispersions of the counts are single numbers on a log scale that may have far to go.
+    dispersions = [parameter for name, parameter in model.named_parameters() if name.endswith("log_dispersion")]
+    groups = [
+        {"params": [parameter for name, parameter in model.named_parameters() if not name.endswith("log_dispersion")]}
+    ]
+    if dispersions:
+        groups.append({"params": dispersions, "lr": DISPERSION_RATE * args.learning_rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
         optimizer,
@@ -304,8 +324,11 @@ def main(args: TrainingArguments) -> None:
             (Path(output_dir) / "arguments.json").write_text(json.dumps(record))
             for saved in models:
                 accelerator.unwrap_model(saved).save_pretrained(os.path.join(output_dir, "transformer"))
-            if ema is not None:
-                ema.save_pretrained(os.path.join(output_dir, "transformer_ema"))
+            if ema is not None:  # EMAModel.save_pretrained would lose the buffers of the count head
+                averaged = trained_model()
+                state = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
+                averaged.register_to_config(**state)
+                averaged.save_pretrained(os.path.join(output_dir, "transformer_ema"))
         weights.clear()
 
     def load_hook(models, input_dir):

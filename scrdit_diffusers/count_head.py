@@ -1,0 +1,310 @@
+"""The likelihood of the counts: what a gene's count may be, given the noisy cell.
+
+Noise is independent for each gene. By Bayes' rule the count k of a gene, given the whole noisy cell x_t, follows
+
+    p(k | x_t)  ~  NB(k; mu, theta)  *  N(x_t,gene; sqrt(alpha_bar) v(k), 1 - alpha_bar)
+
+with v(k) the count in model space. The second factor is known exactly; the first, what the rest of the cell, its labels
+and its library size say about the gene, is all that the network has to learn. From the posterior follow the denoised
+cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is the discrete decoder of Ho et al. 2020
+(arXiv 2006.11239, section 3.3) for counts, at any timestep.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import nn
+
+from .processing_scrdit import MAX_COUNT
+
+EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
+BIN_RATIO = 1.12
+MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
+GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
+
+
+def _bin_edges(largest: float) -> np.ndarray:
+    """Lower edges of the bins of counts: 0, 1, 2, ..., then in growing steps up to beyond `largest`."""
+    edges = list(range(EXACT_COUNTS + 1))
+    while edges[-1] <= largest:
+        edges.append(max(edges[-1] + 1, round(edges[-1] * BIN_RATIO)))
+    return np.array(edges)
+
+
+def _bins_of_genes(count_max: np.ndarray) -> np.ndarray:
+    """Count the bins of each gene (G,) for its largest training count (G,)."""
+    largest = np.minimum(np.floor(MAX_OVERSHOOT * count_max.astype(np.float64)) + 1, MAX_COUNT)
+    return np.searchsorted(_bin_edges(largest.max()), largest, side="right")
+
+
+def count_bins(counts: sp.csr_matrix) -> list[list[int]]:
+    """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
+
+    Parameters
+    ----------
+    counts
+        Counts of the training cells, shape (cells, G).
+
+    Returns
+    -------
+    Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
+    """
+    bins = np.sort(_bins_of_genes(counts.max(axis=0).toarray().ravel()))
+    groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
+    return [[len(group), int(group.max())] for group in groups if len(group)]
+
+
+class SCRDiTCountHead(nn.Module):
+    r"""Posterior of the counts of G genes given the noisy cell.
+
+    The logit of a count is linear in four features of a gene and cell, so that all are one batched matmul:
+    log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
+    h(k) = Gamma(k + theta) / (Gamma(theta) k!). Large counts share bins, inside which they are uniform.
+
+    Parameters
+    ----------
+    bins
+        Pairs (number of genes, bins per gene), from [`count_bins`].
+    num_train_timesteps
+        Number of diffusion timesteps T.
+    beta_schedule
+        Noise schedule; see [`~diffusers.DDPMScheduler`].
+    """
+
+    alphas_cumprod: torch.Tensor
+    gene_order: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    value: torch.Tensor
+    log_library_size: torch.Tensor
+
+    def __init__(self, bins: list[list[int]], num_train_timesteps: int, beta_schedule: str):
+        super().__init__()
+        self.groups: list[tuple[slice, slice, tuple[int, int]]] = []  # genes, their bins, and the shape (genes, bins)
+        num_genes = num_bins = 0
+        for genes, bins_per_gene in bins:
+            bins_of_group = slice(num_bins, num_bins + genes * bins_per_gene)
+            self.groups.append((slice(num_genes, num_genes + genes), bins_of_group, (genes, bins_per_gene)))
+            num_genes, num_bins = num_genes + genes, bins_of_group.stop
+
+        scheduler = DDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule)
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float())  # (T,)
+        self.register_buffer("gene_order", torch.arange(num_genes))  # the genes, group by group, (G,)
+        # All bins, group by group: counts from lower to upper - 1, and their place in model space.
+        lower = torch.cat([torch.arange(n).repeat(genes) for genes, n in bins]).float()
+        self.register_buffer("lower", lower)
+        self.register_buffer("upper", lower + 1)
+        self.register_buffer("value", lower.log1p())
+        self.register_buffer("log_library_size", torch.tensor([0.0, 1.0]))  # mean and standard deviation
+        self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
+        self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
+
+    def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+        """Set the bins, and the means and dispersions from which training starts, from the training cells.
+
+        Dispersions are moment estimates around means that are proportional to the library size within each combination
+        of labels. Training alone moves them too slowly.
+
+        Parameters
+        ----------
+        counts
+            Counts, shape (cells, G).
+        class_labels
+            Codes, shape (cells, K).
+        mean
+            Mean of each gene before standardisation, shape (G,), of the processor.
+        std
+            Standard deviation of each gene before standardisation, shape (G,), of the processor.
+
+        Raises
+        ------
+        ValueError
+            The head's bins are not those of `counts`.
+        """
+        counts = sp.csr_matrix(counts, dtype=np.float64)
+        bins = _bins_of_genes(counts.max(axis=0).toarray().ravel())
+        if count_bins(counts) != [list(shape) for *_, shape in self.groups]:
+            raise ValueError(f"This head was made for other counts; make it with count_bins={count_bins(counts)}.")
+        order = np.argsort(bins, kind="stable")
+        edges = _bin_edges(MAX_COUNT)
+        parts = []
+        for genes_of_group, _, (num_genes, num_bins) in self.groups:
+            inside = np.arange(num_bins) < bins[order[genes_of_group], None]  # (genes, bins)
+            lower = np.tile(edges[:num_bins], num_genes)
+            upper = np.where(inside, edges[1 : num_bins + 1], edges[:num_bins]).ravel()  # a padding bin is empty
+            parts.append((lower, upper, np.repeat(order[genes_of_group], num_bins)))
+        lower, upper, genes = (np.concatenate(part) for part in zip(*parts, strict=True))
+        value = (np.log1p(_midpoint(lower, upper)) - mean[genes]) / std[genes]
+
+        library_size = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
+        log_size = np.log(library_size)
+        rate = np.asarray(counts.sum(axis=0)).ravel() / library_size.sum()
+        state = self.state_dict() | {
+            "lower": lower,
+            "upper": upper,
+            "value": value,
+            "gene_order": order,
+            "log_library_size": [log_size.mean(), max(log_size.std(), 1e-3)],
+            "log_mean": np.log(np.maximum(rate * np.exp(log_size.mean()), 1e-4)),
+            "log_dispersion": np.log(_moment_dispersion(counts, library_size, class_labels)),
+        }
+        self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SCRDiTCountHead":
+        """Move to a device but never to another dtype: bfloat16 holds no counts above 256."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def standardize_library_size(self, library_size: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Log library size in standard deviations of the training cells', shape (B,); zero where it is not given."""
+        if library_size is None:
+            return like.new_zeros(like.shape[0], dtype=torch.float32)
+        mean, std = self.log_library_size.float()
+        return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
+
+    def forward(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
+        """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
+
+        Parameters
+        ----------
+        shift
+            The network's part, shape (B, G): zero gives every cell the average profile times its library size.
+        standardized_library_size
+            Shape (B,).
+        """
+        log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
+        return self.log_mean.float() + log_size[:, None] + shift.float()
+
+    def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Cumulative product of alphas at timesteps (B,), linear between the integers."""
+        alphas_cumprod = self.alphas_cumprod.float()
+        timestep = timestep.float().clamp(0, len(alphas_cumprod) - 1)
+        below = timestep.floor().long()
+        above = timestep.ceil().long()
+        return torch.lerp(alphas_cumprod[below], alphas_cumprod[above], timestep - below).clamp(1e-8, 1 - 1e-5)
+
+    def _logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
+        """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
+        alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
+        snr = alpha_bar / (1 - alpha_bar)  # (B, 1)
+        log_dispersion = self.log_dispersion.float()  # (G,)
+        log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
+        evidence = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
+        of_gene = [log_odds, evidence, (-snr / 2).expand_as(evidence), torch.ones_like(evidence)]
+        features = torch.stack(of_gene, dim=-1)[:, self.gene_order].transpose(0, 1)  # (G, B, 4)
+        dispersion = log_dispersion.exp()[self.gene_order, None]  # (G, 1)
+        logits = []
+        for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
+            count, theta = _midpoint(lower, upper), dispersion[genes]
+            log_base = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
+            log_base = (log_base + (upper - lower).clamp(min=1).log()).masked_fill(upper == lower, -1e9)
+            table = torch.stack([count, value, value.square(), log_base], dim=1)  # (genes, 4, bins)
+            with torch.autocast(noisy.device.type, enabled=False):
+                logits.append(torch.bmm(features[genes], table))
+        return logits
+
+    def _bins(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Lower and upper ends and values of the bins, of shape (genes, bins) for each group of genes."""
+        buffers = (self.lower.float(), self.upper.float(), self.value.float())
+        lower, upper, value = ([buffer[bins].view(shape) for _, bins, shape in self.groups] for buffer in buffers)
+        return list(zip(lower, upper, value, strict=True))
+
+    def denoise(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Posterior mean of the clean cell in model space.
+
+        Parameters
+        ----------
+        log_mean
+            Output of `forward`, shape (B, G).
+        noisy
+            Noisy cells in model space, shape (B, G).
+        timestep
+            Shape (B,); need not be integers.
+
+        Returns
+        -------
+        Shape (B, G).
+        """
+        logits = self._logits(log_mean, noisy, timestep)
+        with torch.autocast(noisy.device.type, enabled=False):
+            means = [
+                torch.einsum("gbk,gk->gb", posterior.softmax(dim=-1), value)
+                for posterior, (_, _, value) in zip(logits, self._bins(), strict=True)
+            ]
+        return self._unsort(torch.cat(means))
+
+    def nll(
+        self, counts: torch.Tensor, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `denoise`.
+
+        A count beyond a gene's last bin is taken as in it.
+        """
+        counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
+        total = counts.new_zeros(counts.shape[1])
+        logits = self._logits(log_mean, noisy, timestep)
+        for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
+            last = (upper > lower).sum(dim=1, keepdim=True) - 1  # (genes, 1)
+            target = torch.searchsorted(upper.contiguous(), counts[genes], right=True).minimum(last)  # (genes, B)
+            nll = F.cross_entropy(posterior.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            total = total + (nll + (upper - lower).gather(1, target).log()).sum(dim=0)
+        return total / counts.shape[0]
+
+    def sample(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw counts (B, G) from the posterior by inverting its distribution function.
+
+        Parameters
+        ----------
+        log_mean, noisy, timestep
+            As in `denoise`.
+        uniform
+            Uniform random numbers in [0, 1), shape (B, G).
+        """
+        uniform = uniform[:, self.gene_order].T[..., None]  # (G, B, 1)
+        drawn = []
+        logits = self._logits(log_mean, noisy, timestep)
+        for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
+            probability = posterior.softmax(dim=-1)  # (genes, B, bins)
+            cumulative = probability.cumsum(dim=-1)
+            quantile = uniform[genes] * cumulative[..., -1:]  # (genes, B, 1)
+            last = (upper > lower).sum(dim=1)[:, None, None] - 1
+            chosen = (cumulative <= quantile).sum(dim=-1, keepdim=True).minimum(last)  # (genes, B, 1)
+            below = cumulative.gather(-1, chosen) - probability.gather(-1, chosen)
+            inside = (quantile - below) / probability.gather(-1, chosen).clamp(min=1e-30)  # where in the bin, 0 to 1
+            low, high = (ends[:, None].expand_as(probability).gather(-1, chosen) for ends in (lower, upper))
+            drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[..., 0])
+        return self._unsort(torch.cat(drawn))
+
+    def _unsort(self, values: torch.Tensor) -> torch.Tensor:
+        """Bring values (G, B) from the order of the groups to (B, G) in that of the model."""
+        return torch.empty_like(values).index_copy(0, self.gene_order, values).T
+
+
+def _midpoint(lower, upper):
+    """Mean of the counts in bins; of an empty bin its lower end."""
+    return (lower + (upper - 1).clip(lower)) / 2
+
+
+def _moment_dispersion(counts: sp.csr_matrix, library_size: np.ndarray, class_labels: np.ndarray) -> np.ndarray:
+    """Inverse dispersion of each gene (G,) around means library size x profile of the cell's combination of labels."""
+    squared_means = np.zeros(counts.shape[1])
+    excess = np.zeros(counts.shape[1])  # variance beyond Poisson, summed over cells
+    for combination in np.unique(class_labels, axis=0):
+        rows = np.flatnonzero((class_labels == combination).all(axis=1))
+        cells, size = counts[rows], library_size[rows]
+        profile = np.asarray(cells.sum(axis=0)).ravel() / size.sum()
+        means_squared = profile**2 * np.sum(size**2)
+        squares = np.asarray(cells.power(2).sum(axis=0)).ravel() - 2 * profile * (cells.T @ size) + means_squared
+        squared_means += means_squared
+        excess += squares - profile * size.sum()
+    return np.clip(squared_means / np.maximum(excess, 1e-6), 0.1, 200)

@@ -1,0 +1,373 @@
+"""The count head against brute-force posteriors made of SciPy's distributions."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from diffusers import DDPMScheduler
+from scipy.stats import nbinom, norm
+
+from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
+from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
+from scrdit_diffusers.processing_scrdit import MAX_COUNT
+
+SCHEDULE = "squaredcos_cap_v2"
+LAST = 999
+LARGEST = [8, 1, 3, 8, 0, 5, 2]  # not sorted, so that the order of genes matters; all counts have exact bins
+
+
+def random_counts(largest=LARGEST, num_cells=50, seed=0):
+    """Counts of genes with these largest values."""
+    rng = np.random.default_rng(seed)
+    counts = np.floor(rng.random((num_cells, len(largest))) ** 2 * (np.array(largest) + 1))
+    counts[0] = largest
+    return counts
+
+
+def standardisation(counts):
+    logs = np.log1p(counts)
+    return logs.mean(axis=0), np.maximum(logs.std(axis=0), 0.3)
+
+
+def make_head(counts, labels=None, schedule=SCHEDULE):
+    head = SCRDiTCountHead(count_bins(sp.csr_matrix(counts)), LAST + 1, schedule)
+    labels = np.empty((len(counts), 0), dtype=np.int64) if labels is None else labels
+    head.initialize(sp.csr_matrix(counts), labels, *standardisation(counts))
+    return head.requires_grad_(False)
+
+
+def bins_of_genes(head):
+    """Lower and upper ends of the bins of each gene, without the empty ones, in the order of the model."""
+    ends = [pair for lower, upper, _ in head._bins() for pair in zip(lower, upper, strict=True)]
+    ends = [(lower[upper > lower].numpy(), upper[upper > lower].numpy()) for lower, upper in ends]
+    return [ends[place] for place in head.gene_order.argsort().tolist()]
+
+
+class Case:
+    """Noisy cells of a head whose bins are all exact, and their posterior by brute force."""
+
+    def __init__(self, timestep, num_cells=6):
+        counts = random_counts()
+        rng = np.random.default_rng(1)
+        self.head = make_head(counts)
+        self.head.log_dispersion.copy_(torch.from_numpy(rng.normal(1, 1, len(LARGEST))))
+        self.counts = counts[:num_cells]
+        self.timestep = torch.full((num_cells,), timestep)
+        self.alpha_bar = DDPMScheduler(beta_schedule=SCHEDULE).alphas_cumprod[timestep].double().item()
+        mean, std = standardisation(counts)
+        self.support = [np.arange(np.floor(MAX_OVERSHOOT * largest) + 2) for largest in LARGEST]
+        self.values = [(np.log1p(k) - mean[g]) / std[g] for g, k in enumerate(self.support)]
+        clean = (np.log1p(self.counts) - mean) / std
+        noise = rng.normal(size=clean.shape)
+        noisy = np.sqrt(self.alpha_bar) * clean + np.sqrt(1 - self.alpha_bar) * noise
+        log_mean = rng.normal(0, 1, clean.shape)
+        self.noisy, self.log_mean = torch.from_numpy(noisy).float(), torch.from_numpy(log_mean).float()
+        self.arguments = (self.log_mean, self.noisy, self.timestep)
+
+    def posterior(self, cell, gene):
+        """p(k | x_t) of one gene of one cell, in float64."""
+        mean, theta = np.exp(self.log_mean[cell, gene].item()), np.exp(self.head.log_dispersion[gene].item())
+        location, scale = np.sqrt(self.alpha_bar) * self.values[gene], np.sqrt(1 - self.alpha_bar)
+        log_p = nbinom.logpmf(self.support[gene], theta, theta / (theta + mean))
+        log_p += norm.logpdf(self.noisy[cell, gene].item(), location, scale)
+        p = np.exp(log_p - log_p.max())
+        return p / p.sum()
+
+    def table(self, function):
+        """`function(posterior, cell, gene)` of all cells and genes."""
+        shape = self.counts.shape
+        values = [function(self.posterior(cell, gene), cell, gene) for cell, gene in np.ndindex(shape)]
+        return np.array(values).reshape(shape)
+
+
+TIMESTEPS = [2, 100, 500, 800, LAST]
+
+
+# -- the posterior -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+def test_denoised_cells_are_the_posterior_mean(timestep):
+    case = Case(timestep)
+    expected = case.table(lambda p, cell, gene: p @ case.values[gene])
+    np.testing.assert_allclose(case.head.denoise(*case.arguments), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+def test_nll_is_that_of_the_posterior(timestep):
+    case = Case(timestep)
+    expected = -case.table(lambda p, cell, gene: np.log(p[int(case.counts[cell, gene])])).mean(axis=1)
+    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
+    np.testing.assert_allclose(nll, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+def test_samples_have_the_distribution_of_the_posterior(timestep):
+    """Equally spaced uniform numbers give the distribution function without sampling error."""
+    case, draws = Case(timestep, num_cells=2), 1000
+    repeated = (tensor.repeat_interleave(draws, dim=0) for tensor in case.arguments)
+    uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)[:, None].expand(-1, len(LARGEST))
+    drawn = case.head.sample(*repeated, uniform).view(2, draws, -1).numpy()
+    for cell, gene in np.ndindex(2, len(LARGEST)):
+        shares = (drawn[cell, :, gene] == case.support[gene][:, None]).mean(axis=1)
+        np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
+
+
+def test_without_noise_the_counts_come_back():
+    case = Case(0, num_cells=50)
+    drawn = case.head.sample(*case.arguments, torch.rand(case.counts.shape))
+    assert np.array_equal(drawn, case.counts)
+
+
+def test_order_of_genes_does_not_matter():
+    counts, order = random_counts(), np.array([3, 6, 0, 5, 1, 4, 2])
+    heads = make_head(counts), make_head(counts[:, order])
+    log_mean, noisy, uniform = torch.randn(3, 4, len(LARGEST), generator=torch.Generator().manual_seed(0))
+    timestep = torch.full((4,), 600)
+    results = []
+    for head, genes in zip(heads, (np.arange(len(LARGEST)), order), strict=True):
+        inputs = log_mean[:, genes], noisy[:, genes], timestep
+        nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
+        drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
+        prior = head(log_mean[:, genes], torch.zeros(4))
+        results.append((head.denoise(*inputs), drawn, prior, nll))
+    for first, second in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(first[:, order], second)
+    torch.testing.assert_close(results[0][3], results[1][3])
+
+
+# -- large counts ------------------------------------------------------------------------------------------------------
+
+
+def prior_of_one_gene(mean, theta, rows, largest=5000):
+    """A head for one gene, and inputs by which nothing but the negative binomial is known."""
+    head = make_head(random_counts([largest]))
+    head.log_dispersion.fill_(np.log(theta))
+    return head, (torch.full((rows, 1), np.log(mean)), torch.zeros(rows, 1), torch.full((rows,), LAST))
+
+
+def test_without_signal_the_posterior_is_the_negative_binomial():
+    head, inputs = prior_of_one_gene(mean=0.5, theta=4, rows=9, largest=8)
+    expected = -nbinom.logpmf(np.arange(9), 4, 4 / 4.5)
+    np.testing.assert_allclose(head.nll(torch.arange(9)[:, None], *inputs), expected, rtol=1e-4)
+
+
+def test_large_counts_have_the_moments_of_the_negative_binomial():
+    rows = 20_000
+    head, inputs = prior_of_one_gene(mean=500, theta=3, rows=rows)
+    drawn = head.sample(*inputs, ((torch.arange(rows) + 0.5) / rows)[:, None]).double()
+    assert torch.equal(drawn, drawn.round())
+    mean, variance = nbinom.stats(3, 3 / 503)
+    assert drawn.mean().item() == pytest.approx(mean, rel=0.01)
+    assert drawn.var().item() == pytest.approx(variance, rel=0.02)
+
+
+def test_probabilities_of_bins_are_those_of_the_negative_binomial():
+    lower, upper = bins_of_genes(make_head(random_counts([5000])))[0]
+    head, inputs = prior_of_one_gene(mean=500, theta=3, rows=int(upper[-1]))
+    p = head.nll(torch.arange(upper[-1])[:, None], *inputs).neg().double().exp().numpy()
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+    distribution = nbinom(3, 3 / 503)
+    expected = distribution.cdf(upper - 1) - distribution.cdf(lower - 1)
+    np.testing.assert_allclose(np.add.reduceat(p, lower.astype(int)), expected, rtol=0.05, atol=3e-5)
+
+
+def test_a_count_beyond_the_last_bin_has_a_finite_nll():
+    head, inputs = prior_of_one_gene(mean=500, theta=3, rows=2)
+    nll = head.nll(torch.tensor([[1e5], [1e7]]), *inputs)
+    assert torch.isfinite(nll).all()
+    assert nll[0] == nll[1]
+
+
+@pytest.mark.parametrize("largest", [[0, 1, 2, 7, 9, 10, 100, 3000, 20_000], [5, MAX_COUNT]])
+def test_bins_cover_all_counts_and_stop_at_the_overshoot(largest):
+    bins = bins_of_genes(make_head(random_counts(largest)))
+    for (lower, upper), count in zip(bins, largest, strict=True):
+        assert lower[0] == 0 and np.array_equal(lower[1:], upper[:-1])
+        assert upper[-1] > min(MAX_OVERSHOOT * count, MAX_COUNT)
+        assert lower[-1] <= MAX_OVERSHOOT * count + 1
+        assert upper[-1] <= max(BIN_RATIO * lower[-1] + 1, lower[-1] + 1)
+
+
+# -- from the training cells -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [LARGEST, [4], [0, 0, 0], [1, 10, 100, 1000, 10_000] * 5])
+def test_groups_hold_all_genes(largest):
+    groups = count_bins(sp.csr_matrix(random_counts(largest)))
+    assert sum(genes for genes, _ in groups) == len(largest)
+    assert all(isinstance(number, int) for group in groups for number in group)
+    assert [bins for _, bins in groups] == sorted({bins for _, bins in groups})
+
+
+def test_refuses_other_counts():
+    head = make_head(random_counts())
+    other = random_counts([80] * len(LARGEST))
+    with pytest.raises(ValueError, match=r"made for other counts; make it with count_bins=\[\[7, 32\]\]"):
+        head.initialize(sp.csr_matrix(other), np.zeros((50, 0)), *standardisation(other))
+
+
+def test_refuses_bins_of_another_number_of_genes():
+    with pytest.raises(ValueError, match="count_bins has 7 genes, the model 8"):
+        SCRDiTTransformer(num_genes=8, count_bins=[[3, 4], [4, 9]])
+
+
+def test_dispersions_are_moment_estimates():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (400, 2))
+    means = rng.gamma(2, 3, (2, 2, 5))[labels[:, 0], labels[:, 1]] * rng.gamma(5, 0.2, (400, 1)) + 1
+    counts = rng.negative_binomial(2, 2 / (2 + means)).astype(float)
+    counts[:, 0] += 1  # no cell is empty
+    numerator, denominator = np.zeros(5), np.zeros(5)
+    for combination in np.unique(labels, axis=0):
+        cells = counts[(labels == combination).all(axis=1)]
+        predicted = cells.sum(axis=1, keepdims=True) * cells.sum(axis=0) / cells.sum()
+        numerator += (predicted**2).sum(axis=0)
+        denominator += ((cells - predicted) ** 2 - predicted).sum(axis=0)
+    dispersion = make_head(counts, labels).log_dispersion.exp()
+    np.testing.assert_allclose(dispersion, np.clip(numerator / denominator, 0.1, 200), rtol=1e-4)
+
+
+def test_means_are_the_average_profile_times_the_library_size():
+    counts = random_counts()
+    head = make_head(counts)
+    sizes = torch.tensor([5.0, 10.0, 80.0])
+    log_mean = head(torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1)))
+    profile = counts.sum(axis=0) / counts.sum()
+    expressed = profile > 0
+    expected = sizes.numpy()[:, None] * profile
+    np.testing.assert_allclose(log_mean.exp()[:, expressed], expected[:, expressed], rtol=1e-4)
+    assert (log_mean.exp()[:, ~expressed] < 1e-2).all()
+
+
+def test_without_a_library_size_it_is_that_of_a_typical_cell():
+    counts = random_counts()
+    head = make_head(counts)
+    typical = torch.tensor([np.exp(np.log(counts.sum(axis=1)).mean())])
+    like = torch.zeros(1, 1)
+    torch.testing.assert_close(
+        head.standardize_library_size(typical, like), head.standardize_library_size(None, like), rtol=0, atol=1e-5
+    )
+
+
+def test_cells_of_equal_size_and_empty_cells_are_no_problem():
+    for counts in (np.ones((6, 4)), np.zeros((6, 4)), np.eye(4)):
+        head = make_head(counts)
+        assert all(torch.isfinite(tensor).all() for tensor in head.state_dict().values())
+
+
+# -- timesteps ---------------------------------------------------------------------------------------------------------
+
+
+def test_timesteps_between_integers_are_interpolated():
+    head = make_head(random_counts())
+    low, half, high = head.alpha_bar(torch.tensor([400, 400.5, 401]))
+    assert half.item() == pytest.approx((low + high).item() / 2)
+    alphas_cumprod = DDPMScheduler(beta_schedule=SCHEDULE).alphas_cumprod
+    torch.testing.assert_close(torch.stack([low, high]), alphas_cumprod[[400, 401]])
+
+
+def test_timesteps_beyond_the_ends_are_those_of_the_ends():
+    head = make_head(random_counts())
+    assert torch.equal(head.alpha_bar(torch.tensor([-1.0, 2000.0])), head.alpha_bar(torch.tensor([0, LAST])))
+
+
+@pytest.mark.parametrize("timestep", [700, 700.5])
+def test_dtype_of_timesteps_does_not_matter(timestep):
+    case = Case(700)
+    dtypes = [torch.float32, torch.float64] + [torch.int64] * (timestep == 700)
+    log_mean, noisy, _ = case.arguments
+    results = [case.head.denoise(log_mean, noisy, torch.full((6,), timestep, dtype=dtype)) for dtype in dtypes]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# -- in the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inputs(adata, processor):
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.from_numpy(adata.X[:4].toarray())
+    return dict(
+        hidden_states=torch.randn(4, 23, generator=generator),
+        timestep=torch.tensor([3, 500, 40, 999]),
+        class_labels=torch.from_numpy(processor.encode_labels(adata.obs[:4])),
+        library_size=counts.sum(dim=1),
+        counts=counts,
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_finite_and_reach_every_parameter(count_model, inputs, autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        count_model(**inputs).count_nll.mean().backward()
+    gradients = {name: parameter.grad for name, parameter in count_model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_autocast_leaves_the_posterior_in_float32():
+    case = Case(300)
+    expected = case.head.denoise(*case.arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        denoised = case.head.denoise(*case.arguments)
+        nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
+    assert torch.equal(denoised, expected)
+    assert torch.equal(nll, case.head.nll(torch.from_numpy(case.counts), *case.arguments))
+
+
+@torch.no_grad()
+def test_output_with_and_without_counts(count_model, inputs):
+    likelihood = count_model(**inputs)
+    del inputs["counts"]
+    prediction = count_model(**inputs)
+    assert prediction.sample.shape == (4, 23) and prediction.count_nll is None
+    assert likelihood.count_nll.shape == (4,) and likelihood.sample is None
+    assert torch.equal(prediction.count_log_mean, likelihood.count_log_mean)
+    as_tuple = count_model(**inputs, return_dict=False)
+    assert len(as_tuple) == 2 and torch.equal(as_tuple[0], prediction.sample)
+
+
+@torch.no_grad()
+def test_library_size_changes_the_prediction(count_model, inputs):
+    small, large = (
+        count_model(**inputs | {"counts": None, "library_size": torch.full((4,), size)}).count_log_mean
+        for size in (20.0, 200.0)
+    )
+    assert (large - small).mean().item() == pytest.approx(np.log(10), abs=1)
+    assert not torch.allclose(large - small, torch.full((4, 23), np.log(10)), atol=1e-3)  # the network sees it too
+
+
+@pytest.mark.parametrize("name", ["library_size", "counts"])
+def test_a_model_without_a_head_takes_neither_library_size_nor_counts(model, inputs, name):
+    with pytest.raises(ValueError, match="need a model with a count head"):
+        model(inputs["hidden_states"], 3, **{name: inputs[name]})
+
+
+def test_save_and_load_keep_every_buffer(count_model, inputs, tmp_path):
+    count_model.save_pretrained(tmp_path)
+    loaded = SCRDiTTransformer.from_pretrained(tmp_path)
+    state = count_model.state_dict()
+    assert {name.split(".")[-1] for name in state} >= {"gene_order", "lower", "upper", "value", "log_library_size"}
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.equal(loaded(**inputs).count_nll, count_model(**inputs).count_nll)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_a_model_leaves_its_counts_in_float32(count_model, dtype):
+    """A count of 257 would be 256 in bfloat16."""
+    before = {name: tensor.clone() for name, tensor in count_model.count_head.state_dict().items()}
+    count_model.to(dtype)
+    assert count_model.dtype == dtype
+    for name, tensor in count_model.count_head.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_half_precision_leaves_its_counts_in_float32(count_model, tmp_path, dtype):
+    count_model.save_pretrained(tmp_path)
+    loaded = SCRDiTTransformer.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    for name, tensor in loaded.count_head.state_dict().items():
+        assert torch.equal(tensor, count_model.count_head.state_dict()[name])

@@ -1,0 +1,419 @@
+"""The evaluation script, run on few cells: split, pipeline or foreign cells, results, report, wrong input."""
+
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, baselines, default_scheduler, report
+
+SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
+PARTS = ("train", "control", "test")
+KEY = "cell_type"
+QUICK = ["--n_jobs", 1, "--num_seeds", 1, "--baselines", "none", "--steps_curve", 0]
+QUICK += ["--num_inference_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def evaluate(script):
+    """Run the script's main in this process, which saves the seconds of importing everything."""
+
+    def evaluate(*arguments):
+        command = [str(argument) for argument in arguments]
+        script.main(HfArgumentParser(script.EvaluationArguments).parse_args_into_dataclasses(command)[0])
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """160 cells of 40 genes: two labels of many cells, a rare one, five donors."""
+    rng = np.random.default_rng(0)
+    rates = rng.gamma(0.8, 2.0, size=(3, 40))
+    labels = np.repeat([0, 1, 2], [80, 65, 15])
+    obs = pd.DataFrame({KEY: np.array(["B cell", "T cell", "rare"])[labels], "donor": rng.integers(5, size=160)})
+    obs = obs.astype({"donor": str}).set_axis([f"cell{i}" for i in range(160)])
+    counts = sp.csr_matrix(rng.poisson(rates[labels]), dtype=np.float32)
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(40)]))
+
+
+@pytest.fixture(scope="module")
+def split_dir(evaluate, cells, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    cells.write_h5ad(folder / "cells.h5ad")
+    evaluate("--dataset", folder / "cells.h5ad", "--labels_key", KEY, "--split_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(split_dir):
+    return {name: ad.read_h5ad(split_dir / f"{name}.h5ad") for name in PARTS}
+
+
+@pytest.fixture(scope="module")
+def pipeline(split_dir, parts, tmp_path_factory):
+    """An untrained pipeline that says it was trained on the train part."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    processor = SCRDiTProcessor.from_anndata(parts["train"], [KEY], flavor="all")
+    torch.manual_seed(0)
+    config = dict(num_genes=40, patch_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    model = SCRDiTTransformer(**config, num_classes=[3])
+    SCRDiTPipeline(model, default_scheduler(), processor).save_pretrained(folder)
+    record = {"dataset": str(split_dir / "train.h5ad"), "train_cells": parts["train"].n_obs, "val_cells": 0}
+    (folder / "train_config.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluate, split_dir, pipeline, tmp_path_factory):
+    """Folder of the results of the whole command with two seeds and one baseline."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    arguments = ["--num_seeds", 2, "--baselines", "gaussian_copula", "--steps_curve", 4, 2, "--min_label_cells", 16]
+    evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", folder, *QUICK, *arguments)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(evaluation):
+    return json.loads((evaluation / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def html(evaluation):
+    return (evaluation / "report.html").read_text(encoding="utf-8")
+
+
+# -- split -------------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_disjoint_and_complete(parts, cells):
+    names = [name for part in parts.values() for name in part.obs_names]
+    assert sorted(names) == sorted(cells.obs_names)
+
+
+def test_split_is_stratified(parts):
+    counts = pd.DataFrame({name: part.obs[KEY].value_counts() for name, part in parts.items()})
+    assert counts.loc[["B cell", "T cell", "rare"], list(PARTS)].to_numpy().tolist() == [
+        [48, 16, 16],
+        [39, 13, 13],
+        [9, 3, 3],
+    ]
+
+
+def test_split_says_how_to_train(evaluate, split_dir, capsys):
+    evaluate("--split_dir", split_dir)
+    command = f"accelerate launch training/train.py --dataset {split_dir}/train.h5ad --labels_key {KEY} --output_dir"
+    assert command in capsys.readouterr().out
+
+
+def test_split_is_reproducible(evaluate, split_dir, parts, tmp_path):
+    evaluate("--dataset", split_dir / "cells.h5ad", "--labels_key", KEY, "--split_dir", tmp_path)
+    assert list(ad.read_h5ad(tmp_path / "test.h5ad").obs_names) == list(parts["test"].obs_names)
+
+
+def test_split_by_keeps_groups_whole(evaluate, split_dir, tmp_path):
+    arguments = ["--labels_key", KEY, "--split_by", "donor", "--split_dir", tmp_path]
+    evaluate("--dataset", split_dir / "cells.h5ad", *arguments)
+    donors = [set(ad.read_h5ad(tmp_path / f"{name}.h5ad").obs["donor"]) for name in PARTS]
+    assert [len(names) for names in donors] == [3, 1, 1] and len(set.union(*donors)) == 5
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def row(record, metric, group="all"):
+    (found,) = (row for row in record["rows"] if row["metric"] == metric and row["group"] == group)
+    return found
+
+
+def test_every_figure_stands_beside_ceiling_and_floor(record):
+    for figures in record["rows"]:
+        for name in ("value", "ceiling", "gaussian_copula"):
+            assert isinstance(figures[name], float) and isinstance(figures[f"{name}_std"], float), figures
+
+
+def test_untrained_pipeline_is_told_from_real_cells(record):
+    auroc = row(record, "classifier_genes_auroc")
+    assert auroc["value"] > 0.8 > auroc["ceiling"] and auroc["met"] is False
+
+
+def test_seeds_divide_the_unseen_cells_anew(record):
+    assert record["seeds"] == [0, 1] and row(record, "mmd2")["ceiling_std"] > 0
+
+
+def test_cells_genes_and_labels_are_recorded(record):
+    assert record["cells"] == {"train": 96, "control": 32, "test": 32, "judged": 32}
+    assert record["genes"] == {"number": 40, "choice": "those of the pipeline"}
+    assert record["labels"]["rare"] == {"train": 9, "control": 3, "test": 3}
+
+
+def test_labels_with_enough_cells_have_rows(record):
+    assert {figures["group"] for figures in record["rows"]} == {"all", "B cell"}
+
+
+def test_quality_is_measured_at_each_number_of_steps(record):
+    assert [entry["num_inference_steps"] for entry in record["steps_curve"]] == [2, 4]
+    assert all(np.isfinite(entry["w2"]) for entry in record["steps_curve"])
+
+
+def test_pipeline_of_the_train_part_gives_no_warning(record):
+    assert record["warnings"] == []
+
+
+def test_results_are_not_replaced_unasked(evaluate, split_dir, pipeline, evaluation):
+    with pytest.raises(ValueError, match="--overwrite"):
+        evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", evaluation)
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def test_report_refers_to_nothing_outside_itself(html):
+    assert not re.findall(r"https?://|<script|<link|@import|url\(", html)
+    assert set(re.findall(r"(?:src|href)=\"([^;]*);", html)) == {"data:image/png"}
+
+
+def test_report_embeds_every_picture(html):
+    assert html.count("data:image/png;base64,iVBOR") == html.count("<img") == 9
+
+
+def test_report_begins_with_the_verdict(html, record):
+    auroc = row(record, "classifier_genes_auroc")
+    first = html[: html.index("<table")]
+    assert f"AUROC {auroc['value']:.2f} (0.50: indistinguishable; real cells {auroc['ceiling']:.2f}" in first
+    assert f"Gaussian copula {auroc['gaussian_copula']:.2f}" in first
+    assert "Not met: " in first and "memorisation" in first and "Labels: " in first
+
+
+def test_report_marks_labels_of_few_training_cells(html):
+    assert "rare †" in html and "T cell †" not in html
+
+
+def test_report_has_a_row_for_each_metric(html, record):
+    for figures in record["rows"]:
+        assert f"<th>{report.METRIC_NAMES[figures['metric']]}</th>" in html
+
+
+def test_every_metric_and_baseline_has_a_name():
+    from scrdit_diffusers import metrics
+
+    assert set(report.METRIC_NAMES) == set(metrics.AIMS)
+    assert all(hasattr(baselines, name) for name in report.FLOOR_NAMES)
+
+
+def test_verdict_of_real_cells_is_clean(record):
+    """The ceiling in place of the generated cells: what real cells reach has to pass."""
+    names = {"classifier_genes_auroc": 0.5, "nearest_train_distance_ratio": 1.0, "share_nearer_to_train": 0.5}
+    names |= {"share_duplicates_of_train": 0.0, "w2": 2.0}
+    rows = [
+        dict(metric=metric, group="all", n_cells=50, value=x, ceiling=x, aim="", met=True)
+        for metric, x in names.items()
+    ]
+    sentences = report.verdict({"rows": rows, "floors": [], "labels": {}})
+    assert "5 of 5 aims are met." in sentences and "No sign of memorisation" in sentences[-1]
+
+
+def test_verdict_names_memorisation():
+    names = {"classifier_genes_auroc": 0.5, "nearest_train_distance_ratio": 0.2, "share_nearer_to_train": 0.9}
+    rows = [
+        dict(metric=metric, group="all", n_cells=50, value=x, ceiling=0.5, aim="", met=x == 0.5)
+        for metric, x in (names | {"share_duplicates_of_train": 0.3}).items()
+    ]
+    assert "Possible memorisation: 30.0%" in report.verdict({"rows": rows, "floors": [], "labels": {}})[-1]
+
+
+def test_report_fits_a_phone(html, tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    measure = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>"
+    (tmp_path / "report.html").write_text(html + measure, encoding="utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=500,900", "--dump-dom", (tmp_path / "report.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    width, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
+    assert width <= window <= 500
+
+
+# -- cells of other tools ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synthetic(parts):
+    return baselines.gaussian_copula(parts["train"], parts["test"].obs, KEY, np.random.default_rng(0))
+
+
+def test_cells_of_any_tool_are_judged_on_variable_genes(evaluate, split_dir, synthetic, tmp_path):
+    synthetic.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["--synthetic", tmp_path / "cells.h5ad", "--n_top_genes", 30, "--output_dir", tmp_path]
+    evaluate("--split_dir", split_dir, *arguments, *QUICK)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["genes"]["number"] == 30 and "highly variable" in record["genes"]["choice"]
+    assert record["floors"] == [] and record["steps_curve"] == [] and record["warnings"] == []
+    assert row(record, "mmd2")["met"] is None and row(record, "mmd2")["value_std"] is None  # one seed has no spread
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_at_most_max_cells_are_generated(script, split_dir, pipeline, tmp_path):
+    arguments = [f"--split_dir={split_dir}", f"--pipeline={pipeline}", "--max_cells=20"]
+    args = HfArgumentParser(script.EvaluationArguments).parse_args_into_dataclasses(arguments)[0]
+    evaluation = script.Evaluation(args, script.read_split(args))
+    test, control = evaluation.draw_real(1)
+    assert test.n_obs == control.n_obs == evaluation.generate(test.obs, 1, 2).n_obs == 20
+
+
+# -- wrong input -------------------------------------------------------------------------------------------------------
+
+
+def refuse(evaluate, message, *arguments):
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--split_dir is needed"),
+        (["--split_dir", "nowhere"], "holds no split; give --dataset"),
+        (["--split_dir", "nowhere", "--dataset", "nowhere.h5ad"], "nowhere.h5ad does not exist"),
+        (["--split_dir", "x", "--pipeline", "a", "--synthetic", "b"], "not both"),
+        (["--split_dir", "x", "--num_seeds", 0], "--num_seeds must be at least 1"),
+        (["--split_dir", "x", "--max_cells", 5], "--max_cells must be at least 10"),
+        (["--split_dir", "x", "--steps_curve", 0, 5], "--steps_curve"),
+    ],
+)
+def test_wrong_arguments_are_refused(evaluate, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse(evaluate, message, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_label_column_is_refused(evaluate, split_dir, tmp_path):
+    arguments = ["--labels_key", "celltype", "--split_dir", tmp_path / "split"]
+    refuse(evaluate, "did you mean 'cell_type'", "--dataset", split_dir / "cells.h5ad", *arguments)
+
+
+def test_too_few_cells_are_refused(evaluate, cells, tmp_path):
+    cells[:30].write_h5ad(tmp_path / "few.h5ad")
+    refuse(evaluate, "control would have 6 cells", "--dataset", tmp_path / "few.h5ad", "--split_dir", tmp_path)
+    assert not (tmp_path / "train.h5ad").exists()
+
+
+def test_two_groups_are_refused(evaluate, cells, tmp_path):
+    cells[cells.obs["donor"].isin(["0", "1"])].write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["--split_by", "donor", "--split_dir", tmp_path]
+    refuse(evaluate, "2 groups cannot make train, control and test", "--dataset", tmp_path / "cells.h5ad", *arguments)
+
+
+def test_another_split_by_than_that_of_the_split_is_refused(evaluate, split_dir):
+    refuse(evaluate, "was not split by 'donor'", "--split_dir", split_dir, "--split_by", "donor")
+
+
+def test_incomplete_split_is_refused(evaluate, split_dir, tmp_path):
+    shutil.copy(split_dir / "train.h5ad", tmp_path)
+    refuse(evaluate, r"holds only \['train'\]", "--split_dir", tmp_path, "--dataset", split_dir / "cells.h5ad")
+
+
+def test_no_condition_of_the_pipeline_is_refused(evaluate, split_dir, pipeline, tmp_path):
+    arguments = ["--pipeline", pipeline, "--labels_key", "donor", "--output_dir", tmp_path]
+    refuse(evaluate, "donor is no condition of the pipeline", "--split_dir", split_dir, *arguments)
+
+
+def wrong_genes(synthetic):
+    synthetic.var_names = [f"other{i}" for i in range(40)]
+
+
+def few_cells(synthetic):
+    synthetic._inplace_subset_obs(np.arange(160 // 5) < 8)
+
+
+def no_labels(synthetic):
+    del synthetic.obs[KEY]
+
+
+def unknown_label(synthetic):
+    synthetic.obs[KEY] = ["Platelet"] + synthetic.obs[KEY].astype(str).tolist()[1:]
+
+
+def no_counts(synthetic):
+    synthetic.X = synthetic.X * 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_genes, "train lacks 40 of the 40 genes"),
+        (few_cells, "At least 10 cells of each kind are needed, got .*'synthetic': 8"),
+        (no_labels, "is no column of synthetic.obs"),
+        (unknown_label, r"train part lacks: \['Platelet'\]"),
+        (no_counts, "synthetic: .* are no counts|synthetic: "),
+    ],
+)
+def test_wrong_synthetic_cells_are_refused(evaluate, split_dir, synthetic, tmp_path, change, message):
+    change(synthetic)
+    synthetic.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["--synthetic", tmp_path / "cells.h5ad", "--output_dir", tmp_path / "results"]
+    refuse(evaluate, message, "--split_dir", split_dir, *arguments)
+    assert not (tmp_path / "results").exists()
+
+
+def test_other_composition_gives_a_warning(script, split_dir, synthetic, tmp_path):
+    synthetic.obs[KEY] = "B cell"
+    synthetic.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = [f"--split_dir={split_dir}", f"--synthetic={tmp_path / 'cells.h5ad'}"]
+    args = HfArgumentParser(script.EvaluationArguments).parse_args_into_dataclasses(arguments)[0]
+    (warning,) = script.Evaluation(args, script.read_split(args)).warnings
+    assert "50% of the synthetic cells would need another label" in warning
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dataset": "all.h5ad"}, "was trained on all.h5ad, not on .*train.h5ad"),
+        ({"train_cells": 50}, "was trained on 50 cells of .*train.h5ad, which now has 96"),
+        (None, "no train_config.json"),
+    ],
+)
+def test_pipeline_of_other_cells_gives_a_warning(script, split_dir, pipeline, tmp_path, config, message):
+    if config is not None:
+        known = json.loads((pipeline / "train_config.json").read_text())
+        (tmp_path / "train_config.json").write_text(json.dumps(known | config))
+    (warning,) = script.training_warnings(str(tmp_path), split_dir / "train.h5ad", 96)
+    assert re.search(message, warning)
+
+
+def test_warnings_reach_the_user_and_the_report(evaluate, split_dir, pipeline, tmp_path, caplog):
+    shutil.copytree(pipeline, tmp_path / "pipeline", ignore=shutil.ignore_patterns("train_config.json"))
+    arguments = ["--pipeline", tmp_path / "pipeline", "--output_dir", tmp_path, "--max_cells", 20, *QUICK]
+    with caplog.at_level(logging.WARNING):
+        evaluate("--split_dir", split_dir, *arguments)
+    assert "no train_config.json" in caplog.text
+    assert "no train_config.json" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_errors_end_the_script_without_a_traceback(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--split_dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.strip().endswith("holds no split; give --dataset to make one.")
+    assert "Traceback" not in result.stderr

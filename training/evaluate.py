@@ -1,0 +1,402 @@
+"""Judge generated cells against real cells that no model saw: metrics.json and a report.html that needs nothing else.
+
+    python training/evaluate.py --dataset cells.h5ad --labels_key cell_type --split_dir split
+
+splits the cells into train, control and test, and says how to train on the first. Then
+
+    python training/evaluate.py --split_dir split --pipeline split/pipeline --output_dir evaluation
+
+judges the pipeline, and `--synthetic cells.h5ad` instead of `--pipeline` the cells of any other tool.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import anndata as ad
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from sklearn.model_selection import StratifiedGroupKFold
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, read_cells, split_cells
+from scrdit_diffusers.processing_scrdit import label_categories
+from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, render_report
+
+matplotlib.use("Agg")
+logger = logging.getLogger("evaluate")
+PARTS = ("train", "control", "test")
+PACKAGES = {"scrdit_diffusers": "scrdit-diffusers", "sklearn": "scikit-learn", "ot": "POT", "scvi": "scvi-tools"}
+PACKAGES |= {"scib_metrics": "scib-metrics"}
+PACKAGES |= {name: name for name in ("diffusers", "torch", "anndata", "scanpy", "numpy", "scipy")}
+
+
+def arg(default, help, **kwargs):
+    """One command-line argument: its default and its help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: default, metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class EvaluationArguments:
+    """Command-line arguments."""
+
+    # real cells
+    split_dir: str = arg(None, "Folder of train.h5ad, control.h5ad, test.h5ad; made from --dataset if it lacks them.")
+    dataset: str | None = arg(None, "Real cells to split: .h5ad file, .zarr store, table folder or Hub data set id.")
+    labels_key: str | None = arg(None, "Column of obs; that of the split or the pipeline's first one if not given.")
+    layer: str | None = arg(None, "Layer of the real cells that holds the values; that of the split, or X.")
+    split_by: str | None = arg(None, "Column of obs, such as donor, whose groups stay whole when the cells are split.")
+    # what is judged
+    pipeline: str | None = arg(None, "Folder or Hub id of the pipeline to judge.")
+    synthetic: str | None = arg(None, "Cells of any other tool to judge, values in X.")
+    value_space: str = arg("counts", "Values of --synthetic.", choices=["counts", "log_normalized"])
+    n_top_genes: int = arg(2000, "--synthetic with more genes: judge these many highly variable genes of train.")
+    num_inference_steps: int = arg(25, "Network calls per cell.")
+    guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
+    batch_size: int = arg(512, "Cells generated at a time.")
+    device: str | None = arg(None, "cpu, cuda, mps; the best there is if not given.")
+    # how
+    num_seeds: int = arg(5, "Evaluation seeds: each generates, draws, folds and divides the unseen cells anew.")
+    seed: int = arg(0, "First seed, and seed of the split.")
+    max_cells: int = arg(3000, "Upper limit of the cells of each kind that are judged; bounds time and memory.")
+    min_label_cells: int = arg(50, "Labels with as many cells of each kind are judged alone, too.")
+    baselines: list[str] = arg(
+        ["resample_genes", "gaussian_copula"],
+        "Floors, or none; scvi_prior is added where scvi-tools is installed.",
+        choices=["none", *FLOOR_NAMES],
+    )
+    steps_curve: list[int] = arg([5, 10, 20, 50], "Network calls at which quality is measured, too; 0 for none.")
+    n_jobs: int = arg(-1, "Processes for the folds of the classifiers; -1 takes all cores.")
+    output_dir: str = arg("evaluation", "Folder of metrics.json and report.html.")
+    overwrite: bool = arg(False, "Replace the results in --output_dir.")
+
+
+def check_args(args: EvaluationArguments) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is read."""
+    if args.split_dir is None:
+        raise ValueError("--split_dir is needed: the folder of train.h5ad, control.h5ad and test.h5ad.")
+    if args.pipeline and args.synthetic:
+        raise ValueError("Give either --pipeline or --synthetic, not both.")
+    for name in ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name in ("max_cells", "min_label_cells"):
+        if getattr(args, name) < metrics.MIN_CELLS:
+            raise ValueError(f"--{name} must be at least {metrics.MIN_CELLS}, got {getattr(args, name)}.")
+    args.baselines = [] if args.baselines == ["none"] else args.baselines
+    args.steps_curve = [] if args.steps_curve == [0] else args.steps_curve
+    if any(steps < 1 for steps in args.steps_curve) or "none" in args.baselines:
+        raise ValueError(f"--steps_curve {args.steps_curve} --baselines {args.baselines}: 0 and none stand alone.")
+    if "scvi_prior" in args.baselines and not importlib.util.find_spec("scvi"):
+        raise ValueError("--baselines scvi_prior needs scvi-tools: pip install scvi-tools")
+    if (args.pipeline or args.synthetic) and (Path(args.output_dir) / "metrics.json").exists() and not args.overwrite:
+        raise ValueError(f"{args.output_dir} holds results; give --overwrite to replace them, or another --output_dir.")
+
+
+# -- real cells --------------------------------------------------------------------------------------------------------
+
+
+def make_split(args: EvaluationArguments) -> None:
+    """Split the cells 60 / 20 / 20 and write the parts, all or none."""
+    cells = read_cells(args.dataset)
+    keys = [args.labels_key] if args.labels_key else []
+    if args.split_by:
+        if (num_groups := len(label_categories(cells.obs, args.split_by))) < len(PARTS):
+            raise ValueError(f"--split_by {args.split_by}: {num_groups} groups cannot make train, control and test.")
+        groups = cells.obs[args.split_by].astype(str)
+        labels = cells.obs[keys[0]].astype(str) if keys and label_categories(cells.obs, keys[0]) else groups
+        folds = StratifiedGroupKFold(min(5, num_groups), shuffle=True, random_state=args.seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a label has fewer cells than there are folds
+            (_, test), (_, control), *_ = folds.split(np.empty(cells.n_obs), labels, groups)
+        train = np.setdiff1d(np.arange(cells.n_obs), np.concatenate([control, test]))
+    else:
+        rest, test = split_cells(cells, keys, 0.2, args.seed)
+        stay, aside = split_cells(cells[rest], keys, 0.25, args.seed)
+        train, control = rest[stay], rest[aside]
+    rows = dict(zip(PARTS, (train, control, test), strict=True))
+    for name, part in rows.items():
+        if len(part) < metrics.MIN_CELLS:
+            raise ValueError(f"{name} would have {len(part)} cells; at least {metrics.MIN_CELLS} are needed.")
+    folder = Path(args.split_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {name: getattr(args, name) for name in ("dataset", "labels_key", "layer", "split_by", "seed")}
+    (folder / "split.json").write_text(json.dumps(record, indent=2))
+    for name, part in rows.items():
+        cells[part].copy().write_h5ad(folder / f"{name}.tmp.h5ad", compression="gzip")
+    for name in PARTS:
+        os.replace(folder / f"{name}.tmp.h5ad", folder / f"{name}.h5ad")
+    print(f"Wrote {', '.join(f'{name}.h5ad ({len(part)} cells)' for name, part in rows.items())} to {folder}")
+
+
+def read_split(args: EvaluationArguments) -> dict[str, Any]:
+    """Find out how the cells were split (nothing is known of parts made elsewhere); split them if they are not."""
+    folder = Path(args.split_dir)
+    found = [name for name in PARTS if (folder / f"{name}.h5ad").is_file()]
+    if found and len(found) < len(PARTS):
+        raise ValueError(f"{folder} holds only {found} of {list(PARTS)}; restore the others or split anew.")
+    if not found and args.dataset is None:
+        raise ValueError(f"{folder} holds no split; give --dataset to make one.")
+    if not found:
+        make_split(args)
+    split = json.loads((folder / "split.json").read_text()) if (folder / "split.json").is_file() else {}
+    if args.split_by and args.split_by != split.get("split_by"):
+        raise ValueError(f"{folder} was not split by {args.split_by!r}; give another --split_dir to make that split.")
+    args.layer = args.layer or split.get("layer")
+    return split
+
+
+def print_next_commands(args: EvaluationArguments, labels_key: str | None) -> None:
+    """Say how to train on the train part and how to judge what comes out."""
+    folder = Path(args.split_dir)
+    train = ["accelerate", "launch", "training/train.py", "--dataset", str(folder / "train.h5ad")]
+    train += ["--labels_key", labels_key] if labels_key else []
+    train += ["--layer", args.layer] if args.layer else []
+    train += ["--output_dir", str(folder / "pipeline")]
+    judge = ["python", "training/evaluate.py", "--split_dir", str(folder), "--pipeline", train[-1]]
+    print(f"Train on the train part, then judge:\n\n    {shlex.join(train)}\n    {shlex.join(judge)}\n")
+
+
+def training_warnings(pipeline: str, train_part: Path, num_train: int) -> list[str]:
+    """Warn where the pipeline was not, or perhaps not, trained on the train part alone."""
+    path = Path(pipeline) / "train_config.json"
+    if not Path(pipeline).is_dir():
+        try:
+            path = Path(hf_hub_download(pipeline, "train_config.json"))
+        except (EntryNotFoundError, OSError):
+            logger.debug("%s has no train_config.json.", pipeline)
+    if not path.is_file():
+        return [f"{pipeline} has no train_config.json: it may have been trained on the cells that judge it here."]
+    config = json.loads(path.read_text())
+    if Path(config["dataset"]).resolve() != train_part.resolve():
+        return [
+            f"The pipeline was trained on {config['dataset']}, not on {train_part}: if that holds control or test "
+            "cells, the figures are those of cells that it has seen, and mean nothing."
+        ]
+    if (used := config["train_cells"] + config["val_cells"]) != num_train:
+        return [f"The pipeline was trained on {used} cells of {train_part}, which now has {num_train}: it was changed."]
+    return []
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Real and synthetic cells with the same genes and values, checked, and how to draw and to generate them."""
+
+    def __init__(self, args: EvaluationArguments, split: dict[str, Any]):
+        self.args, self.pipe = args, None
+        self.warnings: list[str] = []
+        self.divide_anew = bool(split) and not split["split_by"]
+        folder = Path(args.split_dir)
+        cells = {name: read_cells(folder / f"{name}.h5ad") for name in PARTS}
+        if args.pipeline:
+            self.warnings += training_warnings(args.pipeline, folder / "train.h5ad", cells["train"].n_obs)
+            values, keys = self._load_pipeline(cells, split)
+        else:
+            cells["synthetic"] = read_cells(args.synthetic)
+            self.labels_key, self.value_space = args.labels_key or split.get("labels_key"), args.value_space
+            values, keys = self._choose_genes(cells), [self.labels_key] if self.labels_key else []
+        self.parts = {}
+        for name, part in cells.items():
+            for key in keys:
+                metrics.check_labels(part.obs, key, name)
+            obs = part.obs[keys].set_axis([f"{name}_{i}" for i in range(part.n_obs)])
+            self.parts[name] = ad.AnnData(values[name], obs=obs, var=pd.DataFrame(index=self.var_names))
+        sizes = {name: part.n_obs for name, part in self.parts.items()}
+        if min(sizes.values()) < metrics.MIN_CELLS:
+            raise ValueError(f"At least {metrics.MIN_CELLS} cells of each kind are needed, got {sizes}.")
+        self.num_cells = min(args.max_cells, *(size for name, size in sizes.items() if name != "train"))
+        self.label_counts = self._count_labels() if self.labels_key else {}
+
+    def _load_pipeline(self, cells: dict[str, ad.AnnData], split: dict[str, Any]) -> tuple[dict, list[str]]:
+        """Load it, and take its genes and values from the real cells, whose labels it has to know."""
+        self.pipe = SCRDiTPipeline.from_pretrained(self.args.pipeline)
+        self.pipe.set_progress_bar_config(disable=True)
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.pipe.to(self.args.device or best)
+        processor = self.pipe.processor
+        conditions = processor.condition_keys
+        self.labels_key = self.args.labels_key or next(
+            (key for key in (split.get("labels_key"), *conditions) if key in conditions), None
+        )
+        if self.labels_key and self.labels_key not in conditions:
+            raise ValueError(f"--labels_key {self.labels_key} is no condition of the pipeline; it has {conditions}.")
+        self.value_space, self.var_names = processor.value_space, pd.Index(processor.var_names)
+        self.gene_choice = "those of the pipeline"
+        for name in ("control", "test"):
+            processor.encode_labels(cells[name].obs)
+        return {name: processor.get_values(part, self.args.layer) for name, part in cells.items()}, conditions
+
+    def _choose_genes(self, cells: dict[str, ad.AnnData]) -> dict:
+        """Take the values of the synthetic cells' genes, or of the highly variable ones among them."""
+        self.var_names, self.gene_choice = cells["synthetic"].var_names, "those of the synthetic cells"
+        layers = {name: None if name == "synthetic" else self.args.layer for name in cells}
+        values = {
+            name: metrics.get_values(part, self.var_names, layers[name], self.value_space, name)
+            for name, part in cells.items()
+        }
+        if len(self.var_names) > self.args.n_top_genes:
+            train = ad.AnnData(values["train"], var=pd.DataFrame(index=self.var_names))
+            options = {"value_space": self.value_space, "n_top_genes": self.args.n_top_genes}
+            chosen = pd.Index(SCRDiTProcessor.from_anndata(train, **options).var_names)
+            columns, self.var_names = self.var_names.get_indexer(chosen), chosen
+            values = {name: matrix[:, columns] for name, matrix in values.items()}
+            self.gene_choice = "highly variable ones of train (scanpy, flavor seurat) among the synthetic cells'"
+        return values
+
+    def _count_labels(self) -> dict[str, dict[str, int]]:
+        """Cells of each label in each part; raises for labels without train cells, warns of another composition."""
+        counts = {name: part.obs[self.labels_key].astype(str).value_counts() for name, part in self.parts.items()}
+        table = pd.DataFrame(counts).fillna(0).sort_index()
+        if unknown := list(table.index[table["train"] == 0]):
+            raise ValueError(f"Labels that the train part lacks: {unknown}. Leave these cells out, or split anew.")
+        shares = table / table.sum()
+        if not self.pipe and (off := (shares["synthetic"] - shares["test"]).abs().sum() / 2) > 0.02:
+            self.warnings.append(
+                f"{off:.0%} of the synthetic cells would need another label for the composition of the test cells: "
+                "figures over all cells mix that with the quality of the cells."
+            )
+        return table[list(PARTS)].astype(int).to_dict("index")
+
+    def draw_real(self, seed: int) -> tuple[ad.AnnData, ad.AnnData]:
+        """Test and control cells of a seed; all seeds but the first divide the unseen cells anew, label by label."""
+        test, control = self.parts["test"], self.parts["control"]
+        if self.divide_anew and seed != self.args.seed:
+            unseen = ad.concat([test, control])
+            stay, aside = split_cells(unseen, self.labels_key or [], test.n_obs / unseen.n_obs, seed)
+            test, control = unseen[aside], unseen[stay]
+        return self._draw(test, seed), self._draw(control, seed)
+
+    def _draw(self, cells: ad.AnnData, seed: int) -> ad.AnnData:
+        rows = np.random.default_rng(seed).permutation(cells.n_obs)[: self.num_cells]
+        return cells[np.sort(rows)].copy()
+
+    def generate(self, obs: pd.DataFrame, seed: int, num_inference_steps: int) -> ad.AnnData:
+        """Cells with the labels of `obs` from the pipeline, or else some of the synthetic ones."""
+        if self.pipe is None:
+            return self._draw(self.parts["synthetic"], seed)
+        return self.pipe(
+            obs=obs,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=self.args.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            batch_size=self.args.batch_size,
+        ).adata
+
+    def compare(self, test: ad.AnnData, control: ad.AnnData | None, sets: dict[str, ad.AnnData], **kwargs):
+        """Call `metrics.compare` with the arguments of this evaluation."""
+        options = {name: getattr(self.args, name) for name in ("max_cells", "min_label_cells", "n_jobs")}
+        options |= {"labels_key": self.labels_key, "value_space": self.value_space} | kwargs
+        return metrics.compare(test, sets, self.parts["train"], control, **options)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name and rename."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(args: EvaluationArguments) -> None:
+    """Split if there is no split, judge if there is something to judge."""
+    check_args(args)
+    split = read_split(args)
+    if not args.pipeline and not args.synthetic:
+        return print_next_commands(args, args.labels_key or split.get("labels_key"))
+    start, output_dir = time.time(), Path(args.output_dir)
+    evaluation = Evaluation(args, split)
+    for warning in evaluation.warnings:
+        logger.warning(warning)
+    floors = args.baselines
+    if floors and evaluation.value_space == "counts" and importlib.util.find_spec("scvi"):
+        floors = list(dict.fromkeys([*floors, "scvi_prior"]))
+    train, labels_key = evaluation.parts["train"], evaluation.labels_key
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "source": f"pipeline {args.pipeline}" if args.pipeline else f"cells {args.synthetic}",
+        "arguments": dataclasses.asdict(args),
+        "split": split,
+        "versions": {"python": python_version()}
+        | {package: version(package) for name, package in PACKAGES.items() if importlib.util.find_spec(name)},
+        "warnings": evaluation.warnings,
+        "cells": {name: part.n_obs for name, part in evaluation.parts.items()} | {"judged": evaluation.num_cells},
+        "genes": {"number": train.n_vars, "choice": evaluation.gene_choice},
+        "value_space": evaluation.value_space,
+        "labels_key": labels_key,
+        "labels": evaluation.label_counts,
+        "unseen_cells_divided_anew": evaluation.divide_anew,
+        "floors": floors,
+        "seeds": [],
+        "rows": [],
+        "steps_curve": [],
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        record["seconds"] = round(time.time() - start)
+        write_text(output_dir / "metrics.json", json.dumps(record, indent=2, allow_nan=False))
+
+    # 1. Each seed generates and judges
+    tables: list[pd.DataFrame] = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        test, control = evaluation.draw_real(seed)
+        sets = {"value": evaluation.generate(test.obs, seed, args.num_inference_steps)}
+        for name in floors:
+            sets[name] = getattr(baselines, name)(train, test.obs, labels_key, np.random.default_rng(seed))
+        if seed == args.seed:
+            shown = test, sets["value"]
+        tables.append(evaluation.compare(test, control, sets, seed=seed))
+        summary = metrics.summarize(tables)
+        record["seeds"].append(seed)
+        record["rows"] = summary.astype(object).where(summary.notna(), None).to_dict("records")
+        save()
+        auroc = tables[-1].set_index(["metric", "group"]).loc[("classifier_genes_auroc", "all"), "value"]
+        print(
+            f"Seed {seed}, {len(tables)} of {args.num_seeds}: {test.n_obs} cells of each kind, classifier on all genes "
+            f"{auroc:.3f}, {time.time() - start:.0f} s",
+            flush=True,
+        )
+
+    # 2. Quality against steps
+    test, synthetic = shown
+    if evaluation.pipe and args.steps_curve:
+        steps = sorted(set(args.steps_curve))
+        sets = {str(k): evaluation.generate(test.obs, args.seed, k) for k in steps}
+        table = evaluation.compare(test, None, sets, seed=args.seed, quick=True).query("group == 'all'")
+        curve = table.set_index("metric").loc[list(STEP_METRICS)]
+        record["steps_curve"] = [{"num_inference_steps": k} | curve[str(k)].to_dict() for k in steps]
+
+    # 3. Report
+    pictures = draw_pictures(record, test, synthetic, train, evaluation.value_space)
+    save()
+    write_text(output_dir / "report.html", render_report(record, pictures))
+    met = [row["met"] for row in record["rows"] if row["group"] == "all" and row["met"] is not None]
+    print(
+        f"{sum(met)} of {len(met)} aims are met. Wrote {output_dir / 'metrics.json'} and {output_dir / 'report.html'}"
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        main(HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()[0])
+    except (TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
