@@ -118,7 +118,7 @@ def render_report(record: dict[str, Any], pictures: Sequence[Picture]) -> str:
     record
         What `training/evaluate.py` writes as metrics.json.
     pictures
-        Figures in their order; each is embedded as PNG.
+        Figures in their order; each is embedded as PNG and closed.
     """
     overall = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
     floors = [name for name in FLOOR_NAMES if name in record["floors"]]
@@ -131,9 +131,10 @@ def render_report(record: dict[str, Any], pictures: Sequence[Picture]) -> str:
     for title, caption, figure in pictures:
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, bbox_inches="tight", facecolor="white")
+        plt.close(figure)
         embedded.append((title, caption, base64.b64encode(buffer.getvalue()).decode()))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["figure"] = format_figure
+    environment.filters |= {"figure": format_figure, "signs": format_signs}
     return environment.from_string(TEMPLATE).render(
         record=record,
         verdict=verdict(record),
@@ -157,6 +158,11 @@ def format_figure(value: float | None) -> str:
     return f"{value:.{digits}f}"
 
 
+def format_signs(text: str) -> str:
+    """Replace what stands for mathematical signs in an aim."""
+    return text.replace("<=", "≤").replace(">=", "≥").replace(" x ", " × ").replace(" - ", " − ")
+
+
 def verdict(record: dict[str, Any]) -> list[str]:
     """Say in plain words what the figures of `record` mean, a sentence or a few per topic."""
     rows = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
@@ -172,12 +178,7 @@ def verdict(record: dict[str, Any]) -> list[str]:
     decided = sum(row["met"] is not None for row in rows.values())
     passed = f"{decided - len(missed)} of {decided} aims are met."
     if missed:
-        failures = (
-            f"{METRIC_NAMES[row['metric']]} ({format_figure(row['value'])}, real cells "
-            f"{format_figure(row['ceiling'])}, aim {row['aim']})"
-            for row in missed
-        )
-        passed += f" Not met: {'; '.join(failures)}."
+        passed += f" Not met: {'; '.join(METRIC_NAMES[row['metric']] for row in missed)}."
     sentences.append(passed)
 
     for name, title in floors.items():
@@ -250,7 +251,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 thead th { text-align: right; color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody th, thead th:first-child { text-align: left; font-weight: 400; }
-tbody th { min-width: 8.5rem; } td.aim { text-align: left; } td small { white-space: nowrap; }
+tbody th { min-width: 8.5rem; } thead th.left, td.left { text-align: left; } td small { white-space: nowrap; }
 .yes { color: var(--good); } .no { color: var(--bad); font-weight: 600; }
 figure { margin: 1.5rem 0; } figcaption { margin-bottom: .4rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; padding: .5rem; border: 1px solid var(--line);
@@ -289,14 +290,14 @@ with the paper; they are not 0 for real cells and have no aim of their own.</p>
 {% for floor in floors %}
 <th>floor: {{ FLOOR_NAMES[floor] }}</th>
 {% endfor %}
-<th>aim</th><th>met</th></tr></thead>
+<th class="left">aim</th><th>met</th></tr></thead>
 <tbody>
 {% for metric, row in overall.items() %}
 <tr><th>{{ METRIC_NAMES[metric] }}</th><td>{{ figure(row, "value") }}</td><td>{{ figure(row, "ceiling") }}</td>
 {% for floor in floors %}
 <td>{{ figure(row, floor) }}</td>
 {% endfor %}
-<td class="aim">{{ "–" if metric.startswith("legacy") else row.aim }}</td><td>{{ met(row) }}</td></tr>
+<td class="left">{{ "–" if metric.startswith("legacy") else row.aim | signs }}</td><td>{{ met(row) }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 
@@ -321,7 +322,7 @@ cells on a side are not judged alone. † marks labels with fewer than {{ MIN_TR
 {% endfor %}
 <td>{{ entry.met }} of {{ entry.decided }}</td>
 {% else %}
-<td class="soft" colspan="{{ LABEL_METRICS | length + 2 }}">too few cells ({{ entry.cells.test }} test cells)</td>
+<td class="soft left" colspan="{{ LABEL_METRICS | length + 2 }}">too few cells ({{ entry.cells.test }} test cells)</td>
 {% endif %}
 </tr>
 {% endfor %}

@@ -22,6 +22,13 @@ def inputs():
 
 
 @pytest.fixture
+def count_inputs(inputs):
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.poisson(torch.full((4, 23), 2.0), generator=generator)
+    return inputs | {"library_size": counts.sum(dim=1), "counts": counts}
+
+
+@pytest.fixture
 def sample(pipe):
     """Denoise the same noise; keyword arguments go to the pipeline."""
     latents = torch.randn(3, 23, generator=torch.Generator().manual_seed(0))
@@ -94,6 +101,17 @@ def test_fused_qkv(model, inputs):
     torch.testing.assert_close(model(**inputs).sample, before)
 
 
+def test_gradient_checkpointing_gives_the_same_gradients_of_counts(count_model, count_inputs):
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            count_model.enable_gradient_checkpointing()
+        count_model.train().zero_grad()
+        count_model(**count_inputs).count_nll.sum().backward()
+        gradients.append([p.grad.clone() for p in count_model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(model, inputs):
     gradients = []
     for enable in (False, True):
@@ -143,6 +161,16 @@ def test_layerwise_casting(pipe, sample):
     torch.testing.assert_close(sample(), exact, rtol=0.1, atol=0.1)
 
 
+def test_layerwise_casting_leaves_the_count_head_alone(count_model, count_inputs):
+    exact = count_model(**count_inputs).count_nll
+    before = {name: tensor.clone() for name, tensor in count_model.count_head.state_dict().items()}
+    count_model.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    assert count_model.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
+    after = count_model.count_head.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    torch.testing.assert_close(count_model(**count_inputs).count_nll, exact, rtol=0.1, atol=0.1)
+
+
 # -- compilation -------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +182,24 @@ def test_full_graph_compile_once_for_all_timesteps(model, inputs):
     torch.testing.assert_close(compiled(**inputs).sample, expected)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(**inputs | {"timestep": inputs["timestep"] - 1})
+
+
+@pytest.mark.parametrize("counts", [False, True], ids=["prediction", "likelihood"])
+@torch.no_grad()
+def test_full_graph_compile_with_a_count_head(count_model, count_inputs, counts):
+    torch._dynamo.reset()
+    count_inputs = count_inputs if counts else count_inputs | {"counts": None}
+    expected = count_model(**count_inputs, return_dict=False)
+    compiled = torch.compile(count_model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**count_inputs, return_dict=False), expected)
+
+
+@torch.no_grad()
+def test_export_with_a_count_head(count_model, count_inputs):
+    arguments = dict(count_inputs, counts=None, return_dict=False)
+    expected = count_model(**arguments)
+    program = torch.export.export(count_model, (), arguments)
+    torch.testing.assert_close(program.module()(**arguments), expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="code generation for a CPU needs a C++ compiler")
@@ -198,6 +244,22 @@ def test_bf16_pipeline(pipe, sample, tmp_path):
     samples = sample(loaded)
     assert samples.dtype == torch.float32
     torch.testing.assert_close(samples, sample(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("load", [False, True], ids=["cast", "loaded"])
+def test_half_precision_pipeline_draws_counts(count_pipe, tmp_path, dtype, load):
+    kwargs = dict(num_cells=8, num_inference_steps=4, conditions={"cell_type": "B"}, library_size=60)
+    exact = count_pipe(**kwargs, generator=torch.manual_seed(0)).adata.X.toarray()
+    if load:
+        count_pipe.save_pretrained(tmp_path)
+        count_pipe = SCRDiTPipeline.from_pretrained(tmp_path, dtype=dtype)
+        count_pipe.set_progress_bar_config(disable=True)
+    else:
+        count_pipe.to(dtype)
+    assert count_pipe.transformer.dtype == dtype
+    cells = count_pipe(**kwargs, generator=torch.manual_seed(0)).adata.X.toarray()
+    assert (cells == exact).mean() > 0.9
 
 
 @pytest.mark.parametrize("num_classes", [[3, 2], None])

@@ -1,5 +1,7 @@
 """Known answers for the metrics, on real cells, and libraries as oracles."""
 
+from types import SimpleNamespace
+
 import anndata as ad
 import numpy as np
 import ot
@@ -9,6 +11,7 @@ import scanpy as sc
 import scipy.sparse as sp
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.gaussian_process.kernels import RBF
 from sklearn.linear_model import LogisticRegression
 
@@ -150,6 +153,76 @@ def test_swapped_labels_lower_label_accuracy(split):
 def test_groups_are_drawn_to_the_same_size_and_max_cells(split):
     table = compare(split, split["control"][:100], max_cells=90)
     assert set(table.loc[table["group"] == "all", "n_cells"]) == {90}
+
+
+@pytest.fixture(scope="module")
+def quick_table(split):
+    """Two sets at once, without what takes long."""
+    sets = {"control": split["control"], "train": split["train"][:130]}
+    return compare(split, sets, control=True, labels_key=KEY, quick=True)
+
+
+def test_several_sets_have_the_figures_that_each_has_alone(quick_table, real_table):
+    merged = quick_table[quick_table["group"] == "all"].merge(real_table, on=["metric", "group"])
+    assert len(merged) > 10
+    np.testing.assert_allclose(merged["control"], merged["value"])
+    np.testing.assert_allclose(merged["ceiling_x"], merged["ceiling_y"])
+    assert value(quick_table, "share_duplicates_of_train", column="train") == 1
+
+
+def test_quick_leaves_out_what_takes_long(quick_table):
+    slow = {name for name in metrics.AIMS if name.startswith(("classifier", "legacy", "ilisi"))}
+    assert set(quick_table["metric"]) == set(metrics.AIMS) - slow
+
+
+def test_sets_are_checked_by_name(split):
+    with pytest.raises(ValueError, match=r"synthetic\['few'\] has 3 cells"):
+        compare(split, {"few": split["control"][:3]})
+    with pytest.raises(ValueError, match=r"none of them named \['ceiling'\]"):
+        compare(split, {"ceiling": split["control"]})
+    with pytest.raises(ValueError, match="at least one set"):
+        compare(split, {})
+
+
+def test_genes_too_rare_to_split_on_do_not_change_the_classifier():
+    rng = np.random.default_rng(0)
+    rates = np.geomspace(0.01, 3, 30)
+    counts = [sp.csr_matrix(rng.poisson(rates * shift, (100, 30)).astype(float)) for shift in (1, 1.3)]
+    x, y = (metrics._Cells(c, metrics.log_normalize(c, "counts"), np.empty(0), np.empty(0)) for c in counts)
+    features = [np.column_stack([z.log_values.toarray(), z.library_size, z.genes_detected]) for z in (x, y)]
+    boosting = HistGradientBoostingClassifier(max_bins=31, random_state=0)
+    assert (sum((f > 0).sum(axis=0) for f in features) < boosting.min_samples_leaf).sum() > 5
+    all_genes = SimpleNamespace(columns=np.arange(30))
+    assert metrics._genes_auroc(x, y, all_genes, None, 0) == metrics.classifier_auroc(*features, boosting, 0)
+
+
+def summary(**figures):
+    tables = [
+        pd.DataFrame({"metric": ["mmd2", "w2", "legacy_kl"], "group": "all", "n_cells": n, "value": x, "ceiling": y})
+        for n, x, y in figures.values()
+    ]
+    return metrics.summarize([table.assign(better="", aim="") for table in tables]).set_index("metric")
+
+
+def test_summary_has_mean_spread_and_smallest_number_of_cells():
+    table = summary(a=(60, 1.0, 2.0), b=(50, 3.0, 2.0))
+    assert table.loc["w2", ["n_cells", "value", "ceiling", "ceiling_std"]].tolist() == [50, 2, 2, 0]
+    assert table.loc["w2", "value_std"] == pytest.approx(np.sqrt(2))
+
+
+def test_summary_says_which_aims_are_met():
+    assert summary(a=(60, 2.0, 2.0), b=(60, 2.0, 2.2))["met"].tolist() == [True, True, None]
+    assert summary(a=(60, 3.0, 2.0), b=(60, 3.0, 2.2))["met"].tolist() == [False, False, None]
+    assert summary(a=(60, 1.0, 2.0))["met"].tolist() == [None, True, None]  # the ceiling of MMD^2 has no spread
+
+
+@pytest.mark.parametrize("metric", [name for name in metrics.AIMS if not name.startswith("legacy")])
+def test_aim_is_met_by_real_cells_and_missed_by_bad_ones(metric):
+    real = dict(ilisi=0.9, label_accuracy=0.8, effect_size_slope=1, nearest_train_distance_ratio=1).get(metric, 0)
+    real = 0.9 if metric.endswith(("_r", "_f1")) else 0.5 if metric.startswith(("share_n", "nearest_n", "cl")) else real
+    aim = metrics.AIMS[metric]
+    worse = -1 if aim.better in ("higher", "near 1", "near ceiling") else 1
+    assert aim.met(real, real, 0.01) is True and aim.met(real + worse * 0.3, real, 0.01) is False
 
 
 def test_seed_makes_it_reproducible(split):

@@ -3,9 +3,11 @@
 import anndata as ad
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
+from scipy.stats import spearmanr
 
 matplotlib.use("Agg")
 
@@ -100,6 +102,70 @@ def test_mean_variance_has_a_point_for_each_gene(cells):
     np.testing.assert_allclose(offsets[:, 0], dense.mean(axis=0)[shown], rtol=1e-5)
     np.testing.assert_allclose(offsets[:, 1], dense.var(axis=0)[shown], rtol=1e-4)
     assert named(ax)
+
+
+def test_mean_zero_fraction_has_a_point_for_each_gene(cells):
+    ax = plotting.mean_zero_fraction(cells[:60], cells[60:])
+    for points, part in zip(ax.collections, (cells[:60], cells[60:]), strict=True):
+        dense = part.X.toarray()
+        expected = np.column_stack([dense.mean(axis=0), (dense == 0).mean(axis=0)])[dense.sum(axis=0) > 0]
+        np.testing.assert_allclose(points.get_offsets(), expected, rtol=1e-5)
+    assert ax.lines[0].get_label() == "Poisson" and named(ax)
+
+
+def test_gene_gene_correlation_shows_spearman_of_the_most_expressed_genes(cells):
+    axes = plotting.gene_gene_correlation(cells[:60], cells[60:], n_genes=10)
+    genes = np.argsort(-metrics.log_normalize(cells[:60].X, "counts").toarray().mean(axis=0))[:10]
+    for ax, part in zip(axes, (cells[:60], cells[60:]), strict=True):
+        expected = spearmanr(metrics.log_normalize(part.X, "counts").toarray()[:, genes]).statistic
+        np.testing.assert_allclose(np.sort(ax.images[0].get_array(), axis=None), np.sort(expected, axis=None))
+    assert axes[0].images[0].get_clim() == axes[1].images[0].get_clim() and named(axes)
+
+
+def test_gene_gene_correlation_of_equal_cells_is_the_same_picture(cells):
+    axes = plotting.gene_gene_correlation(cells, cells, n_genes=10)
+    np.testing.assert_array_equal(*(ax.images[0].get_array() for ax in axes))
+    assert "r = 1.000" in axes[1].get_title()
+
+
+def test_marker_dotplot_shows_shares_and_means(cells):
+    train = cells[cells.obs[KEY].isin(["Dendritic", "CD14+ Monocyte", "CD19+ B"])]
+    axes = plotting.marker_dotplot(train, train[:20], train, KEY, n_markers=2)
+    genes = [text.get_text() for text in axes[0].get_xticklabels()]
+    labels = [text.get_text() for text in axes[0].get_yticklabels()]
+    assert labels == ["CD14+ Monocyte", "CD19+ B", "Dendritic"] and "LYZ" in genes
+    for ax, part in zip(axes, (train, train[:20]), strict=True):
+        sizes = ax.collections[0].get_sizes().reshape(len(labels), len(genes))
+        expressed = part[part.obs[KEY] == "CD19+ B", genes].X.toarray() > 0
+        np.testing.assert_allclose(sizes[1] / 90, expressed.mean(axis=0))
+    colors = axes[0].collections[0].get_array().reshape(len(labels), len(genes))
+    np.testing.assert_allclose(colors.max(axis=0), 1)  # each gene over the labels of real
+
+
+def test_marker_dotplot_draws_no_dots_for_a_label_that_was_not_generated(cells):
+    train = cells[cells.obs[KEY].isin(["Dendritic", "CD19+ B"])]
+    axes = plotting.marker_dotplot(train, train[train.obs[KEY] == "CD19+ B"], train, KEY)
+    sizes = axes[1].collections[0].get_sizes().reshape(2, -1)
+    assert sizes[0].any() and not sizes[1].any()
+
+
+def test_marker_dotplot_needs_two_labels(cells):
+    one = cells[cells.obs[KEY] == "Dendritic"]
+    with pytest.raises(ValueError, match="needs two labels of at least 3 cells, it has .*Dendritic"):
+        plotting.marker_dotplot(one, one, one, KEY)
+
+
+def test_quality_against_steps_draws_each_metric_and_reference():
+    values = pd.DataFrame({"w2": [3.0, 2.0], "mmd2": [0.2, 0.1]}, index=[5, 20])
+    axes = plotting.quality_against_steps(values, {"real cells": pd.Series({"w2": 1.5, "mmd2": 0.0})})
+    assert [ax.get_ylabel() for ax in axes] == ["w2", "mmd2"] and named(axes)
+    assert list(axes[0].lines[0].get_ydata()) == [3, 2] and list(axes[0].lines[1].get_ydata()) == [1.5, 1.5]
+    assert [text.get_text() for text in axes[0].get_xticklabels()] == ["5", "20"]
+
+
+def test_quality_against_steps_refuses_an_empty_table():
+    with pytest.raises(ValueError, match=r"values has shape \(0, 1\)"):
+        plotting.quality_against_steps(pd.DataFrame({"w2": []}))
 
 
 def test_cell_statistics_are_shares_of_all_cells(cells):

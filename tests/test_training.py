@@ -70,8 +70,8 @@ def train_here(train_script):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def weights(output_dir):
-    return load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+def weights(output_dir, subfolder="transformer"):
+    return load_file(output_dir / subfolder / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,13 @@ def test_resumed_run_equals_the_uninterrupted_one(train_here, trained, dataset, 
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):
+    averaged, saved = weights(trained / "checkpoint-8", "transformer_ema"), weights(trained)
+    assert averaged.keys() == saved.keys() and "count_head.value" in saved
+    for name, tensor in saved.items():
+        torch.testing.assert_close(averaged[name], tensor)
+
+
 def test_resuming_with_other_arguments_is_refused(train_here, trained, dataset, tmp_path):
     shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
     arguments = ["--labels_key", "cell_type", "--resume_from_checkpoint", "latest", "--train_batch_size", "8"]
@@ -142,6 +149,20 @@ def test_other_prediction_types_and_log_normalized_values_train(train_here, data
     train_here(dataset, tmp_path, *arguments)
     adata = SCRDiTPipeline.from_pretrained(tmp_path)(3, num_inference_steps=3).adata
     assert adata.n_obs == 3 and "counts" not in adata.layers
+
+
+def test_counts_train_with_rounding(train_here, dataset, tmp_path):
+    train_here(dataset, tmp_path, "--decode", "round", "--prediction_type", "epsilon", "--beta_schedule", "linear")
+    pipe = SCRDiTPipeline.from_pretrained(tmp_path)
+    assert pipe.transformer.count_head is None and pipe.config.decode_timestep is None
+    assert "counts" in pipe(3, num_inference_steps=3).adata.layers
+
+
+def test_pipeline_of_counts_has_their_noise_process(trained, dataset):
+    pipe = SCRDiTPipeline.from_pretrained(trained)
+    assert (pipe.config.decode_timestep, pipe.config.min_timestep) == (200, 200)
+    assert sum(genes for genes, _ in pipe.transformer.config.count_bins) == 30
+    assert pipe.transformer.config.beta_schedule == pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 
 def test_table_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_path):
@@ -213,7 +234,9 @@ BAD_ARGUMENTS = {
     "all cells held out": (["--val_fraction", "1"], "--val_fraction must be at least 0 and below 1"),
     "no gene list": (["--genes", "nowhere.txt"], "is no file"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "is no checkpoint"),
-    "decoding below what is trained": (["--decode_timestep", "300"], "--decode_timestep"),
+    "decoding below what is trained": (["--decode_timestep", "100"], "--decode_timestep"),
+    "noise prediction with counts": (["--prediction_type", "epsilon"], "epsilon needs --decode round"),
+    "velocity prediction with counts": (["--prediction_type", "v_prediction"], "v_prediction needs --decode round"),
     "counts for log values": (["--value_space", "log_normalized"], "holds only integers"),
 }
 
