@@ -253,7 +253,8 @@ thead th { text-align: right; color: var(--soft); font-weight: 600; vertical-ali
 tbody th, thead th:first-child { text-align: left; font-weight: 400; }
 tbody th { min-width: 8.5rem; } thead th.left, td.left { text-align: left; } td small { white-space: nowrap; }
 .yes { color: var(--good); } .no { color: var(--bad); font-weight: 600; }
-figure { margin: 1.5rem 0; } figcaption { margin-bottom: .4rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+figure { margin: 0; min-width: 0; } figcaption { margin-bottom: .4rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; padding: .5rem; border: 1px solid var(--line);
   border-radius: 6px; }
 pre { background: var(--box); padding: .6rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
@@ -355,10 +356,12 @@ cells on a side are not judged alone. † marks labels with fewer than {{ MIN_TR
 {% endif %}
 
 <h2>Pictures</h2>
+<div class="pictures">
 {% for title, caption, image in pictures %}
 <figure><figcaption><strong>{{ title }}.</strong> {{ caption }}</figcaption>
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></figure>
 {% endfor %}
+</div>
 
 <h2>How it was computed</h2>
 <p>The real cells were split into train, control and test. As many generated cells as test cells
