@@ -41,19 +41,23 @@ def _bins_of_genes(count_max: np.ndarray) -> np.ndarray:
     return np.searchsorted(_bin_edges(largest.max()), largest, side="right")
 
 
-def count_bins(counts: sp.csr_matrix) -> list[list[int]]:
+def count_bins(counts: sp.csr_matrix, at_least: np.ndarray | None = None) -> list[list[int]]:
     """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
 
     Parameters
     ----------
     counts
         Counts of the training cells, shape (cells, G).
+    at_least
+        Number of bins that a gene has in any case, shape (G,), as in a pretrained head.
 
     Returns
     -------
     Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
     """
-    bins = np.sort(_bins_of_genes(counts.max(axis=0).toarray().ravel()))
+    bins = np.sort(
+        np.maximum(_bins_of_genes(counts.max(axis=0).toarray().ravel()), 0 if at_least is None else at_least)
+    )
     groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
     return [[len(group), int(group.max())] for group in groups if len(group)]
 
@@ -103,7 +107,14 @@ class SCRDiTCountHead(nn.Module):
         self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
         self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
 
-    def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+    def initialize(
+        self,
+        counts: sp.csr_matrix,
+        class_labels: np.ndarray,
+        mean: np.ndarray,
+        std: np.ndarray,
+        at_least: np.ndarray | None = None,
+    ) -> None:
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
         Dispersions are moment estimates around means that are proportional to the library size within each combination
@@ -119,6 +130,8 @@ class SCRDiTCountHead(nn.Module):
             Mean of each gene before standardisation, shape (G,), of the processor.
         std
             Standard deviation of each gene before standardisation, shape (G,), of the processor.
+        at_least
+            As in [`count_bins`].
 
         Raises
         ------
@@ -126,9 +139,10 @@ class SCRDiTCountHead(nn.Module):
             The head's bins are not those of `counts`.
         """
         counts = sp.csr_matrix(counts, dtype=np.float64)
-        bins = _bins_of_genes(counts.max(axis=0).toarray().ravel())
-        if count_bins(counts) != [list(shape) for *_, shape in self.groups]:
-            raise ValueError(f"This head was made for other counts; make it with count_bins={count_bins(counts)}.")
+        bins = np.maximum(_bins_of_genes(counts.max(axis=0).toarray().ravel()), 0 if at_least is None else at_least)
+        needed = count_bins(counts, at_least)
+        if needed != [list(shape) for *_, shape in self.groups]:
+            raise ValueError(f"This head was made for other counts; make it with count_bins={needed}.")
         order = np.argsort(bins, kind="stable")
         edges = _bin_edges(MAX_COUNT)
         parts = []
@@ -210,6 +224,11 @@ class SCRDiTCountHead(nn.Module):
             with torch.autocast(noisy.device.type, enabled=False):
                 logits.append(torch.bmm(features[genes], table))
         return logits
+
+    def bins_of_genes(self) -> np.ndarray:
+        """Count the bins of each gene, shape (G,)."""
+        in_use = torch.cat([(upper > lower).sum(dim=1) for lower, upper, _ in self._bins()])  # group by group
+        return self._unsort(in_use[:, None])[0].cpu().numpy()
 
     def _bins(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Lower and upper ends and values of the bins, of shape (genes, bins) for each group of genes."""

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,14 +22,17 @@ import anndata as ad
 import diffusers
 import matplotlib
 import numpy as np
+import scipy.sparse as sp
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, upload_folder
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -48,6 +50,7 @@ from scrdit_diffusers import (
     default_scheduler,
     diffusion_loss,
     drop_labels,
+    finetuning,
     plotting,
     read_cells,
     split_cells,
@@ -79,10 +82,14 @@ class TrainingArguments:
     zero_negation: bool = arg(False, "Move exact zeros to --zero_value, away from small positive values.")
     zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
     min_std: float = arg(0.3, "Smallest standard deviation by which a gene is divided, in the log space.")
-    n_top_genes: int = arg(2000, "Number of genes to keep.")
+    n_top_genes: int | None = arg(None, "Number of genes; that of the pretrained pipeline, or 2000, if not given.")
     flavor: str = arg("seurat", "Choice of genes: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all.")
     genes: str | None = arg(None, "Text file with one gene name per line, instead of a choice by --flavor.")
     val_fraction: float = arg(0.1, "Share of the cells of each label held out for the validation loss.")
+    # fine-tuning
+    pretrained_model_name_or_path: str | None = arg(None, "Pipeline to start from: a folder or an id on the Hub.")
+    revision: str | None = arg(None, "Revision of the pretrained pipeline on the Hub.")
+    lora_rank: int | None = arg(None, "Train adapters of this rank instead of all weights.")
     # model
     preset: str = arg("scrdit-s", "Size of the transformer.", choices=list(SCRDIT_PRESETS))
     patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next four.")
@@ -159,7 +166,7 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a table folder or a Hub data set id.")
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
     positive += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
-    positive += ["learning_rate", "max_loss_weight", "max_grad_norm", "checkpoints_total_limit"]
+    positive += ["lora_rank", "learning_rate", "max_loss_weight", "max_grad_norm", "checkpoints_total_limit"]
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
@@ -175,6 +182,10 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError(
             f"--prediction_type {args.prediction_type} needs --decode round: where counts are sampled, the denoised "
             "cell follows from their posterior."
+        )
+    if args.lora_rank and not args.pretrained_model_name_or_path:
+        raise ValueError(
+            f"--lora_rank {args.lora_rank} needs --pretrained_model_name_or_path: adapters change a trained model."
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
@@ -212,6 +223,52 @@ def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
 
 
+def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
+    """Load the pipeline to start from and raise ValueError for arguments that do not fit it."""
+    if args.pretrained_model_name_or_path is None:
+        return None
+    pretrained = SCRDiTPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
+    finetuning.check_settings(pretrained, dataclasses.asdict(args))
+    return pretrained
+
+
+def build_model(
+    args: TrainingArguments,
+    processor: SCRDiTProcessor,
+    counts: sp.csr_matrix | None,
+    codes: np.ndarray,
+    pretrained: SCRDiTPipeline | None,
+) -> tuple[SCRDiTTransformer, dict]:
+    """Make the transformer, from `pretrained` where it is given, and report what was kept, added and dropped."""
+    before = pretrained.processor if pretrained else None
+    names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+    config = SCRDIT_PRESETS[args.preset] | {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    at_least = None
+    if pretrained:
+        config = {name: pretrained.transformer.config[name] for name in (*names, "mlp_ratio")}
+        at_least = finetuning.bins_of_known_genes(pretrained.transformer, before, processor)
+    config |= {"dropout": args.dropout, "num_genes": processor.num_genes, "num_classes": processor.num_classes}
+    adapter_only = bool(args.lora_rank) and finetuning.same_genes_and_labels(before, processor)
+    if counts is not None:
+        config |= {"beta_schedule": args.beta_schedule, "num_train_timesteps": args.num_train_timesteps}
+        config["count_bins"] = count_bins(counts, at_least)
+    if adapter_only:
+        config["count_bins"] = pretrained.transformer.config.count_bins
+    model = SCRDiTTransformer(**config)
+    if adapter_only:
+        model.load_state_dict(pretrained.transformer.state_dict())
+    else:
+        model.initialize_weights()
+    if counts is not None and not adapter_only:
+        model.count_head.initialize(counts, codes, processor.mean, processor.std, at_least)
+    if pretrained is None:
+        return model, {}
+    new = {} if adapter_only else finetuning.transfer_weights(pretrained.transformer, before, model, processor)
+    if args.lora_rank:
+        finetuning.add_lora(model, args.lora_rank, new)
+    return model, finetuning.compare_processors(before, processor) | {"adapter_only": adapter_only}
+
+
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     check_args(args)
@@ -231,13 +288,25 @@ def main(args: TrainingArguments) -> None:
     resume_from = find_checkpoint(args)
 
     # 1. Cells: read, split, learn the transform from the training cells
+    pretrained = load_pretrained(args)
+    args.n_top_genes = args.n_top_genes or (pretrained.processor.num_genes if pretrained else 2000)
     adata = read_cells(args.dataset)
     genes = Path(args.genes).read_text().split() if args.genes else None
     train_cells, val_cells = split_cells(adata, args.labels_key, args.val_fraction, args.seed)
     names = ["layer", "labels_key", "value_space", "target_sum", "zero_negation", "zero_value", "min_std"]
     names += ["n_top_genes", "flavor"]
     options = {name: getattr(args, name) for name in names}
+    if pretrained is not None:
+        known = pretrained.processor.var_names
+        finetuning.check_common_genes(known, genes or adata.var_names)
+        if genes is None:
+            variable = SCRDiTProcessor.from_anndata(adata[train_cells], **options)
+            total = adata.n_vars if args.flavor == "all" else args.n_top_genes
+            genes = finetuning.choose_genes(known, adata.var_names, variable, total)
+        genes = finetuning.arrange_genes(known, genes)
     processor = SCRDiTProcessor.from_anndata(adata[train_cells], **options, genes=genes)
+    if pretrained is not None:
+        processor = finetuning.adapt_processor(pretrained.processor, processor, keep_labels=bool(args.lora_rank))
     table = CellDataset(anndata_to_table(adata, args.layer, obs_columns=args.labels_key))
     sample_counts = args.value_space == "counts" and args.decode == "sample"
     collate = CellCollator(processor, adata.var_names, counts=sample_counts)
@@ -248,19 +317,9 @@ def main(args: TrainingArguments) -> None:
     val_batch = collate(table.__getitems__(np.sort(shown_cells).tolist()))
 
     # 2. Model, noise, optimiser
-    names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
-    config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
     counts = processor.get_values(adata[train_cells], args.layer) if sample_counts else None  # (cells, G)
-    if sample_counts:
-        config |= {"count_bins": count_bins(counts), "beta_schedule": args.beta_schedule}
-        config |= {"num_train_timesteps": args.num_train_timesteps}
-    model = SCRDiTTransformer(**config)
-    model.initialize_weights()
-    if sample_counts:
-        codes = processor.encode_labels(adata.obs.iloc[train_cells])
-        model.count_head.initialize(counts, codes, processor.mean, processor.std)
+    codes = processor.encode_labels(adata.obs.iloc[train_cells])  # (cells, K)
+    model, changes = build_model(args, processor, counts, codes, pretrained)
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
@@ -288,6 +347,11 @@ def main(args: TrainingArguments) -> None:
         f"{model.flops_per_cell() / 1e6:.1f} MFLOP per cell forward; {args.max_train_steps} steps of {cells_per_step} "
         f"cells ({args.max_train_steps * cells_per_step / len(train_cells):.0f} epochs) are {flops / 1e15:.3f} PFLOP"
     )
+    if changes:
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        logger.info(
+            f"Fine-tuning {args.pretrained_model_name_or_path}, {trainable / 1e6:.2f} M parameters trained: {changes}"
+        )
     if args.dry_run:
         if accelerator.is_main_process:
             shown = {name: value for name, value in model.config.items() if not name.startswith("_")}
@@ -295,11 +359,14 @@ def main(args: TrainingArguments) -> None:
         return
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    # The dispersions of the counts are single numbers on a log scale that may have far to go.
-    dispersions = [parameter for name, parameter in model.named_parameters() if name.endswith("log_dispersion")]
-    groups = [
-        {"params": [parameter for name, parameter in model.named_parameters() if not name.endswith("log_dispersion")]}
-    ]
+    # The dispersions of the counts are single numbers on a log scale that may have far to go. What LoRA trains of the
+    # model itself shares its tensors with what is frozen, which must not decay.
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    dispersions = [trained.pop(name) for name in list(trained) if name.endswith("log_dispersion")]
+    partly = [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
+    groups = [{"params": list(trained.values())}]
+    if partly:
+        groups.append({"params": partly, "weight_decay": 0.0})
     if dispersions:
         groups.append({"params": dispersions, "lr": DISPERSION_RATE * args.learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
@@ -339,14 +406,16 @@ def main(args: TrainingArguments) -> None:
         changed = {k: (before[k], v) for k, v in record.items() if k not in CHANGEABLE and before[k] != v}
         if changed:
             raise ValueError(f"Arguments differ from those of {input_dir} (then, now): {changed}.")
-        while models:
-            loaded = SCRDiTTransformer.from_pretrained(input_dir, subfolder="transformer")
-            accelerator.unwrap_model(models.pop()).load_state_dict(loaded.state_dict())
+        while models:  # by file and not from_pretrained, which knows no adapters
+            loaded = load_file(os.path.join(input_dir, "transformer", SAFETENSORS_WEIGHTS_NAME))
+            accelerator.unwrap_model(models.pop()).load_state_dict(loaded)
         if ema is not None:
-            with warnings.catch_warnings():  # EMAModel calls from_config in a way that diffusers itself deprecates
-                warnings.simplefilter("ignore", FutureWarning)
-                loaded = EMAModel.from_pretrained(os.path.join(input_dir, "transformer_ema"), SCRDiTTransformer)
-            ema.load_state_dict(loaded.state_dict())
+            folder = os.path.join(input_dir, "transformer_ema")
+            averaged = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+            names = [name for name, _ in accelerator.unwrap_model(model).named_parameters()]
+            state = SCRDiTTransformer.load_config(folder)
+            state = {name: state[name] for name in ema.state_dict() if name != "shadow_params"}
+            ema.load_state_dict(state | {"shadow_params": [averaged[name] for name in names]})
             ema.to(accelerator.device)
 
     accelerator.register_save_state_pre_hook(save_hook)
@@ -377,6 +446,8 @@ def main(args: TrainingArguments) -> None:
 
     def trained_model() -> SCRDiTTransformer:
         trained = SCRDiTTransformer.from_config(accelerator.unwrap_model(model).config).to(accelerator.device)
+        if args.lora_rank:
+            finetuning.add_lora(trained, args.lora_rank, {})
         trained.load_state_dict(accelerator.unwrap_model(model).state_dict())
         if ema is not None:
             ema.copy_to(trained.parameters())
@@ -482,7 +553,11 @@ def main(args: TrainingArguments) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         pipe = SCRDiTPipeline(trained_model(), scheduler, processor, **pipeline_config)
-        pipe.save_pretrained(args.output_dir)
+        if args.lora_rank:
+            finetuning.save_lora(pipe, args.output_dir, changes["adapter_only"])
+        else:
+            pipe.save_pretrained(args.output_dir)
+        record |= {"finetuning": changes} if changes else {}
         record |= {"train_cells": len(train_cells), "val_cells": len(val_cells)}
         record |= {"num_processes": accelerator.num_processes, "command": sys.argv}
         record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}

@@ -1,0 +1,319 @@
+"""A pretrained pipeline on cells with other genes and labels: what is kept, what is new, and LoRA.
+
+Known genes keep their place, hence their weights, and their mean and standard deviation; the places of genes that the
+new cells lack go to new genes. Whatever is new starts neutral, so that training starts from what the pretrained model
+says of the known genes.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .pipeline_scrdit import SCRDiTPipeline
+from .processing_scrdit import SCRDiTProcessor
+from .transformer_scrdit import SCRDiTTransformer
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "adaln", "adaln_out"]
+
+
+def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where settings of a training are not those of the pretrained pipeline.
+
+    Parameters
+    ----------
+    pretrained
+        The pipeline to start from.
+    settings
+        Command-line arguments by name: transform of the values, noise process, decoding and size of the model. `None`
+        leaves a size to the pipeline.
+    """
+    processor, config = pretrained.processor, pretrained.transformer.config
+    has = {name: getattr(processor, name) for name in ("value_space", "target_sum", "zero_negation", "zero_value")}
+    has |= {name: pretrained.scheduler.config[name] for name in ("prediction_type", "beta_schedule")}
+    has |= {"num_train_timesteps": pretrained.scheduler.config.num_train_timesteps}
+    has |= {"decode": "sample" if pretrained.transformer.count_head is not None else "round"}
+    sizes = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+    has |= {name: config[name] for name in sizes}
+    if processor.value_space == "log_normalized":  # where values are not counts, they are always rounded
+        has.pop("decode")
+    wrong = {name: has[name] for name, value in settings.items() if name in has and value not in (None, has[name])}
+    if processor.target_sum != settings.get("target_sum"):
+        wrong["target_sum"] = processor.target_sum
+    if wrong:
+        given = ", ".join(f"--{name} {settings[name]}" for name in wrong)
+        needed = " ".join(f"--{name} {value}" if value is not None else f"no --{name}" for name, value in wrong.items())
+        raise ValueError(f"The pretrained pipeline was trained otherwise than {given}: give {needed}.")
+
+
+def choose_genes(
+    pretrained: Sequence[str], var_names: Sequence[str], variable: SCRDiTProcessor, n_top_genes: int
+) -> list[str]:
+    """Choose the genes to fine-tune on: those of the pretrained model that the data has, then variable others.
+
+    Parameters
+    ----------
+    pretrained
+        Genes of the pretrained model.
+    var_names
+        Genes of the new data.
+    variable
+        A processor for the new data's own choice of genes; what the pretrained model lacks is taken from it, those of
+        largest standard deviation and then mean first.
+    n_top_genes
+        Number of genes to choose.
+
+    Raises
+    ------
+    ValueError
+        More than `n_top_genes` are common.
+    """
+    known, measured = set(pretrained), set(var_names)
+    matched = [gene for gene in pretrained if gene in measured]
+    if len(matched) > n_top_genes:
+        raise ValueError(
+            f"The pretrained model and the data have {len(matched)} genes in common, more than n_top_genes="
+            f"{n_top_genes}; raise it, or name the genes to keep."
+        )
+    others = [i for i in np.lexsort((-variable.mean, -variable.std)) if variable.var_names[i] not in known]
+    return matched + [variable.var_names[i] for i in others[: n_top_genes - len(matched)]]
+
+
+def check_common_genes(pretrained: Sequence[str], genes: Sequence[str]) -> None:
+    """Raise ValueError if genes have no name in common with those of the pretrained model."""
+    if not set(pretrained) & set(genes):
+        raise ValueError(
+            f"No gene is common: the pretrained model has names such as {list(pretrained[:3])}, the data "
+            f"{[str(gene) for gene in genes[:3]]}. Rename adata.var_names, or train from scratch."
+        )
+
+
+def arrange_genes(pretrained: Sequence[str], genes: Sequence[str]) -> list[str]:
+    """Order genes so that known ones keep their place in the pretrained model, and with it their weights.
+
+    New genes take the places of those that are not among `genes`, then follow at the end. Where there are too few of
+    them, the last known genes move to the places that are left.
+    """
+    known, wanted = set(pretrained), set(genes)
+    new = iter([gene for gene in genes if gene not in known])
+    places = [gene if gene in wanted else next(new, None) for gene in pretrained]
+    places += list(new)
+    for i in range(len(places)):
+        while i < len(places) and places[i] is None:
+            places[i] = places[-1]
+            places.pop()
+    return [gene for gene in places if gene is not None]
+
+
+def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_labels: bool = False) -> SCRDiTProcessor:
+    """Give a processor that was fitted to the new cells what belongs to the pretrained weights.
+
+    Known genes get the pretrained mean and standard deviation: the network has to see a count as it did in its
+    training. Known labels of a condition of the same name come first, in the pretrained order.
+
+    Parameters
+    ----------
+    pretrained
+        Processor of the pretrained pipeline.
+    fitted
+        Processor fitted to the new cells, its genes in the order of [`arrange_genes`].
+    keep_labels
+        Keep the known labels that the new cells lack, too; for a frozen network, which still knows them.
+
+    Returns
+    -------
+    The processor to train with: composition and library sizes are those of the new cells.
+    """
+    before = pretrained.conditions
+    categories = []
+    composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)
+    for k, (key, names) in enumerate(fitted.conditions.items()):
+        known = [name for name in before.get(key, []) if keep_labels or name in names]
+        categories.append(known + [name for name in names if name not in known])
+        composition[:, k] = pd.Index(categories[k]).get_indexer(pd.Index(names))[composition[:, k]]
+    mean, std = fitted.mean.copy(), fitted.std.copy()
+    position = pd.Index(pretrained.var_names).get_indexer(pd.Index(fitted.var_names))  # (G,), -1 for new genes
+    mean[position >= 0] = pretrained.mean[position[position >= 0]]
+    std[position >= 0] = pretrained.std[position[position >= 0]]
+    adapted = copy.deepcopy(fitted)
+    adapted.mean, adapted.std = mean, std
+    adapted.condition_categories, adapted.composition = categories, composition.tolist()
+    return adapted
+
+
+def compare_processors(before: SCRDiTProcessor, after: SCRDiTProcessor) -> dict[str, Any]:
+    """Report what fine-tuning keeps, adds and drops.
+
+    Returns
+    -------
+    `genes` with the numbers of matched, moved (known, but with new projections), new and dropped ones, and `labels` by
+    condition with the names that are matched, new and dropped. A condition that is not in both is one whose labels are
+    all new or all dropped.
+    """
+    position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))
+    stays = position == np.arange(len(position))
+    genes = {"matched": int(stays.sum()), "moved": int((~stays & (position >= 0)).sum())}
+    genes |= {"new": int((position < 0).sum()), "dropped": before.num_genes - int((position >= 0).sum())}
+    labels = {}
+    for key in dict.fromkeys([*before.condition_keys, *after.condition_keys]):
+        old, new = before.conditions.get(key, []), after.conditions.get(key, [])
+        labels[key] = {
+            "matched": [name for name in new if name in old],
+            "new": [name for name in new if name not in old],
+            "dropped": [name for name in old if name not in new],
+        }
+    return {"genes": genes, "labels": labels}
+
+
+def same_genes_and_labels(before: SCRDiTProcessor, after: SCRDiTProcessor) -> bool:
+    """Whether two processors fit the same transformer: same genes and labels in the same order."""
+    conditions = [list(processor.conditions.items()) for processor in (before, after)]
+    return before.var_names == after.var_names and conditions[0] == conditions[1]
+
+
+def bins_of_known_genes(model: SCRDiTTransformer, before: SCRDiTProcessor, after: SCRDiTProcessor) -> np.ndarray | None:
+    """Numbers of bins (G,) that a pretrained count head has for the genes; 0 for new ones, `None` without a head."""
+    if model.count_head is None:
+        return None
+    position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))
+    return np.where(position >= 0, model.count_head.bins_of_genes()[position], 0)
+
+
+@torch.no_grad()
+def transfer_weights(
+    pretrained: SCRDiTTransformer, before: SCRDiTProcessor, model: SCRDiTTransformer, after: SCRDiTProcessor
+) -> dict[str, torch.Tensor]:
+    """Copy the weights that hold for other genes and labels, and start the rest neutral.
+
+    Projections of new genes are zero, new labels have the embedding of the null label, and a condition that is left
+    out is one whose null label is always given: before training, the known genes and labels get what the pretrained
+    model says.
+
+    Parameters
+    ----------
+    pretrained
+        The pretrained transformer.
+    before
+        Its processor.
+    model
+        Transformer of the same size for the genes and labels of `after`, initialised for the new cells.
+    after
+        Processor of [`adapt_processor`].
+
+    Returns
+    -------
+    By name of a parameter where it is new: boolean, of the parameter's shape.
+    """
+    old, state = pretrained.state_dict(), model.state_dict()  # they share memory with the models
+    new = {name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in model.named_parameters()}
+    position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))  # (G,), -1 for new genes
+    per_patch = model.config.patch_embed_type == "per_patch"
+
+    for name, tensor in old.items():
+        of_genes = per_patch and name.startswith(("patch_embed.", "proj_out.")) or name == "pos_embed"
+        if not of_genes and not name.startswith(("count_head.", "class_embed.")):
+            state[name].copy_(tensor)
+
+    # Projections of the genes that stay in their place; a token's bias on the way in is its position.
+    if per_patch:
+        kept = np.flatnonzero(position == np.arange(len(position)))
+        token, place = (torch.as_tensor(index) for index in np.divmod(kept, model.config.patch_size))
+        tokens = min(pretrained.num_patches, model.num_patches)
+        for name, index in {
+            "patch_embed.weight": (token, place),
+            "patch_embed.bias": (torch.arange(tokens),),
+            "proj_out.weight": (token, slice(None), place),
+            "proj_out.bias": (token, place),
+        }.items():
+            if name != "patch_embed.bias":
+                state[name].zero_()
+            state[name][index] = old[name][index]
+            new[name][:] = True
+            new[name][index] = False
+
+    # Count head: mean counts are relative to the library size, which is now over other genes. It is taken as what the
+    # pretrained genes' would be, so that known means still hold.
+    if model.count_head is not None:
+        known, source = torch.as_tensor(position >= 0), torch.as_tensor(position[position >= 0])
+        rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
+        share = rates[0][known].sum() / rates[0].sum(), rates[1][source].sum() / rates[1].sum()
+        typical = old["count_head.log_library_size"][0] - (share[0] / share[1]).log()
+        state["count_head.log_mean"] += typical - state["count_head.log_library_size"][0]
+        state["count_head.log_library_size"][0] = typical
+        state["count_head.log_library_size"][1] = old["count_head.log_library_size"][1]
+        for name in ("count_head.log_mean", "count_head.log_dispersion"):
+            state[name][known] = old[name][source]
+            new[name][~known] = True
+
+    # Labels; the last entry of a table is the null label's.
+    for k, (key, names) in enumerate(after.conditions.items()):
+        name = f"class_embed.{k}.weight"
+        new[name][:] = True
+        state[name].zero_()
+        if key in before.conditions:
+            table = old[f"class_embed.{before.condition_keys.index(key)}.weight"]
+            code = torch.as_tensor(pd.Index(before.conditions[key]).get_indexer(pd.Index(names)))
+            state[name].copy_(table[torch.cat([code, code.new_tensor([-1])])])
+            new[name][:-1][code >= 0] = False
+            new[name][-1] = False
+    for k, key in enumerate(before.condition_keys):
+        if key not in after.conditions:
+            state["time_embed.linear_2.bias"] += old[f"class_embed.{k}.weight"][-1]
+    return {name: mask for name, mask in new.items() if mask.any()}
+
+
+def add_lora(model: SCRDiTTransformer, rank: int, new: Mapping[str, torch.Tensor]) -> None:
+    """Freeze a transformer, and train low-rank adapters of its linear layers and what is new instead.
+
+    Parameters
+    ----------
+    model
+        The transformer.
+    rank
+        Rank of the adapters.
+    new
+        Output of [`transfer_weights`]; empty where genes and labels are the pretrained ones. These parameters must not
+        decay: what is known of them would, too.
+
+    References
+    ----------
+    Hu et al. 2021, arXiv 2106.09685.
+    """
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():
+        if name in new:
+            parameter.requires_grad_(True)
+            parameter.register_hook(new[name].to(parameter).mul)
+
+
+def save_lora(pipe: SCRDiTPipeline, folder: str, adapter_only: bool) -> None:
+    """Write the adapter for `pipe.load_lora_weights(folder)`, and what it needs besides.
+
+    Parameters
+    ----------
+    pipe
+        The trained pipeline.
+    folder
+        Where to write.
+    adapter_only
+        Genes and labels are the pretrained ones ([`same_genes_and_labels`]): the adapter goes into the pretrained
+        pipeline, and besides only the processor is written, for the composition and the library sizes of the new
+        cells. Else the folder is also the pipeline that the adapter goes into.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    config = pipe.transformer.peft_config["default"].to_dict()
+    metadata = {"transformer_lora_adapter_metadata": config}
+    SCRDiTPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.transformer), **metadata)
+    if adapter_only:
+        pipe.processor.save_pretrained(f"{folder}/processor")
+    else:
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(folder)
