@@ -18,7 +18,7 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .processing_scrdit import SCRDiTProcessor
+from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
@@ -381,7 +381,24 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if obs is not None:
             conditions = {key: obs[key].tolist() for key in self.processor.condition_keys if key in obs}
         quantiles = draw_uniform((num_cells,), generator, torch.device("cpu"))
-        return torch.from_numpy(self.processor.sample_labels(num_cells, conditions, quantiles.numpy()))
+        codes = self.processor.sample_labels(num_cells, conditions, quantiles.numpy())
+        self._warn_of_rare_labels(codes, conditions or {})
+        return torch.from_numpy(codes)
+
+    def _warn_of_rare_labels(self, codes: np.ndarray, conditions: Mapping[str, Any]) -> None:
+        """Warn of labels that were asked for and that few training cells have."""
+        label_counts = self.processor.label_counts if self.processor.composition else {}
+        for k, (key, numbers) in enumerate(label_counts.items()):
+            names = self.processor.conditions[key]
+            for name in [names[code] for code in np.unique(codes[:, k])] if key in conditions else []:
+                if numbers[name] < RARE_LABEL_CELLS:
+                    logger.warning(
+                        "%s %r has %d training cells, fewer than %d: expect little of the cells generated for it.",
+                        key,
+                        name,
+                        numbers[name],
+                        RARE_LABEL_CELLS,
+                    )
 
     def prepare_library_size(
         self,

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 VALUE_SPACES = ("counts", "log_normalized")
 GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
 LIBRARY_SIZE_QUANTILES = 21
+RARE_LABEL_CELLS = 30  # of labels with fewer training cells little is to be expected
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
 MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
 
@@ -345,6 +346,15 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def conditions(self) -> dict[str, list[str]]:
         """Categories of each condition by its obs column, in the order of their codes."""
         return dict(zip(self.condition_keys, self.condition_categories, strict=True))
+
+    @property
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """Number of training cells of each label, by condition; 0 for a label that they lack."""
+        counts = {key: dict.fromkeys(names, 0) for key, names in self.conditions.items()}
+        for *codes, number in self.composition:
+            for (key, names), code in zip(self.conditions.items(), codes, strict=True):
+                counts[key][names[code]] += number
+        return counts
 
     # -- genes and values ------------------------------------------------------------------------------------------
 

@@ -14,8 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import plotting
-
-MIN_TRAIN_CELLS = 30  # labels with fewer training cells are marked
+from .processing_scrdit import RARE_LABEL_CELLS
 
 METRIC_NAMES = {
     "mmd2": "MMD²",
@@ -146,7 +145,7 @@ def render_report(record: dict[str, Any], pictures: Sequence[Picture]) -> str:
         FLOOR_NAMES=FLOOR_NAMES,
         LABEL_METRICS=[metric for metric in LABEL_METRICS if metric in overall],
         STEP_METRICS=STEP_METRICS,
-        MIN_TRAIN_CELLS=MIN_TRAIN_CELLS,
+        RARE_LABEL_CELLS=RARE_LABEL_CELLS,
     )
 
 
@@ -220,9 +219,9 @@ def verdict(record: dict[str, Any]) -> list[str]:
                 f" Furthest from real is {worst['group']} (classifier on PCs {worst['value']:.2f}, real cells "
                 f"{worst['ceiling']:.2f})."
             )
-        rare = [label for label, cells in record["labels"].items() if cells["train"] < MIN_TRAIN_CELLS]
+        rare = [label for label, cells in record["labels"].items() if cells["train"] < RARE_LABEL_CELLS]
         if rare:
-            text += f" Fewer than {MIN_TRAIN_CELLS} training cells, so expect little of: {', '.join(rare)}."
+            text += f" Fewer than {RARE_LABEL_CELLS} training cells, so expect little of: {', '.join(rare)}."
         sentences.append(text)
     return sentences
 
@@ -305,7 +304,7 @@ with the paper; they are not 0 for real cells and have no aim of their own.</p>
 {% if by_label %}
 <h2>By label</h2>
 <p class="soft">Generated, and real cells in brackets. Labels with fewer than {{ record.arguments.min_label_cells }}
-cells on a side are not judged alone. † marks labels with fewer than {{ MIN_TRAIN_CELLS }} training cells.</p>
+cells on a side are not judged alone. † marks labels with fewer than {{ RARE_LABEL_CELLS }} training cells.</p>
 <div class="scroll"><table>
 <thead><tr><th>label</th><th>training cells</th><th>judged</th>
 {% for metric in LABEL_METRICS %}
@@ -314,7 +313,7 @@ cells on a side are not judged alone. † marks labels with fewer than {{ MIN_TR
 <th>aims met</th></tr></thead>
 <tbody>
 {% for label, entry in by_label.items() %}
-<tr><th>{{ label }}{{ " †" if entry.cells.train < MIN_TRAIN_CELLS }}</th><td>{{ entry.cells.train }}</td>
+<tr><th>{{ label }}{{ " †" if entry.cells.train < RARE_LABEL_CELLS }}</th><td>{{ entry.cells.train }}</td>
 {% if entry.rows %}
 <td>{{ (entry.rows.values() | first).n_cells }}</td>
 {% for metric in LABEL_METRICS %}

@@ -757,3 +757,25 @@ def test_a_subclass_of_a_supported_scheduler_works(pipe):
 
     pipe.scheduler = MyScheduler.from_config(pipe.scheduler.config)
     assert pipe(num_cells=2, num_inference_steps=2).adata.uns["scrdit"]["scheduler"] == "MyScheduler"
+
+
+def test_rare_labels_that_are_asked_for_are_named(pipe, caplog):
+    numbers = pipe.processor.label_counts["cell_type"]
+    assert sum(numbers.values()) == 60 and numbers["T"] >= 30 > numbers["NK"]
+    samples = pipe(conditions={"cell_type": ["NK", "T", "NK"]}, num_inference_steps=1, output_type="np").samples
+    assert len(samples) == 3
+    warned = [record.message for record in caplog.records if "training cells" in record.message]
+    assert len(warned) == 1 and warned[0].startswith(
+        f"cell_type 'NK' has {numbers['NK']} training cells, fewer than 30"
+    )
+
+
+def test_labels_that_are_drawn_are_no_cause_to_warn(pipe, caplog):
+    pipe(20, num_inference_steps=1)
+    assert "training cells" not in caplog.text
+
+
+def test_a_label_without_training_cells_generates_with_a_warning(pipe, caplog):
+    pipe.processor.composition = [row for row in pipe.processor.composition if row[0] != 2]
+    assert pipe(2, conditions={"cell_type": "NK"}, num_inference_steps=1).adata.n_obs == 2
+    assert "cell_type 'NK' has 0 training cells" in caplog.text

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -34,12 +35,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, read_cells, split_cells
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, model_card, read_cells, split_cells
 from scrdit_diffusers.processing_scrdit import label_categories
 from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, render_report
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
+CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
 PARTS = ("train", "control", "test")
 PACKAGES = {"scrdit_diffusers": "scrdit-diffusers", "sklearn": "scikit-learn", "ot": "POT", "scvi": "scvi-tools"}
 PACKAGES |= {"scib_metrics": "scib-metrics"}
@@ -65,6 +67,7 @@ class EvaluationArguments:
     split_by: str | None = arg(None, "Column of obs, such as donor, whose groups stay whole when the cells are split.")
     # what is judged
     pipeline: str | None = arg(None, "Folder or Hub id of the pipeline to judge.")
+    lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
     synthetic: str | None = arg(None, "Cells of any other tool to judge, values in X.")
     value_space: str = arg("counts", "Values of --synthetic.", choices=["counts", "log_normalized"])
     n_top_genes: int = arg(2000, "--synthetic with more genes: judge these many highly variable genes of train.")
@@ -86,6 +89,7 @@ class EvaluationArguments:
     n_jobs: int = arg(-1, "Processes for the folds of the classifiers; -1 takes all cores.")
     output_dir: str = arg("evaluation", "Folder of metrics.json and report.html.")
     overwrite: bool = arg(False, "Replace the results in --output_dir.")
+    update_card: bool = arg(False, "Add the results to the model card in the folder of the pipeline or the adapter.")
 
 
 def check_args(args: EvaluationArguments) -> None:
@@ -94,6 +98,13 @@ def check_args(args: EvaluationArguments) -> None:
         raise ValueError("--split_dir is needed: the folder of train.h5ad, control.h5ad and test.h5ad.")
     if args.pipeline and args.synthetic:
         raise ValueError("Give either --pipeline or --synthetic, not both.")
+    if args.lora_weights and not args.pipeline:
+        raise ValueError(f"--lora_weights {args.lora_weights} needs --pipeline: the pipeline that it was trained on.")
+    if args.update_card and not (Path(args.lora_weights or args.pipeline or "") / "card.json").is_file():
+        raise ValueError(
+            f"--update_card needs a folder with card.json, as training/train.py writes it; "
+            f"{args.lora_weights or args.pipeline} has none."
+        )
     for name in ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
@@ -208,7 +219,9 @@ class Evaluation:
         folder = Path(args.split_dir)
         cells = {name: read_cells(folder / f"{name}.h5ad") for name in PARTS}
         if args.pipeline:
-            self.warnings += training_warnings(args.pipeline, folder / "train.h5ad", cells["train"].n_obs)
+            self.warnings += training_warnings(
+                args.lora_weights or args.pipeline, folder / "train.h5ad", cells["train"].n_obs
+            )
             values, keys = self._load_pipeline(cells, split)
         else:
             cells["synthetic"] = read_cells(args.synthetic)
@@ -229,6 +242,10 @@ class Evaluation:
     def _load_pipeline(self, cells: dict[str, ad.AnnData], split: dict[str, Any]) -> tuple[dict, list[str]]:
         """Load it, and take its genes and values from the real cells, whose labels it has to know."""
         self.pipe = SCRDiTPipeline.from_pretrained(self.args.pipeline)
+        if folder := self.args.lora_weights:
+            self.pipe.load_lora_weights(folder)
+            if (Path(folder) / "processor").is_dir():  # composition and library sizes of the cells it was trained on
+                self.pipe.processor = SCRDiTProcessor.from_pretrained(folder, subfolder="processor")
         self.pipe.set_progress_bar_config(disable=True)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.pipe.to(self.args.device or best)
@@ -331,7 +348,9 @@ def main(args: EvaluationArguments) -> None:
     train, labels_key = evaluation.parts["train"], evaluation.labels_key
     record: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
-        "source": f"pipeline {args.pipeline}" if args.pipeline else f"cells {args.synthetic}",
+        "source": f"pipeline {args.pipeline}{f' with {args.lora_weights}' if args.lora_weights else ''}"
+        if args.pipeline
+        else f"cells {args.synthetic}",
         "arguments": dataclasses.asdict(args),
         "split": split,
         "versions": {"python": python_version()}
@@ -387,6 +406,11 @@ def main(args: EvaluationArguments) -> None:
     # 3. Report
     pictures = draw_pictures(record, test, synthetic, train, evaluation.value_space)
     save()
+    if args.update_card:
+        folder = Path(args.lora_weights or args.pipeline)
+        shutil.copyfile(output_dir / "metrics.json", folder / "metrics.json")
+        model_card.save_figures(pictures, folder)
+        model_card.write_card(folder, CARD_TEMPLATE)
     write_text(output_dir / "report.html", render_report(record, pictures))
     met = [row["met"] for row in record["rows"] if row["group"] == "all" and row["met"] is not None]
     print(

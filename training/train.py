@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, upload_folder
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
@@ -51,6 +51,7 @@ from scrdit_diffusers import (
     diffusion_loss,
     drop_labels,
     finetuning,
+    model_card,
     plotting,
     read_cells,
     split_cells,
@@ -59,6 +60,7 @@ from scrdit_diffusers import (
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
+CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
 
@@ -146,6 +148,13 @@ class TrainingArguments:
     hub_model_id: str | None = arg(None, "Repository on the Hub; the name of --output_dir if not given.")
     hub_token: str | None = arg(None, "Token for the Hub; the stored one if not given.")
     hub_private_repo: bool = arg(False, "Make the repository private.")
+    # model card; what is not given is "not stated"
+    license: str | None = arg(None, "Licence of the weights, such as apache-2.0.")
+    dataset_accession: str | None = arg(None, "Where the cells come from, such as SRP073767 (10x v1).")
+    dataset_license: str | None = arg(None, "Licence of the cells.")
+    dataset_citation: str | None = arg(None, "Publication of the cells.")
+    organism: str | None = arg(None, "Organism of the cells, such as human.")
+    tissue: str | None = arg(None, "Tissue of the cells, such as blood.")
 
 
 # Arguments that a resumed run may change.
@@ -158,6 +167,7 @@ CHANGEABLE += [
     "report_to",
 ]
 CHANGEABLE += ["validation_steps", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "dry_run"]
+CHANGEABLE += ["license", "dataset_accession", "dataset_license", "dataset_citation", "organism", "tissue"]
 
 
 def check_args(args: TrainingArguments) -> None:
@@ -271,6 +281,7 @@ def build_model(
 
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
+    start = time.time()
     check_args(args)
     for path in checkpoints(args.output_dir) if args.overwrite_output_dir and not args.dry_run else []:
         shutil.rmtree(path)
@@ -482,6 +493,7 @@ def main(args: TrainingArguments) -> None:
         accelerator.load_state(str(resume_from))
         step = int(resume_from.name.split("-")[1])
         logger.info(f"Resumed from {resume_from}")
+    first_step = step
     signals: list[int] = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: signals.append(number))
@@ -552,7 +564,7 @@ def main(args: TrainingArguments) -> None:
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        pipe = SCRDiTPipeline(trained_model(), scheduler, processor, **pipeline_config)
+        pipe = SCRDiTPipeline(trained_model().cpu(), scheduler, processor, **pipeline_config)
         if args.lora_rank:
             finetuning.save_lora(pipe, args.output_dir, changes["adapter_only"])
         else:
@@ -561,7 +573,11 @@ def main(args: TrainingArguments) -> None:
         record |= {"train_cells": len(train_cells), "val_cells": len(val_cells)}
         record |= {"num_processes": accelerator.num_processes, "command": sys.argv}
         record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
+        record |= model_card.provenance() | {"seconds": round(time.time() - start), "resumed_from_step": first_step}
         (Path(args.output_dir) / "train_config.json").write_text(json.dumps(record, indent=2))
+        about = dataclasses.asdict(args) | {"model_id": repo_id if args.push_to_hub else args.hub_model_id}
+        model_card.write_facts(pipe, record, about, args.output_dir)
+        model_card.write_card(args.output_dir, CARD_TEMPLATE)
         logger.info(f"Saved the pipeline to {args.output_dir}")
         if args.push_to_hub:
             push_to_hub(args, repo_id)
@@ -584,11 +600,7 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
 
 
 def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
-    """Upload the pipeline folder, without checkpoints and logs, with a model card."""
-    description = f"scRDiT trained on `{Path(args.dataset).name}`: generates single cells as AnnData."
-    card = load_or_create_model_card(repo_id, from_training=True, license="apache-2.0", model_description=description)
-    card = populate_model_card(card, ["biology", "genomics", "single-cell", "modality:rna"])
-    card.save(f"{args.output_dir}/README.md")
+    """Upload the pipeline folder with its model card, without checkpoints and logs."""
     ignored = ["checkpoint-*", "checkpoint-*/*", f"{args.logging_dir}/*"]
     upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token)
 

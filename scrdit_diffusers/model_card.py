@@ -1,0 +1,221 @@
+"""Model cards: what a pipeline folder holds, how it was trained and judged, rendered from a template.
+
+    python -m scrdit_diffusers.model_card FOLDER --template hub_cards/template.md
+
+writes `FOLDER/README.md` anew from its `card.json`, its `metrics.json` and the pictures in `figures`.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .pipeline_scrdit import SCRDiTPipeline
+from .processing_scrdit import RARE_LABEL_CELLS
+from .report import FLOOR_NAMES, METRIC_NAMES, Picture, format_figure
+
+NOT_STATED = "not stated"
+# The id on the Hub, the licence of the weights, and where the training cells come from.
+ABOUT = ("model_id", "license", "dataset_accession", "dataset_license", "dataset_citation", "organism", "tissue")
+FIGURES = {"umap-by-origin": "UMAP by origin", "genes": "Genes", "quality-against-steps": "Quality against steps"}
+
+
+def describe_pipeline(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect what a card says of a model, besides its evaluation.
+
+    Parameters
+    ----------
+    pipe
+        The trained pipeline.
+    record
+        What `training/train.py` writes as train_config.json.
+    about
+        What nobody but the author knows, of [`ABOUT`]; what is left out is not stated.
+
+    Returns
+    -------
+    For card.json: only what JSON holds.
+    """
+    processor, transformer = pipe.processor, pipe.transformer
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    config.pop("count_bins", None)
+    names: tuple[str, ...] = ("dataset", "max_train_steps", "train_batch_size", "learning_rate", "seed", "train_cells")
+    names += ("val_cells", "commit", "hardware", "seconds", "resumed_from_step", "versions", "finetuning", "lora_rank")
+    recipe = {name: record.get(name) for name in names}
+    recipe["dataset"] = Path(record["dataset"]).name if Path(record["dataset"]).exists() else record["dataset"]
+    recipe["dataset_on_hub"] = not Path(record["dataset"]).exists()
+    recipe["command"] = shlex.join(record["command"])
+    start = record.get("pretrained_model_name_or_path") or ""
+    recipe["base_model"] = (Path(start).name if Path(start).exists() else start) or None
+    recipe["base_model_on_hub"] = bool(start) and not Path(start).exists()
+    space = {name: getattr(processor, name) for name in ("value_space", "target_sum", "num_genes")}
+    parameters = {"parameters": transformer.num_parameters(), "library_size": transformer.count_head is not None}
+    return {
+        "about": {name: about.get(name) for name in ABOUT},
+        **space,
+        "labels": processor.label_counts,
+        "transformer": config,
+        **parameters,
+        "recipe": recipe,
+    }
+
+
+def save_figures(pictures: Sequence[Picture], folder: str | Path) -> None:
+    """Write the pictures of a report that a card shows to `folder/figures`."""
+    (Path(folder) / "figures").mkdir(parents=True, exist_ok=True)
+    titles = {title: name for name, title in FIGURES.items()}
+    for title, _, figure in pictures:
+        if title in titles:
+            figure.savefig(Path(folder) / "figures" / f"{titles[title]}.png", dpi=80, facecolor="white")
+
+
+def build_card(
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None,
+    figures: Sequence[str],
+    template: str | Path,
+    name: str,
+) -> ModelCard:
+    """Render a card.
+
+    Parameters
+    ----------
+    facts
+        Output of [`describe_pipeline`].
+    metrics
+        What `training/evaluate.py` writes as metrics.json; `None` for a model that was not judged.
+    figures
+        Names of the pictures in `figures`, without `.png`.
+    template
+        The Jinja template, `hub_cards/template.md`.
+    name
+        What to call a model whose id on the Hub is not stated, such as its folder.
+
+    Returns
+    -------
+    The card, its metadata for the Hub included. Results are given as `model-index`: the newer `.eval_results` files are
+    for data sets that the Hub has registered as benchmarks.
+
+    References
+    ----------
+    https://huggingface.co/docs/hub/model-cards, https://huggingface.co/docs/hub/eval-results
+    """
+    about, recipe = facts["about"], facts["recipe"]
+    rows = [row for row in (metrics or {}).get("rows", []) if row["group"] == "all" and "legacy" not in row["metric"]]
+    source = about["model_id"] or name
+    name = source.split("/")[-1]
+    dataset = recipe["dataset"]
+    tags = ["biology", "genomics", "single-cell", "scRNA-seq", "modality:rna", "scrdit"]
+    tags += [f"tissue:{about['tissue']}"] if about.get("tissue") else []
+    tags += [f"organism:{about['organism']}"] if about.get("organism") else []
+    tags += ["lora"] if recipe.get("lora_rank") else []
+    metadata: dict[str, Any] = {"license": about["license"]} if about.get("license") else {}
+    metadata |= {"datasets": [dataset]} if recipe["dataset_on_hub"] else {}
+    if recipe.get("base_model_on_hub"):
+        relation = "adapter" if recipe.get("lora_rank") else "finetune"
+        metadata |= {"base_model": recipe["base_model"], "base_model_relation": relation}
+    if rows:
+        metadata["model_name"] = name
+        metadata["eval_results"] = [
+            EvalResult(
+                task_type="other",
+                task_name="generation of single cells",
+                dataset_type=dataset if recipe["dataset_on_hub"] else "scrna-seq",
+                dataset_name=f"{dataset}, test cells",
+                metric_type=row["metric"],
+                metric_name=METRIC_NAMES[row["metric"]],
+                metric_value=row["value"],
+            )
+            for row in rows
+            if row["value"] is not None
+        ]
+    floors = [floor for floor in FLOOR_NAMES if floor in (metrics or {}).get("floors", [])]
+    shown = [[METRIC_NAMES[row["metric"]]] for row in rows]
+    for cells, row in zip(shown, rows, strict=True):
+        cells += [_with_spread(row, source) for source in ("value", "ceiling", *floors)]
+        cells.append("–" if row["met"] is None else "yes" if row["met"] else "no")
+    # ModelCard.from_template would keep the lines of Jinja's own tags, which break tables.
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    content = environment.from_string(Path(template).read_text(encoding="utf-8")).render(
+        card_data=ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml(),
+        name=name,
+        source=source,
+        facts=facts,
+        about={key: value or NOT_STATED for key, value in about.items()},
+        recipe=recipe,
+        example=_example_condition(facts["labels"]),
+        rare={k: [n for n, count in of.items() if count < RARE_LABEL_CELLS] for k, of in facts["labels"].items()},
+        rare_cells=RARE_LABEL_CELLS,
+        metrics=metrics,
+        columns=["generated", "other real cells", *(FLOOR_NAMES[floor] for floor in floors), "aim met"],
+        rows=shown,
+        figures={figure: FIGURES[figure] for figure in figures if figure in FIGURES},
+        not_stated=NOT_STATED,
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", content))
+
+
+def _with_spread(row: Mapping[str, Any], source: str) -> str:
+    """Format mean and, where several evaluation seeds gave one, standard deviation."""
+    value, spread = row[source], row.get(f"{source}_std")
+    if value is None:
+        return format_figure(value)
+    tiny = 0 < abs(value) < 0.001
+    text = f"{value:.1e}" if tiny else format_figure(value)
+    if not spread or spread < 1e-9 * abs(value):  # one seed, or the same cells for all
+        return text
+    return f"{text} ± {spread:.1e}" if tiny else f"{text} ± {spread:.{len(text.split('.')[1])}f}"
+
+
+def _example_condition(labels: Mapping[str, Mapping[str, int]]) -> str:
+    """Write the label with most cells of the first condition as Python."""
+    for key, numbers in labels.items():
+        return repr({key: max(numbers, key=lambda name: numbers[name])})
+    return ""
+
+
+def write_facts(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[str, Any], folder: str | Path) -> None:
+    """Write `folder/card.json`: the output of [`describe_pipeline`]."""
+    text = json.dumps(describe_pipeline(pipe, record, about), indent=1)
+    (Path(folder) / "card.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_card(folder: str | Path, template: str | Path) -> None:
+    """Write `folder/README.md` from card.json, and from metrics.json and `figures` where they are."""
+    folder = Path(folder)
+    facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    figures = [name for name in FIGURES if (folder / "figures" / f"{name}.png").is_file()]
+    build_card(facts, metrics, figures, template, folder.resolve().name).save(folder / "README.md")
+
+
+def provenance() -> dict[str, str | None]:
+    """Say on what a training runs: `commit` of the checkout (`None` outside of one) and `hardware`."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+    return {"commit": found or None, "hardware": hardware}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write FOLDER/README.md anew from card.json and metrics.json.")
+    parser.add_argument("folder")
+    parser.add_argument("--template", default="hub_cards/template.md")
+    arguments = parser.parse_args()
+    write_card(arguments.folder, arguments.template)

@@ -1,0 +1,192 @@
+"""Model cards: each one in hub_cards is what the builder makes of the files beside it, and says what they say."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from huggingface_hub import ModelCard
+
+from scrdit_diffusers import finetuning, model_card
+from scrdit_diffusers.report import FLOOR_NAMES, METRIC_NAMES, Picture
+
+HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
+TEMPLATE = HUB_CARDS / "template.md"
+CARDS = sorted(path.parent for path in HUB_CARDS.glob("*/README.md"))
+RECORD = {"dataset": "user/cells", "command": ["training/train.py", "--labels_key", "cell type"], "seed": 3}
+RECORD |= {"max_train_steps": 1000, "train_batch_size": 16, "train_cells": 1234, "val_cells": 56}
+
+
+@pytest.fixture(params=CARDS, ids=lambda path: path.name)
+def published(request):
+    return request.param
+
+
+def test_published_cards_are_products_of_the_builder(published, tmp_path):
+    folder = tmp_path / published.name
+    shutil.copytree(published, folder)
+    (folder / "README.md").unlink()
+    model_card.write_card(folder, TEMPLATE)
+    assert (folder / "README.md").read_text(encoding="utf-8") == (published / "README.md").read_text(encoding="utf-8")
+
+
+def test_figures_of_published_cards_are_those_of_metrics_json(published):
+    """Read back from the table and from the metadata, without the builder."""
+    metrics = json.loads((published / "metrics.json").read_text(encoding="utf-8"))
+    card = ModelCard.load(published / "README.md")
+    rows = {row["metric"]: row for row in metrics["rows"] if row["group"] == "all"}
+    header, _, *lines = re.search(r"(\| metric \|.*\n)(\|.*\n)+", card.text).group().splitlines()
+    columns = [cell.strip() for cell in header.split("|")[2:-2]]
+    sources = {"generated": "value", "other real cells": "ceiling"} | {v: k for k, v in FLOOR_NAMES.items()}
+    assert columns == ["generated", "other real cells", *(FLOOR_NAMES[name] for name in metrics["floors"])]
+    seen = set()
+    for line in lines:
+        title, *cells, met = (cell.strip() for cell in line.split("|")[1:-1])
+        metric = next(name for name, known in METRIC_NAMES.items() if known == title)
+        seen.add(metric)
+        assert met == {True: "yes", False: "no", None: "–"}[rows[metric]["met"]]
+        for column, cell in zip(columns, cells, strict=True):
+            for text, name in zip(cell.split(" ± "), (sources[column], f"{sources[column]}_std"), strict=False):
+                assert float(text) == pytest.approx(rows[metric][name], abs=unit(text) / 2 * 1.001)
+    assert seen == {name for name in rows if not name.startswith("legacy")}
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        name: rows[name]["value"] for name in seen
+    }
+    counts = re.search(r"\n([\d,]+) generated against .* (\d+) evaluation seed", card.text)
+    assert int(counts[1].replace(",", "")) == metrics["cells"]["judged"] and int(counts[2]) == len(metrics["seeds"])
+    for part in ("train", "control", "test"):
+        assert f"{metrics['cells'][part]:,} {part}" in card.text
+
+
+def unit(text):
+    """Return the place value of the last digit."""
+    mantissa, _, exponent = text.partition("e")
+    return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+
+
+def test_pictures_of_published_cards_exist(published):
+    for target in re.findall(r"\]\(([^)]+)\)", (published / "README.md").read_text(encoding="utf-8")):
+        assert target.startswith("http") or (published / target).is_file(), target
+
+
+@pytest.fixture
+def card(pipe):
+    """Build the card of the tiny pipeline, trained as `RECORD` says."""
+
+    def card(record=(), about=(), **options):
+        facts = model_card.describe_pipeline(pipe, RECORD | dict(record), dict(about))
+        options = {"metrics": None, "figures": [], "template": TEMPLATE, "name": "model"} | options
+        return model_card.build_card(json.loads(json.dumps(facts)), **options)
+
+    return card
+
+
+def test_what_is_not_known_is_not_stated(card):
+    made = card()
+    assert made.data.license is None and not any(tag.startswith("tissue:") for tag in made.data.tags)
+    for line in ("| accession | not stated |", "| licence of the data | not stated |", "| commit | not stated |"):
+        assert line in made.text
+    assert "Not judged yet" in made.text and made.data.eval_results is None
+
+
+def test_what_is_stated_is_shown(card):
+    about = {"license": "mit", "tissue": "lung", "dataset_accession": "GSE1", "model_id": "user/lung"}
+    made = card({"commit": "abc", "seconds": 90}, about)
+    assert made.data.license == "mit" and "tissue:lung" in made.data.tags and made.data.datasets == ["user/cells"]
+    for text in ("# lung\n", "| accession | GSE1 |", "| commit | abc |", "| time | 1.5 minutes |", "1,234 trained on"):
+        assert text in made.text
+    assert "train.py --labels_key 'cell type'" in made.text
+
+
+def test_metadata_are_those_of_single_cell_models(card):
+    made = card()
+    assert made.data.library_name == "diffusers"
+    assert {"biology", "genomics", "single-cell", "modality:rna"} <= set(made.data.tags)
+
+
+def test_labels_have_their_counts_and_rare_ones_are_marked(card, adata):
+    counts = adata.obs["cell_type"].value_counts()
+    text = card().text
+    assert f"| T | {counts['T']} |" in text
+    assert f"| NK | {counts['NK']} (fewer than 30: expect little) |" in text
+
+
+def test_use_runs(card, pipe, tmp_path, monkeypatch):
+    """The first code block, as it stands, on the folder that it names."""
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("model")
+    code = re.search(r"```python\n(.*?)```", card().text, re.DOTALL)[1]
+    namespace: dict = {}
+    exec(code.replace("num_cells=200", "num_cells=3, num_inference_steps=2"), namespace)
+    assert namespace["adata"].obs["cell_type"].tolist() == ["T"] * 3
+
+
+@pytest.mark.parametrize("adapter_only", [True, False])
+def test_card_of_an_adapter_loads_it(card, pipe, adapter_only):
+    changes = finetuning.compare_processors(pipe.processor, pipe.processor) | {"adapter_only": adapter_only}
+    record = {"pretrained_model_name_or_path": "user/base", "lora_rank": 4, "finetuning": changes}
+    made = card(record, {"model_id": "user/tuned"})
+    code = re.search(r"```python\n(.*?)```", made.text, re.DOTALL)[1]
+    assert f'from_pretrained("user/{"base" if adapter_only else "tuned"}")' in code
+    assert 'pipe.load_lora_weights("user/tuned")' in code
+    assert made.data.base_model == "user/base" and made.data.base_model_relation == "adapter"
+    assert "`user/base`: 23 genes kept in place, 0 moved, 0 new, 0 dropped" in made.text
+
+
+def test_paths_of_data_and_pretrained_models_are_not_published(card, tmp_path):
+    (tmp_path / "cells.h5ad").touch()
+    record = {"dataset": str(tmp_path / "cells.h5ad"), "pretrained_model_name_or_path": str(tmp_path)}
+    made = card(record | {"finetuning": {"genes": dict.fromkeys(("matched", "moved", "new", "dropped"), 0)}})
+    assert "`cells.h5ad`" in made.text and str(tmp_path) not in made.text
+    assert made.data.datasets is None and made.data.base_model is None
+
+
+def test_log_normalised_and_unlabelled_models_say_so(pipe):
+    pipe.processor.value_space, pipe.processor.target_sum = "log_normalized", 1e4
+    pipe.processor.condition_keys = pipe.processor.condition_categories = pipe.processor.composition = []
+    facts = model_card.describe_pipeline(pipe, RECORD, {})
+    text = model_card.build_card(facts, None, [], TEMPLATE, "model").text
+    assert "Log-normalised values (log1p of counts per 10,000) of 23 genes. There are no labels" in text
+    assert "pipe(num_cells=200, generator=" in text
+
+
+def test_results_and_pictures_come_from_the_folder(pipe, tmp_path):
+    published = CARDS[0]
+    model_card.write_facts(pipe, RECORD, {}, tmp_path)
+    model_card.write_card(tmp_path, TEMPLATE)
+    assert "Not judged yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    shutil.copyfile(published / "metrics.json", tmp_path / "metrics.json")
+    pictures = [Picture(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
+    model_card.save_figures(pictures, tmp_path)
+    plt.close("all")
+    model_card.write_card(tmp_path, TEMPLATE)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "![Genes](figures/genes.png)" in text and [path.name for path in (tmp_path / "figures").iterdir()] == [
+        "genes.png"
+    ]
+    assert "classifier on all genes, AUROC" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"value": 0.6071, "value_std": 0.0142}, "0.607 ± 0.014"),
+        ({"value": 0.6071, "value_std": None}, "0.607"),
+        ({"value": 11.35, "value_std": 1e-15}, "11.35"),
+        ({"value": 3.09e-5, "value_std": 5.5e-5}, "3.1e-05 ± 5.5e-05"),
+        ({"value": None, "value_std": None}, "–"),
+        ({"value": math.nan, "value_std": None}, "–"),
+    ],
+)
+def test_figures_are_formatted_with_their_spread(row, text):
+    assert model_card._with_spread(row, "value") == text
+
+
+def test_provenance_names_the_commit_of_the_checkout():
+    commit = model_card.provenance()["commit"]
+    if commit is None:
+        pytest.skip("not a git checkout")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
