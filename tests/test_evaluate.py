@@ -24,7 +24,9 @@ from scrdit_diffusers import (
     SCRDiTTransformer,
     baselines,
     default_scheduler,
+    finetuning,
     metrics,
+    model_card,
     report,
 )
 
@@ -416,3 +418,58 @@ def test_errors_end_the_script_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--split_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="^error: .* holds no split; give --dataset to make one.$"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# -- adapters and model cards ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(pipeline, tmp_path_factory):
+    """A folder as LoRA training leaves it where genes and labels are the pretrained ones, with another composition."""
+    folder = tmp_path_factory.mktemp("adapter")
+    pipe = SCRDiTPipeline.from_pretrained(pipeline)
+    finetuning.add_lora(pipe.transformer, 2, {})
+    with torch.no_grad():
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    pipe.processor.composition = [[0, 7], [1, 5], [2, 3]]
+    finetuning.save_lora(pipe, str(folder), adapter_only=True)
+    record = json.loads((pipeline / "train_config.json").read_text())
+    (folder / "train_config.json").write_text(json.dumps(record))
+    record |= {"command": ["train.py"], "max_train_steps": 1, "train_batch_size": 1, "seed": 0, "lora_rank": 2}
+    changes = finetuning.compare_processors(pipe.processor, pipe.processor) | {"adapter_only": True}
+    record |= {"pretrained_model_name_or_path": str(pipeline), "finetuning": changes}
+    model_card.write_facts(pipe, record, {}, folder)
+    return folder
+
+
+def test_an_adapter_is_judged_with_its_processor(script, split_dir, pipeline, adapter):
+    command = ["--split_dir", split_dir, "--pipeline", pipeline, "--lora_weights", adapter]
+    parser = HfArgumentParser(script.EvaluationArguments)
+    args = parser.parse_args_into_dataclasses([str(argument) for argument in command])[0]
+    pipe = script.Evaluation(args, script.read_split(args)).pipe
+    assert list(pipe.get_list_adapters()) == ["transformer"]
+    assert pipe.processor.composition == [[0, 7], [1, 5], [2, 3]]
+
+
+def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, tmp_path):
+    arguments = ["--pipeline", pipeline, "--lora_weights", adapter, "--output_dir", tmp_path, "--update_card"]
+    evaluate("--split_dir", split_dir, *arguments, *QUICK)
+    record = json.loads((adapter / "metrics.json").read_text())
+    assert record["source"] == f"pipeline {pipeline} with {adapter}" and record["warnings"] == []
+    text = (adapter / "README.md").read_text(encoding="utf-8")
+    assert f"| {report.format_figure(row(record, 'w2')['value'])} |" in text
+    assert "](figures/umap-by-origin.png)" in text and (adapter / "figures" / "umap-by-origin.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora_weights", "adapter"], "--lora_weights adapter needs --pipeline"),
+        (["--pipeline", "nowhere", "--update_card"], "--update_card needs a folder with card.json.*nowhere has none"),
+    ],
+)
+def test_adapters_and_cards_that_cannot_be_are_refused(evaluate, split_dir, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate("--split_dir", split_dir, *arguments)

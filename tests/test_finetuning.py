@@ -14,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -407,6 +408,22 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(train, tuned, cells, p
         resumed, expected = load_file(tmp_path / file), load_file(tuned[kind] / file)
         for name, tensor in expected.items():
             torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_training_writes_a_card(tuned, pretrained, kind):
+    text = (tuned[kind] / "README.md").read_text(encoding="utf-8")
+    assert f"`{pretrained.name}`: 20 genes kept in place, 0 moved, 3 new, 3 dropped" in text
+    assert ("pipe.load_lora_weights(" in text) == (kind == "lora")
+    facts = json.loads((tuned[kind] / "card.json").read_text())
+    assert sum(facts["labels"]["cell_type"].values()) == facts["recipe"]["train_cells"] == 54
+
+
+def test_card_says_what_the_arguments_say(train, cells, tmp_path):
+    train(cells / "first.h5ad", tmp_path, *TINY, "--tissue", "lung", "--dataset_accession", "GSE1", "--license", "mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "tissue:lung" in card.data.tags and card.data.license == "mit" and "| accession | GSE1 |" in card.text
+    assert "| licence of the data | not stated |" in card.text
 
 
 BAD_ARGUMENTS = {
