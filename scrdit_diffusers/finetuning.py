@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
+from .count_head import count_bins
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
@@ -174,12 +176,60 @@ def same_genes_and_labels(before: SCRDiTProcessor, after: SCRDiTProcessor) -> bo
     return before.var_names == after.var_names and conditions[0] == conditions[1]
 
 
-def bins_of_known_genes(model: SCRDiTTransformer, before: SCRDiTProcessor, after: SCRDiTProcessor) -> np.ndarray | None:
-    """Numbers of bins (G,) that a pretrained count head has for the genes; 0 for new ones, `None` without a head."""
-    if model.count_head is None:
-        return None
-    position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))
-    return np.where(position >= 0, model.count_head.bins_of_genes()[position], 0)
+def adapt_transformer(
+    pretrained: SCRDiTPipeline,
+    processor: SCRDiTProcessor,
+    counts: sp.csr_matrix | None,
+    class_labels: np.ndarray,
+    dropout: float = 0.0,
+    lora_rank: int | None = None,
+) -> tuple[SCRDiTTransformer, dict[str, Any]]:
+    """Make the transformer to fine-tune.
+
+    Parameters
+    ----------
+    pretrained
+        The pipeline to start from.
+    processor
+        Output of [`adapt_processor`].
+    counts
+        Counts of the training cells, shape (cells, G), for a count head: known genes have at least the bins that they
+        had. `None` where the pretrained model has none.
+    class_labels
+        Codes of the training cells, shape (cells, K).
+    dropout
+        Dropout probability of the training.
+    lora_rank
+        Rank of the adapters to train; `None` trains all weights.
+
+    Returns
+    -------
+    The transformer, and the report of [`compare_processors`] with `adapter_only`: whether an adapter alone suffices,
+    because genes and labels are the pretrained ones. The model is then the pretrained one, its bins included.
+    """
+    before, source = pretrained.processor, pretrained.transformer
+    adapter_only = lora_rank is not None and same_genes_and_labels(before, processor)
+    config = {name: value for name, value in source.config.items() if not name.startswith("_")} | {"dropout": dropout}
+    report = compare_processors(before, processor) | {"adapter_only": adapter_only}
+    new: dict[str, torch.Tensor] = {}
+    if adapter_only:
+        model = SCRDiTTransformer(**config)
+        model.load_state_dict(source.state_dict())
+    else:
+        config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
+        bins = None
+        if counts is not None:
+            position = pd.Index(before.var_names).get_indexer(pd.Index(processor.var_names))  # (G,), -1 for new genes
+            bins = np.where(position >= 0, source.count_head.bins_of_genes()[position], 0)
+            config["count_bins"] = count_bins(counts, at_least=bins)
+        model = SCRDiTTransformer(**config)
+        model.initialize_weights()
+        if counts is not None:
+            model.count_head.initialize(counts, class_labels, processor.mean, processor.std, at_least=bins)
+        new = transfer_weights(source, before, model, processor)
+    if lora_rank is not None:
+        add_lora(model, lora_rank, new)
+    return model, report
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, finetuning
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, finetuning
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 OTHER_GENES = [f"gene{i}" for i in range(20)] + ["new0", "new1", "new2"]  # without gene20, gene21, gene22
@@ -37,17 +37,9 @@ def adapt(pretrained, adata, labels_key=("cell_type", "batch"), keep_labels=Fals
     genes = finetuning.arrange_genes(pretrained.processor.var_names, list(adata.var_names))
     fitted = SCRDiTProcessor.from_anndata(adata, list(labels_key), genes=genes)
     processor = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels)
-    config = {name: value for name, value in pretrained.transformer.config.items() if not name.startswith("_")}
-    config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
-    at_least = finetuning.bins_of_known_genes(pretrained.transformer, pretrained.processor, processor)
-    counts = processor.get_values(adata)
-    if at_least is not None:
-        config["count_bins"] = count_bins(counts, at_least)
-    model = SCRDiTTransformer(**config).eval()
-    model.initialize_weights()
-    if at_least is not None:
-        codes = processor.encode_labels(adata.obs)
-        model.count_head.initialize(counts, codes, processor.mean, processor.std, at_least)
+    counts = processor.get_values(adata) if pretrained.transformer.count_head else None
+    model, _ = finetuning.adapt_transformer(pretrained, processor, counts, processor.encode_labels(adata.obs))
+    model.eval()
     new = finetuning.transfer_weights(pretrained.transformer, pretrained.processor, model, processor)
     return processor, model, new
 

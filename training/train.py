@@ -23,7 +23,6 @@ import anndata as ad
 import diffusers
 import matplotlib
 import numpy as np
-import scipy.sparse as sp
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -242,43 +241,6 @@ def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
     return pretrained
 
 
-def build_model(
-    args: TrainingArguments,
-    processor: SCRDiTProcessor,
-    counts: sp.csr_matrix | None,
-    codes: np.ndarray,
-    pretrained: SCRDiTPipeline | None,
-) -> tuple[SCRDiTTransformer, dict]:
-    """Make the transformer, from `pretrained` where it is given, and report what was kept, added and dropped."""
-    before = pretrained.processor if pretrained else None
-    names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
-    config = SCRDIT_PRESETS[args.preset] | {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    at_least = None
-    if pretrained:
-        config = {name: pretrained.transformer.config[name] for name in (*names, "mlp_ratio")}
-        at_least = finetuning.bins_of_known_genes(pretrained.transformer, before, processor)
-    config |= {"dropout": args.dropout, "num_genes": processor.num_genes, "num_classes": processor.num_classes}
-    adapter_only = bool(args.lora_rank) and finetuning.same_genes_and_labels(before, processor)
-    if counts is not None:
-        config |= {"beta_schedule": args.beta_schedule, "num_train_timesteps": args.num_train_timesteps}
-        config["count_bins"] = count_bins(counts, at_least)
-    if adapter_only:
-        config["count_bins"] = pretrained.transformer.config.count_bins
-    model = SCRDiTTransformer(**config)
-    if adapter_only:
-        model.load_state_dict(pretrained.transformer.state_dict())
-    else:
-        model.initialize_weights()
-    if counts is not None and not adapter_only:
-        model.count_head.initialize(counts, codes, processor.mean, processor.std, at_least)
-    if pretrained is None:
-        return model, {}
-    new = {} if adapter_only else finetuning.transfer_weights(pretrained.transformer, before, model, processor)
-    if args.lora_rank:
-        finetuning.add_lora(model, args.lora_rank, new)
-    return model, finetuning.compare_processors(before, processor) | {"adapter_only": adapter_only}
-
-
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     start = time.time()
@@ -330,7 +292,22 @@ def main(args: TrainingArguments) -> None:
     # 2. Model, noise, optimiser
     counts = processor.get_values(adata[train_cells], args.layer) if sample_counts else None  # (cells, G)
     codes = processor.encode_labels(adata.obs.iloc[train_cells])  # (cells, K)
-    model, changes = build_model(args, processor, counts, codes, pretrained)
+    changes: dict = {}
+    if pretrained is not None:
+        options = {"dropout": args.dropout, "lora_rank": args.lora_rank}
+        model, changes = finetuning.adapt_transformer(pretrained, processor, counts, codes, **options)
+    else:
+        names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+        overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
+        config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
+        if sample_counts:
+            config |= {"count_bins": count_bins(counts), "beta_schedule": args.beta_schedule}
+            config |= {"num_train_timesteps": args.num_train_timesteps}
+        model = SCRDiTTransformer(**config)
+        model.initialize_weights()
+        if sample_counts:
+            model.count_head.initialize(counts, codes, processor.mean, processor.std)
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
