@@ -9,8 +9,9 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from .count_head import SCRDiTCountHead, count_bins
 from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, split_cells, table_to_anndata
 from .objective import diffusion_loss, drop_labels
-from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
+from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .processing_scrdit import SCRDiTProcessor
+from .schedulers import default_scheduler
 from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
 
 __version__ = version("scrdit_diffusers")

@@ -10,7 +10,9 @@ cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is
 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,6 +27,18 @@ EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones shar
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _inside_forward(method: Method) -> Method:
+    """Run a method of the head inside its `forward`: the hooks that bring offloaded weights back wrap only that."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args, **kwargs):
+        return self(method, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def _bin_edges(largest: float) -> np.ndarray:
@@ -61,9 +75,9 @@ def count_bins(counts: sp.csr_matrix) -> list[list[int]]:
 class SCRDiTCountHead(nn.Module):
     r"""Posterior of the counts of G genes given the noisy cell.
 
-    The logit of a count is linear in four features of a gene and cell, so that all are one batched matmul:
+    Large counts share bins, inside which they are uniform. The logit of a count k is
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
-    h(k) = Gamma(k + theta) / (Gamma(theta) k!). Large counts share bins, inside which they are uniform.
+    h(k) = Gamma(k + theta) / (Gamma(theta) k!).
 
     Parameters
     ----------
@@ -163,6 +177,11 @@ class SCRDiTCountHead(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def forward(self, method: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        """Run one of the methods below; call these instead."""
+        return method(self, *args, **kwargs)
+
+    @_inside_forward
     def standardize_library_size(self, library_size: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Log library size in standard deviations of the training cells', shape (B,); zero where it is not given."""
         if library_size is None:
@@ -170,7 +189,8 @@ class SCRDiTCountHead(nn.Module):
         mean, std = self.log_library_size.float()
         return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
 
-    def forward(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
+    @_inside_forward
+    def predict_log_mean(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
         """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
 
         Parameters
@@ -194,21 +214,22 @@ class SCRDiTCountHead(nn.Module):
     def _logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
         """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
-        snr = alpha_bar / (1 - alpha_bar)  # (B, 1)
+        half_snr = alpha_bar / (1 - alpha_bar) / 2  # (B, 1)
         log_dispersion = self.log_dispersion.float()  # (G,)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
         evidence = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
-        of_gene = [log_odds, evidence, (-snr / 2).expand_as(evidence), torch.ones_like(evidence)]
-        features = torch.stack(of_gene, dim=-1)[:, self.gene_order].transpose(0, 1)  # (G, B, 4)
+        log_odds, evidence = (of_gene.T[self.gene_order, :, None] for of_gene in (log_odds, evidence))  # (G, B, 1)
         dispersion = log_dispersion.exp()[self.gene_order, None]  # (G, 1)
         logits = []
         for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
             count, theta = _midpoint(lower, upper), dispersion[genes]
             log_base = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
             log_base = (log_base + (upper - lower).clamp(min=1).log()).masked_fill(upper == lower, -1e9)
-            table = torch.stack([count, value, value.square(), log_base], dim=1)  # (genes, 4, bins)
-            with torch.autocast(noisy.device.type, enabled=False):
-                logits.append(torch.bmm(features[genes], table))
+            # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
+            count, value, log_base = count[:, None], value[:, None], log_base[:, None]  # (genes, 1, bins)
+            logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
+            logit = torch.addcmul(logit, evidence[genes], value)
+            logits.append(torch.addcmul(logit, half_snr, value.square(), value=-1))
         return logits
 
     def _bins(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -217,13 +238,14 @@ class SCRDiTCountHead(nn.Module):
         lower, upper, value = ([buffer[bins].view(shape) for _, bins, shape in self.groups] for buffer in buffers)
         return list(zip(lower, upper, value, strict=True))
 
+    @_inside_forward
     def denoise(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Posterior mean of the clean cell in model space.
 
         Parameters
         ----------
         log_mean
-            Output of `forward`, shape (B, G).
+            Output of `predict_log_mean`, shape (B, G).
         noisy
             Noisy cells in model space, shape (B, G).
         timestep
@@ -236,11 +258,12 @@ class SCRDiTCountHead(nn.Module):
         logits = self._logits(log_mean, noisy, timestep)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
-                torch.einsum("gbk,gk->gb", posterior.softmax(dim=-1), value)
+                torch.bmm(posterior.softmax(dim=-1), value[..., None])[..., 0]  # (genes, B)
                 for posterior, (_, _, value) in zip(logits, self._bins(), strict=True)
             ]
         return self._unsort(torch.cat(means))
 
+    @_inside_forward
     def nll(
         self, counts: torch.Tensor, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:
@@ -258,6 +281,7 @@ class SCRDiTCountHead(nn.Module):
             total = total + (nll + (upper - lower).gather(1, target).log()).sum(dim=0)
         return total / counts.shape[0]
 
+    @_inside_forward
     def sample(
         self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:

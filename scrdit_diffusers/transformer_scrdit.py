@@ -241,6 +241,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SCRDiTTransformerBlock"]
     _repeated_blocks = ["SCRDiTTransformerBlock"]
+    _group_offload_block_modules = ["count_head"]  # which pipelines also call on its own
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -373,6 +374,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         class_labels: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        denoise: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
@@ -392,6 +394,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             training cell.
         counts
             With a count head, the cells' counts, shape (B, G): return their likelihood instead of the prediction.
+        denoise
+            With a count head, turn the mean counts into the denoised cells. `False` leaves that to the caller, who may
+            change the means before ([`SCRDiTCountHead.denoise`]), and returns them only.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
         return_dict
@@ -400,7 +405,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         Returns
         -------
         The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
-        negative log-likelihoods (B,).
+        negative log-likelihoods (B,); with `denoise=False`, only the latter.
 
         Raises
         ------
@@ -441,17 +446,19 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 4. Tokens -> genes
         shift, scale = self.adaln_out(F.silu(temb)).chunk(2, dim=-1)  # 2 x (B, D)
         hidden_states = self.dropout_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, D)
-        output = SCRDiTTransformerOutput(sample=self.proj_out(hidden_states).flatten(1)[:, :num_genes])  # (B, G)
+        sample = self.proj_out(hidden_states).flatten(1)[:, :num_genes]  # (B, G)
+        output = SCRDiTTransformerOutput(sample=sample)
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head(output.sample, depth)  # (B, G)
-            if counts is None:
-                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
-                output = SCRDiTTransformerOutput(sample=sample, count_log_mean=log_mean)
-            else:
+            log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
+            output = SCRDiTTransformerOutput(count_log_mean=log_mean)
+            if counts is not None:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
                 output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_nll=nll)
+            elif denoise:
+                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
+                output = SCRDiTTransformerOutput(sample=sample, count_log_mean=log_mean)
         return output if return_dict else output.to_tuple()
 
     def flops_per_cell(self) -> int:
@@ -464,7 +471,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
         if self.count_head is not None:
             per_cell += dim + dim * dim  # library size
-            per_cell += sum(5 * genes * bins for genes, bins in self.config.count_bins)  # posterior and its mean
+            per_cell += sum(genes * bins for genes, bins in self.config.count_bins)  # mean of the posterior
         return 2 * (self.config.num_layers * n * per_token + 2 * n * p * dim + per_cell)
 
 

@@ -129,7 +129,7 @@ def test_order_of_genes_does_not_matter():
         inputs = log_mean[:, genes], noisy[:, genes], timestep
         nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
         drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head(log_mean[:, genes], torch.zeros(4))
+        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4))
         results.append((head.denoise(*inputs), drawn, prior, nll))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
@@ -232,7 +232,9 @@ def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    log_mean = head(torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1)))
+    log_mean = head.predict_log_mean(
+        torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1))
+    )
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile
