@@ -374,7 +374,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         class_labels: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
-        denoise: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
@@ -394,9 +393,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             training cell.
         counts
             With a count head, the cells' counts, shape (B, G): return their likelihood instead of the prediction.
-        denoise
-            With a count head, turn the mean counts into the denoised cells. `False` leaves that to the caller, who may
-            change the means before ([`SCRDiTCountHead.denoise`]), and returns them only.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
         return_dict
@@ -405,7 +401,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         Returns
         -------
         The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
-        negative log-likelihoods (B,); with `denoise=False`, only the latter.
+        negative log-likelihoods (B,).
 
         Raises
         ------
@@ -452,13 +448,12 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
             log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
-            output = SCRDiTTransformerOutput(count_log_mean=log_mean)
-            if counts is not None:
-                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
-                output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_nll=nll)
-            elif denoise:
+            if counts is None:
                 sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample=sample, count_log_mean=log_mean)
+            else:
+                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
+                output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_nll=nll)
         return output if return_dict else output.to_tuple()
 
     def flops_per_cell(self) -> int:

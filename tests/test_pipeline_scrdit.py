@@ -309,29 +309,7 @@ def test_guidance_of_the_means_of_counts(count_pipe, monkeypatch, scale):
         count_pipe.transformer(noisy, t, labels, library_size=torch.tensor([40, 90])).count_log_mean
         for labels in (codes, null)
     )
-    guided = scale * cond + (1 - scale) * uncond
-    torch.testing.assert_close(mean.softmax(dim=1), guided.softmax(dim=1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mean.exp().sum(dim=1), cond.exp().sum(dim=1))  # as the library size asks
-
-
-@torch.no_grad()
-def test_guided_steps_denoise_with_the_guided_means(count_pipe):
-    """Each step takes the mean of the posterior from which counts would be drawn."""
-    count_pipe.scheduler = DDIMScheduler.from_config(count_pipe.scheduler.config)
-    codes, null, sizes = torch.tensor([[1, 0], [2, 1]]), torch.tensor([[3, 2], [3, 2]]), torch.tensor([40.0, 90.0])
-    latents, head = torch.randn(2, 23, generator=seeded()), count_pipe.transformer.count_head
-    conditions = {"cell_type": ["B", "NK"], "batch": ["b1", "b2"]}
-    kwargs = dict(num_inference_steps=3, latents=latents, library_size=sizes, output_type="latent", decode="round")
-    samples = count_pipe(conditions=conditions, guidance_scale=2.0, **kwargs).samples
-
-    scheduler, x = DDIMScheduler.from_config(count_pipe.scheduler.config), latents
-    scheduler.set_timesteps(3)
-    for t in scheduler.timesteps:
-        cond, uncond = (count_pipe.transformer(x, t, c, sizes).count_log_mean for c in (codes, null))
-        share = (2 * cond - uncond).softmax(dim=1)
-        log_mean = (share * cond.exp().sum(dim=1, keepdim=True)).log()
-        x = scheduler.step(head.denoise(log_mean, x, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mean, scale * cond + (1 - scale) * uncond, rtol=1e-4, atol=1e-4)
 
 
 def test_refuses_a_scheduler_of_another_noise_process_than_the_count_heads(count_model, processor):
