@@ -190,9 +190,8 @@ def test_fused_qkv(model, inputs):
     torch.testing.assert_close(model(**inputs).sample, before)
 
 
-@pytest.mark.parametrize(
-    "backend", ["native", "_native_math", pytest.param("flex", marks=[needs_compiler, from_torch])]
-)
+@pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @torch.no_grad()
 def test_attention_backends(model, inputs, backend, monkeypatch):
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
@@ -315,7 +314,9 @@ def test_int8_weights(model, inputs, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     model.save_pretrained(tmp_path)
-    loaded = SCRDiTTransformer.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    # torchao cannot quantize a weight of one column, as the embedding of the library size has.
+    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["library_size_embed"])
+    loaded = SCRDiTTransformer.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
     assert type(loaded.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
     exact = model(**inputs).sample
     quantized = loaded(**inputs).sample
