@@ -56,6 +56,7 @@ from scrdit_diffusers import (
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
+MAX_PCA_CELLS = 10_000  # of which the principal components are taken that cell tokens start from
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
 
@@ -85,12 +86,13 @@ class TrainingArguments:
     val_fraction: float = arg(0.1, "Share of the cells of each label held out for the validation loss.")
     # model
     preset: str = arg("scrdit-s", "Size of the transformer.", choices=list(SCRDIT_PRESETS))
-    patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next four.")
+    patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next five.")
     patch_embed_type: str | None = arg(None, "per_patch or shared projections.")
     num_layers: int | None = arg(None, "Number of blocks.")
     num_attention_heads: int | None = arg(None, "Number of attention heads.")
     attention_head_dim: int | None = arg(None, "Width of a head.")
-    dropout: float = arg(0.1, "Dropout probability in the MLPs and before the last projection.")
+    num_cell_tokens: int | None = arg(None, "Tokens that read all genes.")
+    dropout: float = arg(0.0, "Dropout probability in the MLPs and before the last projection.")
     # diffusion
     prediction_type: str = arg("sample", "What it predicts.", choices=["epsilon", "v_prediction", "sample"])
     num_train_timesteps: int = arg(1000, "Number of diffusion timesteps T.")
@@ -103,6 +105,7 @@ class TrainingArguments:
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
+    prior_std: float = arg(0.3, "Counts: standard deviation of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
@@ -159,7 +162,7 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a table folder or a Hub data set id.")
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
     positive += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
-    positive += ["learning_rate", "max_loss_weight", "max_grad_norm", "checkpoints_total_limit"]
+    positive += ["learning_rate", "max_loss_weight", "prior_std", "max_grad_norm", "checkpoints_total_limit"]
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
@@ -248,7 +251,8 @@ def main(args: TrainingArguments) -> None:
     val_batch = collate(table.__getitems__(np.sort(shown_cells).tolist()))
 
     # 2. Model, noise, optimiser
-    names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+    names = ["patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim"]
+    names += ["num_cell_tokens"]
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
     config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
@@ -258,11 +262,16 @@ def main(args: TrainingArguments) -> None:
         config |= {"num_train_timesteps": args.num_train_timesteps}
     model = SCRDiTTransformer(**config)
     model.initialize_weights()
+    if model.config.num_cell_tokens:
+        some_cells = np.sort(rng.permutation(train_cells)[:MAX_PCA_CELLS])
+        model.initialize_cell_tokens(collate(table.__getitems__(some_cells.tolist()))["values"])
     if sample_counts:
         codes = processor.encode_labels(adata.obs.iloc[train_cells])
         model.count_head.initialize(counts, codes, processor.mean, processor.std)
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    penalty_weight = width / (2 * args.prior_std**2 * len(train_cells))
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -273,7 +282,7 @@ def main(args: TrainingArguments) -> None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
 
     if args.learning_rate is None:
-        args.learning_rate = 3e-3 * 128 / (model.config.num_attention_heads * model.config.attention_head_dim)
+        args.learning_rate = 3e-3 * 128 / width
 
     record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
 
@@ -431,7 +440,9 @@ def main(args: TrainingArguments) -> None:
             noise = torch.randn(values.shape, **draw)  # (B, G)
             batch["class_labels"] = drop_labels(batch["class_labels"], null_labels, args.class_dropout_prob, generator)
             with accelerator.accumulate(model):
-                losses = diffusion_loss(model, noise_scheduler, batch, timesteps, noise, *weights)  # (B,)
+                losses = diffusion_loss(
+                    model, noise_scheduler, batch, timesteps, noise, *weights, penalty_weight=penalty_weight
+                )  # (B,)
                 running.append(losses.mean().item())
                 if not math.isfinite(running[-1]):
                     raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args)
