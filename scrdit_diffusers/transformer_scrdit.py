@@ -25,8 +25,8 @@ from .count_head import SCRDiTCountHead
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
-_PRESET_COLUMNS = ("patch_size", "patch_embed_type", "num_cell_tokens", "num_layers")
-_PRESET_COLUMNS += ("num_attention_heads", "attention_head_dim")
+_PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
+_PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
     "scrdit-s":        (100, "per_patch", 1,  2, 4, 32),
     "scrdit-b":        (100, "per_patch", 1,  6, 8, 32),
@@ -52,8 +52,8 @@ class SCRDiTTransformerOutput(BaseOutput):
         With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
         [`SCRDiTCountHead.sample`] draws counts from it.
     count_tilt
-        With a count head, how the distribution around that mean differs from a negative binomial at this noise level and
-        for these labels, shape (B, 2, G); see [`SCRDiTCountHead`].
+        With a count head, how the distribution around that mean differs from a negative binomial at this noise level
+        and for these labels, shape (B, 2, G); see [`SCRDiTCountHead`].
     count_nll
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
