@@ -66,7 +66,7 @@ class CellFile:
     @property
     def n_obs(self) -> int:
         """Number of cells."""
-        return len(self.group["obs"][self.group["obs"].attrs["_index"]])
+        return self.group["obs"][self.group["obs"].attrs["_index"]].shape[0]
 
     def var(self) -> pd.DataFrame:
         """Genes."""
@@ -113,6 +113,8 @@ class CellFile:
     def check(self, layer: str | None, counts: bool, num_rows: int = 1000) -> None:
         """Raise ValueError unless the layer exists and its first rows are what is expected; see [`get_matrix`]."""
         rows = min(num_rows, self.n_obs)
+        if not rows:
+            raise ValueError(f"{self.path} holds no cells.")
 
         def head_of(elem) -> sp.csr_matrix:
             if not hasattr(elem, "shape"):
@@ -125,13 +127,12 @@ class CellFile:
             return None if found is None or found.attrs.get("encoding-type") == "null" else found
 
         stored, raw = stored_at(self.group, "X"), stored_at(self.group, "raw")
+        layers = self.group["layers"] if "layers" in self.group else {}
         head = ad.AnnData(
             None if stored is None else head_of(stored),
             obs=pd.DataFrame(index=[str(i) for i in range(rows)]),
             var=pd.DataFrame(index=[str(i) for i in range(len(self.var()))]),
-            layers={
-                key: head_of(elem) for key, elem in (self.group["layers"] if "layers" in self.group else {}).items()
-            },
+            layers={key: head_of(layers[key]) for key in layers},
         )
         if raw is not None and stored_at(raw, "X") is not None:
             head.raw = ad.AnnData(head_of(raw["X"]), obs=head.obs)

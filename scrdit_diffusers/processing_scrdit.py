@@ -376,7 +376,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         for matrix, obs in chunks():
             check_values(matrix, name, counts)
             integers = integers and looks_like_counts(matrix)
-            choice.update(matrix)
+            with np.errstate(over="ignore", invalid="ignore"):  # counts taken for logarithms, which are refused below
+                choice.update(matrix)
             moments.update(processor._offset(matrix))
             for key in labels_key:
                 _check_label(obs, key)

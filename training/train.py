@@ -274,7 +274,8 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, sample_counts:
     if args.streaming:
         stream = CellStream(train, num_train, args.train_batch_size, args.labels_key, seed=args.seed)
         shown = next(iterate_rows(val, args.num_validation_cells, ["genes", "expressions", *args.labels_key]))
-        loader = DataLoader(stream, batch_size=None, **options)
+        generator = torch.Generator()  # else each pass draws from the one of the dropout, and resuming is not exact
+        loader = DataLoader(stream, batch_size=None, generator=generator, **options)
         return Cells(processor, statistics, loader, collate(shown), num_train, shown.num_rows)
     loader = DataLoader(CellDataset(train, args.labels_key), args.train_batch_size, shuffle=True, **options)
     rng = np.random.default_rng(args.seed)
