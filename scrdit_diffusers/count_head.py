@@ -10,7 +10,9 @@ cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is
 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,12 +21,25 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
+from .cell_statistics import CellStatistics
 from .processing_scrdit import MAX_COUNT
 
 EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _inside_forward(method: Method) -> Method:
+    """Run a method of the head inside its `forward`: the hooks that bring offloaded weights back wrap only that."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args, **kwargs):
+        return self(method, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def _bin_edges(largest: float) -> np.ndarray:
@@ -41,13 +56,13 @@ def _bins_of_genes(count_max: np.ndarray) -> np.ndarray:
     return np.searchsorted(_bin_edges(largest.max()), largest, side="right")
 
 
-def count_bins(counts: sp.csr_matrix, at_least: np.ndarray | None = None) -> list[list[int]]:
+def count_bins(counts: sp.csr_matrix | CellStatistics, at_least: np.ndarray | None = None) -> list[list[int]]:
     """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
 
     Parameters
     ----------
     counts
-        Counts of the training cells, shape (cells, G).
+        Counts of the training cells, shape (cells, G), or their statistics.
     at_least
         Number of bins that a gene has in any case, shape (G,), as in a pretrained head.
 
@@ -55,9 +70,8 @@ def count_bins(counts: sp.csr_matrix, at_least: np.ndarray | None = None) -> lis
     -------
     Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
     """
-    bins = np.sort(
-        np.maximum(_bins_of_genes(counts.max(axis=0).toarray().ravel()), 0 if at_least is None else at_least)
-    )
+    count_max = counts.count_max if isinstance(counts, CellStatistics) else counts.max(axis=0).toarray().ravel()
+    bins = np.sort(np.maximum(_bins_of_genes(count_max), 0 if at_least is None else at_least))
     groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
     return [[len(group), int(group.max())] for group in groups if len(group)]
 
@@ -65,9 +79,10 @@ def count_bins(counts: sp.csr_matrix, at_least: np.ndarray | None = None) -> lis
 class SCRDiTCountHead(nn.Module):
     r"""Posterior of the counts of G genes given the noisy cell.
 
-    The logit of a count is linear in four features of a gene and cell, so that all are one batched matmul:
+    Large counts share bins, inside which they are uniform. The logit of a count k is
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
-    h(k) = Gamma(k + theta) / (Gamma(theta) k!). Large counts share bins, inside which they are uniform.
+    h(k) = Gamma(k + theta) / (Gamma(theta) k!), plus the tilt a v(k) + b v(k)^2: how broad a gene's distribution is
+    depends on the labels, and on how much of the cell is known at this noise level.
 
     Parameters
     ----------
@@ -107,14 +122,7 @@ class SCRDiTCountHead(nn.Module):
         self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
         self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
 
-    def initialize(
-        self,
-        counts: sp.csr_matrix,
-        class_labels: np.ndarray,
-        mean: np.ndarray,
-        std: np.ndarray,
-        at_least: np.ndarray | None = None,
-    ) -> None:
+    def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
         Dispersions are moment estimates around means that are proportional to the library size within each combination
@@ -130,17 +138,23 @@ class SCRDiTCountHead(nn.Module):
             Mean of each gene before standardisation, shape (G,), of the processor.
         std
             Standard deviation of each gene before standardisation, shape (G,), of the processor.
-        at_least
-            As in [`count_bins`].
 
         Raises
         ------
         ValueError
             The head's bins are not those of `counts`.
         """
-        counts = sp.csr_matrix(counts, dtype=np.float64)
-        bins = np.maximum(_bins_of_genes(counts.max(axis=0).toarray().ravel()), 0 if at_least is None else at_least)
-        needed = count_bins(counts, at_least)
+        self.initialize_from_statistics(CellStatistics.from_counts(counts, class_labels), mean, std)
+
+    def initialize_from_statistics(
+        self, statistics: CellStatistics, mean: np.ndarray, std: np.ndarray, at_least: np.ndarray | None = None
+    ) -> None:
+        """[`initialize`] from what [`SCRDiTProcessor.from_chunks`] has gathered of the training cells.
+
+        `at_least` is as in [`count_bins`].
+        """
+        bins = np.maximum(_bins_of_genes(statistics.count_max), 0 if at_least is None else at_least)
+        needed = count_bins(statistics, at_least)
         if needed != [list(shape) for *_, shape in self.groups]:
             raise ValueError(f"This head was made for other counts; make it with count_bins={needed}.")
         order = np.argsort(bins, kind="stable")
@@ -154,17 +168,16 @@ class SCRDiTCountHead(nn.Module):
         lower, upper, genes = (np.concatenate(part) for part in zip(*parts, strict=True))
         value = (np.log1p(_midpoint(lower, upper)) - mean[genes]) / std[genes]
 
-        library_size = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
-        log_size = np.log(library_size)
-        rate = np.asarray(counts.sum(axis=0)).ravel() / library_size.sum()
+        mean_log_size, std_log_size = statistics.log_library_size()
+        typical = statistics.mean_profile() * np.exp(mean_log_size)
         state = self.state_dict() | {
             "lower": lower,
             "upper": upper,
             "value": value,
             "gene_order": order,
-            "log_library_size": [log_size.mean(), max(log_size.std(), 1e-3)],
-            "log_mean": np.log(np.maximum(rate * np.exp(log_size.mean()), 1e-4)),
-            "log_dispersion": np.log(_moment_dispersion(counts, library_size, class_labels)),
+            "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
+            "log_mean": np.log(np.maximum(typical, 1e-4)),
+            "log_dispersion": np.log(statistics.inverse_dispersion()),
         }
         self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
 
@@ -177,6 +190,11 @@ class SCRDiTCountHead(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def forward(self, method: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        """Run one of the methods below; call these instead."""
+        return method(self, *args, **kwargs)
+
+    @_inside_forward
     def standardize_library_size(self, library_size: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Log library size in standard deviations of the training cells', shape (B,); zero where it is not given."""
         if library_size is None:
@@ -184,7 +202,8 @@ class SCRDiTCountHead(nn.Module):
         mean, std = self.log_library_size.float()
         return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
 
-    def forward(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
+    @_inside_forward
+    def predict_log_mean(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
         """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
 
         Parameters
@@ -205,24 +224,30 @@ class SCRDiTCountHead(nn.Module):
         above = timestep.ceil().long()
         return torch.lerp(alphas_cumprod[below], alphas_cumprod[above], timestep - below).clamp(1e-8, 1 - 1e-5)
 
-    def _logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
+    def _logits(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, tilt: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
-        snr = alpha_bar / (1 - alpha_bar)  # (B, 1)
         log_dispersion = self.log_dispersion.float()  # (G,)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
-        evidence = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
-        of_gene = [log_odds, evidence, (-snr / 2).expand_as(evidence), torch.ones_like(evidence)]
-        features = torch.stack(of_gene, dim=-1)[:, self.gene_order].transpose(0, 1)  # (G, B, 4)
+        linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
+        quadratic = -alpha_bar / (1 - alpha_bar) / 2 + torch.zeros_like(linear)  # (B, G)
+        if tilt is not None:
+            linear, quadratic = linear + tilt[:, 0], quadratic + tilt[:, 1]
+        of_genes = (log_odds, linear, quadratic)
+        log_odds, linear, quadratic = (of_gene.T[self.gene_order, :, None] for of_gene in of_genes)  # (G, B, 1)
         dispersion = log_dispersion.exp()[self.gene_order, None]  # (G, 1)
         logits = []
         for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
             count, theta = _midpoint(lower, upper), dispersion[genes]
             log_base = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
             log_base = (log_base + (upper - lower).clamp(min=1).log()).masked_fill(upper == lower, -1e9)
-            table = torch.stack([count, value, value.square(), log_base], dim=1)  # (genes, 4, bins)
-            with torch.autocast(noisy.device.type, enabled=False):
-                logits.append(torch.bmm(features[genes], table))
+            # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
+            count, value, log_base = count[:, None], value[:, None], log_base[:, None]  # (genes, 1, bins)
+            logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
+            logit = torch.addcmul(logit, linear[genes] + quadratic[genes] * value, value)
+            logits.append(logit)
         return logits
 
     def bins_of_genes(self) -> np.ndarray:
@@ -236,32 +261,43 @@ class SCRDiTCountHead(nn.Module):
         lower, upper, value = ([buffer[bins].view(shape) for _, bins, shape in self.groups] for buffer in buffers)
         return list(zip(lower, upper, value, strict=True))
 
-    def denoise(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    @_inside_forward
+    def denoise(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, tilt: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Posterior mean of the clean cell in model space.
 
         Parameters
         ----------
         log_mean
-            Output of `forward`, shape (B, G).
+            Output of `predict_log_mean`, shape (B, G).
         noisy
             Noisy cells in model space, shape (B, G).
         timestep
             Shape (B,); need not be integers.
+        tilt
+            Coefficients a and b, shape (B, 2, G). `None`: zero.
 
         Returns
         -------
         Shape (B, G).
         """
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, tilt)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
-                torch.einsum("gbk,gk->gb", posterior.softmax(dim=-1), value)
+                torch.bmm(posterior.softmax(dim=-1), value[..., None])[..., 0]  # (genes, B)
                 for posterior, (_, _, value) in zip(logits, self._bins(), strict=True)
             ]
         return self._unsort(torch.cat(means))
 
+    @_inside_forward
     def nll(
-        self, counts: torch.Tensor, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+        self,
+        counts: torch.Tensor,
+        log_mean: torch.Tensor,
+        noisy: torch.Tensor,
+        timestep: torch.Tensor,
+        tilt: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `denoise`.
 
@@ -269,7 +305,7 @@ class SCRDiTCountHead(nn.Module):
         """
         counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, tilt)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             last = (upper > lower).sum(dim=1, keepdim=True) - 1  # (genes, 1)
             target = torch.searchsorted(upper.contiguous(), counts[genes], right=True).minimum(last)  # (genes, B)
@@ -277,21 +313,27 @@ class SCRDiTCountHead(nn.Module):
             total = total + (nll + (upper - lower).gather(1, target).log()).sum(dim=0)
         return total / counts.shape[0]
 
+    @_inside_forward
     def sample(
-        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, uniform: torch.Tensor
+        self,
+        log_mean: torch.Tensor,
+        noisy: torch.Tensor,
+        timestep: torch.Tensor,
+        uniform: torch.Tensor,
+        tilt: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Draw counts (B, G) from the posterior by inverting its distribution function.
 
         Parameters
         ----------
-        log_mean, noisy, timestep
+        log_mean, noisy, timestep, tilt
             As in `denoise`.
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
         uniform = uniform[:, self.gene_order].T[..., None]  # (G, B, 1)
         drawn = []
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, tilt)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             probability = posterior.softmax(dim=-1)  # (genes, B, bins)
             cumulative = probability.cumsum(dim=-1)
@@ -312,18 +354,3 @@ class SCRDiTCountHead(nn.Module):
 def _midpoint(lower, upper):
     """Mean of the counts in bins; of an empty bin its lower end."""
     return (lower + (upper - 1).clip(lower)) / 2
-
-
-def _moment_dispersion(counts: sp.csr_matrix, library_size: np.ndarray, class_labels: np.ndarray) -> np.ndarray:
-    """Inverse dispersion of each gene (G,) around means library size x profile of the cell's combination of labels."""
-    squared_means = np.zeros(counts.shape[1])
-    excess = np.zeros(counts.shape[1])  # variance beyond Poisson, summed over cells
-    for combination in np.unique(class_labels, axis=0):
-        rows = np.flatnonzero((class_labels == combination).all(axis=1))
-        cells, size = counts[rows], library_size[rows]
-        profile = np.asarray(cells.sum(axis=0)).ravel() / size.sum()
-        means_squared = profile**2 * np.sum(size**2)
-        squares = np.asarray(cells.power(2).sum(axis=0)).ravel() - 2 * profile * (cells.T @ size) + means_squared
-        squared_means += means_squared
-        excess += squares - profile * size.sum()
-    return np.clip(squared_means / np.maximum(excess, 1e-6), 0.1, 200)

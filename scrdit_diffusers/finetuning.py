@@ -6,14 +6,14 @@ says of the known genes.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 
+from .cell_statistics import CellStatistics
 from .count_head import count_bins
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
@@ -38,7 +38,14 @@ def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> N
     has |= {name: pretrained.scheduler.config[name] for name in ("prediction_type", "beta_schedule")}
     has |= {"num_train_timesteps": pretrained.scheduler.config.num_train_timesteps}
     has |= {"decode": "sample" if pretrained.transformer.count_head is not None else "round"}
-    sizes = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+    sizes = (
+        "patch_size",
+        "patch_embed_type",
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_cell_tokens",
+    )
     has |= {name: config[name] for name in sizes}
     if processor.value_space == "log_normalized":  # where values are not counts, they are always rounded
         has.pop("decode")
@@ -179,8 +186,7 @@ def same_genes_and_labels(before: SCRDiTProcessor, after: SCRDiTProcessor) -> bo
 def adapt_transformer(
     pretrained: SCRDiTPipeline,
     processor: SCRDiTProcessor,
-    counts: sp.csr_matrix | None,
-    class_labels: np.ndarray,
+    statistics: CellStatistics | None,
     dropout: float = 0.0,
     lora_rank: int | None = None,
 ) -> tuple[SCRDiTTransformer, dict[str, Any]]:
@@ -192,11 +198,9 @@ def adapt_transformer(
         The pipeline to start from.
     processor
         Output of [`adapt_processor`].
-    counts
-        Counts of the training cells, shape (cells, G), for a count head: known genes have at least the bins that they
-        had. `None` where the pretrained model has none.
-    class_labels
-        Codes of the training cells, shape (cells, K).
+    statistics
+        Of the counts of the training cells, for a count head: known genes have at least the bins that they had. `None`
+        where the pretrained model has none.
     dropout
         Dropout probability of the training.
     lora_rank
@@ -218,14 +222,14 @@ def adapt_transformer(
     else:
         config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
         bins = None
-        if counts is not None:
+        if statistics is not None:
             position = pd.Index(before.var_names).get_indexer(pd.Index(processor.var_names))  # (G,), -1 for new genes
             bins = np.where(position >= 0, source.count_head.bins_of_genes()[position], 0)
-            config["count_bins"] = count_bins(counts, at_least=bins)
+            config["count_bins"] = count_bins(statistics, at_least=bins)
         model = SCRDiTTransformer(**config)
         model.initialize_weights()
-        if counts is not None:
-            model.count_head.initialize(counts, class_labels, processor.mean, processor.std, at_least=bins)
+        if statistics is not None:
+            model.count_head.initialize_from_statistics(statistics, processor.mean, processor.std, at_least=bins)
         new = transfer_weights(source, before, model, processor)
     if lora_rank is not None:
         add_lora(model, lora_rank, new)
@@ -260,12 +264,27 @@ def transfer_weights(
     old, state = pretrained.state_dict(), model.state_dict()  # they share memory with the models
     new = {name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in model.named_parameters()}
     position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))  # (G,), -1 for new genes
+    known, source = torch.as_tensor(position >= 0), torch.as_tensor(position[position >= 0])
     per_patch = model.config.patch_embed_type == "per_patch"
+    # Weights that have a row for each gene, seen with the genes first.
+    gene_rows: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "cell_embed.weight": lambda tensor: tensor.T,
+        "cell_out.weight": lambda tensor: tensor,
+        "cell_out.bias": lambda tensor: tensor,
+        "count_tilt.weight": lambda tensor: tensor.unflatten(0, (2, -1)).transpose(0, 1),
+        "count_tilt.bias": lambda tensor: tensor.unflatten(0, (2, -1)).transpose(0, 1),
+    }
 
     for name, tensor in old.items():
         of_genes = per_patch and name.startswith(("patch_embed.", "proj_out.")) or name == "pos_embed"
-        if not of_genes and not name.startswith(("count_head.", "class_embed.")):
+        if not of_genes and name not in gene_rows and not name.startswith(("count_head.", "class_embed.")):
             state[name].copy_(tensor)
+
+    for name, rows in gene_rows.items():
+        if name in old:
+            rows(state[name])[~known] = 0
+            rows(state[name])[known] = rows(old[name])[source]
+            rows(new[name])[~known] = True
 
     # Projections of the genes that stay in their place; a token's bias on the way in is its position.
     if per_patch:
@@ -287,7 +306,6 @@ def transfer_weights(
     # Count head: mean counts are relative to the library size, which is now over other genes. It is taken as what the
     # pretrained genes' would be, so that known means still hold.
     if model.count_head is not None:
-        known, source = torch.as_tensor(position >= 0), torch.as_tensor(position[position >= 0])
         rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
         share = rates[0][known].sum() / rates[0].sum(), rates[1][source].sum() / rates[1].sum()
         typical = old["count_head.log_library_size"][0] - (share[0] / share[1]).log()

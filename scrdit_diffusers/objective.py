@@ -80,10 +80,13 @@ def diffusion_loss(
     noise: torch.Tensor,
     loss_weighting: str = "v",
     max_loss_weight: float = 25.0,
+    penalty_weight: float = 0.0,
 ) -> torch.Tensor:
     """Noise cells, denoise them once, and compare.
 
     Without a count head the loss is w(t) |prediction - target|^2 / G, with one it is -log p(counts | noisy cell) / G.
+    To the latter comes the prior of the fold changes, without which a network learns rare genes of single cells by
+    heart: Adam gives weights with small gradients steps as large as the others.
 
     Parameters
     ----------
@@ -101,6 +104,9 @@ def diffusion_loss(
         See [`loss_weights`].
     max_loss_weight
         See [`loss_weights`].
+    penalty_weight
+        Weight of `count_penalty`, see [`SCRDiTTransformerOutput`]: width / (2 s^2 N) for a prior of standard deviation
+        s and N training cells.
 
     Returns
     -------
@@ -111,7 +117,8 @@ def diffusion_loss(
     if "counts" in batch:
         counts = batch["counts"]  # (B, G)
         library_size = counts.sum(dim=1)  # (B,)
-        return model(noisy, timesteps, batch["class_labels"], library_size, counts, return_dict=False)[-1]  # (B,)
+        output = model(noisy, timesteps, batch["class_labels"], library_size, counts)
+        return output.count_nll + penalty_weight * output.count_penalty  # (B,)
     prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":

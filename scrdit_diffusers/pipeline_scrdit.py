@@ -13,46 +13,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
+from .schedulers import NOISE_PROCESS, check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
-
-# diffusers' schedulers that reproduce the mean and standard deviation of an exact denoiser, by the prediction types
-# that they accept (tests/test_pipeline_scrdit.py measures it).
-_ALL = ("epsilon", "v_prediction", "sample")
-SUPPORTED_SCHEDULERS: dict[str, tuple[str, ...]] = {
-    "DDIMScheduler": _ALL,
-    "DDPMScheduler": _ALL,
-    "DEISMultistepScheduler": _ALL,
-    "DPMSolverMultistepScheduler": _ALL,
-    "DPMSolverSinglestepScheduler": _ALL,
-    "EulerDiscreteScheduler": _ALL,
-    "HeunDiscreteScheduler": _ALL,
-    "LMSDiscreteScheduler": _ALL,
-    "SASolverScheduler": _ALL,
-    "UniPCMultistepScheduler": _ALL,
-    "DPMSolverSDEScheduler": ("epsilon", "v_prediction"),
-    "EulerAncestralDiscreteScheduler": ("epsilon", "v_prediction"),
-    "KDPM2AncestralDiscreteScheduler": ("epsilon", "v_prediction"),
-    "KDPM2DiscreteScheduler": ("epsilon", "v_prediction"),
-    "PNDMScheduler": ("epsilon",),
-}
-# What a scheduler that is swapped in must share with the one that the pipeline came with.
-NOISE_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-# With the cosine schedule their first step spans noise levels of a ratio of hundreds, which they extrapolate over.
-_TWO_STAGE_SCHEDULERS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-_REFUSED_SCHEDULERS = {
-    "LCMScheduler": "needs a model distilled for it and distorts the cells of any other",
-    "TCDScheduler": "needs a model distilled for it and distorts the cells of any other",
-}
 
 
 @dataclass
@@ -75,72 +47,6 @@ class SCRDiTPipelineOutput(BaseOutput):
     adata: ad.AnnData | None = None
     samples: np.ndarray | torch.Tensor | None = None
     obs: pd.DataFrame | None = None
-
-
-def default_scheduler(
-    prediction_type: str = "sample", beta_schedule: str = "linear", num_train_timesteps: int = 1000
-) -> UniPCMultistepScheduler:
-    """Make the scheduler that a trained pipeline ships with: UniPC, every argument explicit.
-
-    UniPC, because all of its arguments mean the same to the other schedulers or nothing (DPM-Solver's `algorithm_type`
-    breaks SA-Solver). Its config also carries the arguments that only other schedulers have (`clip_sample=False` above
-    all), so that `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
-
-    Parameters
-    ----------
-    prediction_type
-        What the transformer was trained to predict: "epsilon", "v_prediction" or "sample".
-    beta_schedule
-        Noise schedule of the training.
-    num_train_timesteps
-        Number of timesteps T of the training.
-    """
-    # What stays at its default is made explicit too: an in-memory from_config would drop it otherwise.
-    parameters = inspect.signature(UniPCMultistepScheduler).parameters
-    config = {name: parameter.default for name, parameter in parameters.items()}
-    config |= dict(
-        num_train_timesteps=num_train_timesteps,
-        beta_start=0.0001,
-        beta_end=0.02,
-        beta_schedule=beta_schedule,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        final_sigmas_type="zero",
-    )
-    # Read by DDPM and DDIM only.
-    config |= dict(clip_sample=False, set_alpha_to_one=True, variance_type="fixed_small")
-    return UniPCMultistepScheduler.from_config(config)
-
-
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError, with the reason and an alternative, if a scheduler cannot sample an scRDiT model."""
-    name = type(scheduler).__name__
-    config = scheduler.config
-    alternative = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
-    if name in _REFUSED_SCHEDULERS:
-        raise ValueError(f"{name} {_REFUSED_SCHEDULERS[name]}; {alternative}")
-    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"{name} does not follow the noise process that this model was trained on (flow-matching, consistency and "
-            f"EDM schedulers have another); {alternative}"
-        )
-    known = next((base.__name__ for base in type(scheduler).__mro__ if base.__name__ in SUPPORTED_SCHEDULERS), None)
-    if known is None and type(scheduler).__module__.startswith("diffusers."):
-        raise ValueError(f"{name} does not sample an scRDiT model correctly; {alternative}")
-    prediction_type = config.get("prediction_type", "epsilon")
-    if known is not None and prediction_type not in SUPPORTED_SCHEDULERS[known]:
-        raise ValueError(f'{name} cannot sample a model with prediction_type="{prediction_type}"; {alternative}')
-    if known in _TWO_STAGE_SCHEDULERS and scheduler.alphas_cumprod[-1] < 1e-6:
-        raise ValueError(
-            f"{name} distorts cells on this noise schedule: its two-stage steps cannot cross the first, very large "
-            f"noise levels of {config.get('beta_schedule')!r}; {alternative}"
-        )
-    for setting in ("clip_sample", "thresholding"):
-        if config.get(setting):
-            raise ValueError(
-                f"{name} has {setting}=True, which cuts off cells: model space is not bounded by -1 and 1. "
-                f"Make it by `{name}.from_config(pipe.scheduler.config)` from the config of the shipped one."
-            )
 
 
 def draw_uniform(
@@ -167,7 +73,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     transformer
         The denoiser.
     scheduler
-        One of [`SUPPORTED_SCHEDULERS`]; swap it with
+        One that [`~scrdit_diffusers.schedulers.SCHEDULERS`] approves of; swap it with
         `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
     processor
         Genes, value transform and labels.
@@ -595,6 +501,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                         )
                     if decode_timestep is not None and i == self._num_timesteps - 1:
                         log_mean = self.guide(output.count_log_mean)  # (B, G)
+                        tilt = output.count_tilt[-len(x_t) :]  # (B, 2, G), with labels
                     else:
                         prediction = self.guide(output.sample)  # (B, G)
                         x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
@@ -623,7 +530,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
                     noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
                     values = self.transformer.count_head.sample(
-                        log_mean, noisy, t.expand(len(noisy)), uniform
+                        log_mean, noisy, t.expand(len(noisy)), uniform, tilt
                     )  # (B, G)
                     values = values.cpu().numpy()
                 batches.append(sp.csr_matrix(values))
@@ -646,7 +553,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return self._make_output(batches, class_labels, output_type, return_dict, provenance)
 
     def guide(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off."""
+        """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off.
+
+        Steps of the scheduler guide the prediction, in which the score is linear. Drawing counts needs a distribution
+        and guides its log means, whose counts stay positive. Log means at every step, the other consistent rule, were
+        tried: totals inflate twice as much and cells are told from real ones more easily.
+        """
         if not self.do_classifier_free_guidance:
             return prediction.float()
         uncond, cond = prediction.float().chunk(2)

@@ -23,14 +23,16 @@ from torch import nn
 from .count_head import SCRDiTCountHead
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
-# of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens.
-_PRESET_COLUMNS = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
+# of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
+# have one token that reads all genes.
+_PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
+_PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
-    "scrdit-s":        (100, "per_patch",  2, 4, 32),
-    "scrdit-b":        (100, "per_patch",  6, 8, 32),
-    "scrdit-l":        ( 50, "per_patch", 12, 8, 64),
-    "scrdit-paper-d1": ( 10, "shared",     1, 8, 96),
-    "scrdit-paper-d3": ( 10, "shared",     3, 8, 96),
+    "scrdit-s":        (100, "per_patch", 1,  2, 4, 32),
+    "scrdit-b":        (100, "per_patch", 1,  6, 8, 32),
+    "scrdit-l":        ( 50, "per_patch", 1, 12, 8, 64),
+    "scrdit-paper-d1": ( 10, "shared",    0,  1, 8, 96),
+    "scrdit-paper-d3": ( 10, "shared",    0,  3, 8, 96),
 }  # fmt: skip
 SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(_PRESET_COLUMNS, row, strict=True)) for name, row in _PRESET_ROWS.items()
@@ -49,14 +51,23 @@ class SCRDiTTransformerOutput(BaseOutput):
     count_log_mean
         With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
         [`SCRDiTCountHead.sample`] draws counts from it.
+    count_tilt
+        With a count head, how the distribution around that mean differs from a negative binomial at this noise level
+        and for these labels, shape (B, 2, G); see [`SCRDiTCountHead`].
     count_nll
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
+    count_penalty
+        Along with `count_nll`, squared log fold change of a gene that the network predicts, averaged over genes, if its
+        inputs were independent; shape (). With a normal prior of standard deviation s for these fold changes, and N
+        training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` / (2 s^2 N).
     """
 
     sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
+    count_tilt: torch.Tensor | None = None
     count_nll: torch.Tensor | None = None
+    count_penalty: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -197,6 +208,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     patch_embed_type
         "per_patch": every token has input and output projections of its own, and learned positions.
         "shared": one projection for all tokens and fixed sine-cosine positions, as in the paper.
+    num_cell_tokens
+        Number of tokens, besides the N, that read all genes and contribute to all. What varies along a whole cell is
+        weak in each patch; at high noise only such a sum over all genes shows it.
     num_layers
         Number of transformer blocks.
     num_attention_heads
@@ -241,6 +255,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SCRDiTTransformerBlock"]
     _repeated_blocks = ["SCRDiTTransformerBlock"]
+    _group_offload_block_modules = ["count_head"]  # which pipelines also call on its own
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -249,6 +264,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         "norm",
         "proj_out",
         "count_head",
+        "count_tilt",
         "library_size_embed",
     ]
     _keep_in_fp32_modules = ["pos_embed", "count_head"]
@@ -268,6 +284,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         count_bins: list[list[int]] | None = None,
         num_train_timesteps: int = 1000,
         beta_schedule: str = "squaredcos_cap_v2",
+        num_cell_tokens: int = 0,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
@@ -298,12 +315,17 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             pos_embed = get_2d_sincos_pos_embed(dim, (num_patches, 1), base_size=num_patches)  # (N, D)
             self.register_buffer("pos_embed", pos_embed.float(), persistent=True)
 
+        if num_cell_tokens:
+            self.cell_embed = nn.Linear(num_genes, num_cell_tokens * dim)
+            self.cell_out = nn.Linear(num_cell_tokens * dim, num_genes)
+
         self.count_head: SCRDiTCountHead | None = None
         if count_bins is not None:
             if sum(genes for genes, _ in count_bins) != num_genes:
                 raise ValueError(f"count_bins has {sum(g for g, _ in count_bins)} genes, the model {num_genes}.")
             self.count_head = SCRDiTCountHead(count_bins, num_train_timesteps, beta_schedule)
             self.library_size_embed = TimestepEmbedding(1, dim)
+            self.count_tilt = nn.Linear(dim, 2 * num_genes)
 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
@@ -342,9 +364,20 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             nn.init.normal_(embedding.weight, std=0.02)
         # adaLN-Zero: gates, shifts, scales and the last projection start at zero.
         zero = nn.ModuleList([self.adaln_out, self.proj_out])
+        if self.config.num_cell_tokens:
+            zero.append(self.cell_out)
+        if self.count_head is not None:
+            zero.append(self.count_tilt)
         zero.extend(block.get_submodule("adaln") for block in self.transformer_blocks)
         for parameter in zero.parameters():
             nn.init.zeros_(parameter)
+
+    @torch.no_grad()
+    def initialize_cell_tokens(self, values: torch.Tensor) -> None:
+        """Let the cell tokens read the principal components of cells (cells, G) in model space."""
+        num_components = min(self.cell_embed.out_features, *values.shape)
+        _, _, components = torch.pca_lowrank(values.float(), num_components, niter=4)  # (G, components)
+        self.cell_embed.weight[:num_components] = components.T.to(self.cell_embed.weight)
 
     @property
     def null_labels(self) -> torch.Tensor:
@@ -399,8 +432,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         Returns
         -------
-        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
-        negative log-likelihoods (B,).
+        The prediction (B, G); with a count head also the log mean counts (B, G) and the tilts (B, 2, G). With `counts`,
+        the latter two, the negative log-likelihoods (B,) and the penalty ().
 
         Raises
         ------
@@ -430,6 +463,10 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         hidden_states = self.patch_embed(hidden_states)  # (B, N, D)
         if self.config.patch_embed_type == "shared":
             hidden_states = hidden_states + self.pos_embed.to(hidden_states.dtype)  # (B, N, D)
+        num_cell_tokens = self.config.num_cell_tokens
+        if num_cell_tokens:
+            cell_tokens = self.cell_embed(noisy).unflatten(1, (num_cell_tokens, -1))  # (B, C, D)
+            hidden_states = torch.cat([cell_tokens, hidden_states], dim=1)  # (B, C + N, D)
 
         # 3. Blocks
         for block in self.transformer_blocks:
@@ -440,32 +477,57 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 4. Tokens -> genes
         shift, scale = self.adaln_out(F.silu(temb)).chunk(2, dim=-1)  # 2 x (B, D)
-        hidden_states = self.dropout_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, D)
-        output = SCRDiTTransformerOutput(sample=self.proj_out(hidden_states).flatten(1)[:, :num_genes])  # (B, G)
+        hidden_states = self.dropout_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, C + N, D)
+        sample = self.proj_out(hidden_states[:, num_cell_tokens:]).flatten(1)[:, :num_genes]  # (B, G)
+        if num_cell_tokens:
+            sample = sample + self.cell_out(hidden_states[:, :num_cell_tokens].flatten(1))  # (B, G)
+        output = SCRDiTTransformerOutput(sample=sample)
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head(output.sample, depth)  # (B, G)
+            log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
+            tilt = 0.5 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
+            output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_tilt=tilt)
             if counts is None:
-                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
-                output = SCRDiTTransformerOutput(sample=sample, count_log_mean=log_mean)
+                output.sample = self.count_head.denoise(log_mean, noisy, timestep, tilt).to(noisy.dtype)  # (B, G)
             else:
-                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
-                output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_nll=nll)
+                output.count_nll = self.count_head.nll(counts, log_mean, noisy, timestep, tilt)  # (B,)
+                output.count_penalty = self._fold_change_penalty(hidden_states, temb)  # ()
         return output if return_dict else output.to_tuple()
+
+    def _fold_change_penalty(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Squared log fold changes that the last projections make of tokens (B, C + N, D); see `count_penalty`.
+
+        The tilts, which `temb` (B, D) makes, count as fold changes of twice their size.
+
+        It weighs the weights by the size of what they multiply, so that a larger input cannot evade it.
+        """
+        num_cell_tokens, num_genes = self.config.num_cell_tokens, self.config.num_genes
+        inputs = hidden_states.float().square().mean(dim=0)  # (C + N, D)
+        weights = self.proj_out.weight.float().square()  # (N, D, P), or (P, D) shared
+        if self.config.patch_embed_type == "per_patch":
+            fold_changes = torch.bmm(inputs[num_cell_tokens:, None], weights)  # (N, 1, P)
+        else:
+            fold_changes = inputs[num_cell_tokens:] @ weights.T  # (N, P)
+        fold_changes = fold_changes.flatten()[:num_genes]  # (G,)
+        if num_cell_tokens:
+            fold_changes = fold_changes + self.cell_out.weight.float().square() @ inputs[:num_cell_tokens].flatten()
+        tilts = self.count_tilt.weight.float().square() @ F.silu(temb).float().square().mean(dim=0)  # (2G,)
+        return (fold_changes.sum() + tilts.sum()) / num_genes
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""
-        n, p = self.num_patches, self.config.patch_size
+        n, p, c = self.num_patches, self.config.patch_size, self.config.num_cell_tokens
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         per_token = (
-            4 * dim * dim + 2 * dim * int(dim * self.config.mlp_ratio) + 2 * n * dim
+            4 * dim * dim + 2 * dim * int(dim * self.config.mlp_ratio) + 2 * (c + n) * dim
         )  # qkv + out, MLP, attention
         per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
         if self.count_head is not None:
-            per_cell += dim + dim * dim  # library size
-            per_cell += sum(5 * genes * bins for genes, bins in self.config.count_bins)  # posterior and its mean
-        return 2 * (self.config.num_layers * n * per_token + 2 * n * p * dim + per_cell)
+            per_cell += dim + dim * dim + 2 * self.config.num_genes * dim  # library size, tilt
+            per_cell += sum(genes * bins for genes, bins in self.config.count_bins)  # mean of the posterior
+        per_cell += 2 * n * p * dim + 2 * self.config.num_genes * c * dim  # genes -> tokens -> genes
+        return 2 * (self.config.num_layers * (c + n) * per_token + per_cell)
 
 
 # The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this table of diffusers, which is private.

@@ -63,6 +63,7 @@ class Case:
         log_mean = rng.normal(0, 1, clean.shape)
         self.noisy, self.log_mean = torch.from_numpy(noisy).float(), torch.from_numpy(log_mean).float()
         self.arguments = (self.log_mean, self.noisy, self.timestep)
+        self.tilt = torch.from_numpy(rng.normal(0, 0.3, (num_cells, 2, len(LARGEST)))).float()
 
     def posterior(self, cell, gene):
         """p(k | x_t) of one gene of one cell, in float64."""
@@ -70,6 +71,8 @@ class Case:
         location, scale = np.sqrt(self.alpha_bar) * self.values[gene], np.sqrt(1 - self.alpha_bar)
         log_p = nbinom.logpmf(self.support[gene], theta, theta / (theta + mean))
         log_p += norm.logpdf(self.noisy[cell, gene].item(), location, scale)
+        linear, quadratic = self.tilt[cell, :, gene].double().numpy()
+        log_p += linear * self.values[gene] + quadratic * self.values[gene] ** 2
         p = np.exp(log_p - log_p.max())
         return p / p.sum()
 
@@ -90,14 +93,14 @@ TIMESTEPS = [2, 100, 500, 800, LAST]
 def test_denoised_cells_are_the_posterior_mean(timestep):
     case = Case(timestep)
     expected = case.table(lambda p, cell, gene: p @ case.values[gene])
-    np.testing.assert_allclose(case.head.denoise(*case.arguments), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(case.head.denoise(*case.arguments, case.tilt), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_nll_is_that_of_the_posterior(timestep):
     case = Case(timestep)
     expected = -case.table(lambda p, cell, gene: np.log(p[int(case.counts[cell, gene])])).mean(axis=1)
-    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
+    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments, case.tilt)
     np.testing.assert_allclose(nll, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -107,7 +110,8 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
     case, draws = Case(timestep, num_cells=2), 1000
     repeated = (tensor.repeat_interleave(draws, dim=0) for tensor in case.arguments)
     uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)[:, None].expand(-1, len(LARGEST))
-    drawn = case.head.sample(*repeated, uniform).view(2, draws, -1).numpy()
+    tilt = case.tilt.repeat_interleave(draws, dim=0)
+    drawn = case.head.sample(*repeated, uniform, tilt).view(2, draws, -1).numpy()
     for cell, gene in np.ndindex(2, len(LARGEST)):
         shares = (drawn[cell, :, gene] == case.support[gene][:, None]).mean(axis=1)
         np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
@@ -129,7 +133,7 @@ def test_order_of_genes_does_not_matter():
         inputs = log_mean[:, genes], noisy[:, genes], timestep
         nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
         drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head(log_mean[:, genes], torch.zeros(4))
+        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4))
         results.append((head.denoise(*inputs), drawn, prior, nll))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
@@ -232,7 +236,9 @@ def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    log_mean = head(torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1)))
+    log_mean = head.predict_log_mean(
+        torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1))
+    )
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile

@@ -1,10 +1,17 @@
 """Cells to tables, folders and batches, and back."""
 
+import contextlib
+import multiprocessing
+import time
+import warnings
+from pathlib import Path
+
 import anndata as ad
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 import torch
@@ -12,14 +19,23 @@ import torch
 from scrdit_diffusers import (
     CellCollator,
     CellDataset,
+    CellStream,
     SCRDiTProcessor,
+    anndata_builder,
     anndata_to_table,
     data,
+    fit_table,
+    iterate_rows,
+    open_table,
     read_cells,
+    read_labels,
     save_table,
     split_cells,
+    split_stream,
     table_to_anndata,
 )
+from scrdit_diffusers.anndata_builder import CellFile
+from scrdit_diffusers.data import rows_to_matrix, token_positions
 
 
 def assert_same_cells(left: ad.AnnData, right: ad.AnnData) -> None:
@@ -166,7 +182,7 @@ def test_files_of_another_kind(tmp_path, name):
 def test_a_batch_is_the_direct_transform(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     indices = [5, 59, 0, 17]
-    batch = CellCollator(processor, adata.var_names)(CellDataset(anndata_to_table(adata)).__getitems__(indices))
+    batch = CellCollator(processor, adata.var)(CellDataset(anndata_to_table(adata)).__getitems__(indices))
     cells = adata[indices].copy()
     expected = processor.transform(processor.get_values(cells)).astype(np.float32)
     assert batch["values"].dtype == torch.float32
@@ -179,7 +195,7 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
 def test_a_batch_with_its_counts(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     rows = CellDataset(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
-    counts = CellCollator(processor, adata.var_names, counts=True)(rows)["counts"]
+    counts = CellCollator(processor, adata.var, counts=True)(rows)["counts"]
     assert counts.dtype == torch.float32
     assert np.array_equal(counts.numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
 
@@ -187,13 +203,13 @@ def test_a_batch_with_its_counts(adata, kwargs):
 def test_refuses_the_counts_of_log_normalised_values(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
     with pytest.raises(ValueError, match='counts=True needs a processor with value_space="counts"'):
-        CellCollator(processor, adata.var_names, counts=True)
+        CellCollator(processor, adata.var, counts=True)
 
 
 def test_an_unconditional_batch_has_no_labels(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
     rows = CellDataset(anndata_to_table(adata)).__getitems__([1, 2, 3])
-    assert CellCollator(processor, adata.var_names)(rows)["class_labels"].shape == (3, 0)
+    assert CellCollator(processor, adata.var)(rows)["class_labels"].shape == (3, 0)
 
 
 def test_a_data_loader_serves_every_cell_once(adata, processor):
@@ -201,7 +217,7 @@ def test_a_data_loader_serves_every_cell_once(adata, processor):
         CellDataset(anndata_to_table(adata)),
         batch_size=16,
         shuffle=True,
-        collate_fn=CellCollator(processor, adata.var_names),
+        collate_fn=CellCollator(processor, adata.var),
     )
     batches = list(loader)
     assert [len(batch["values"]) for batch in batches] == [16, 16, 16, 12]
@@ -214,19 +230,19 @@ def test_numeric_labels_survive_the_table(adata):
     adata.obs["cluster"] = pd.Categorical([3, 1, 20] * 20)
     processor = SCRDiTProcessor.from_anndata(adata, "cluster", flavor="all")
     rows = CellDataset(anndata_to_table(adata)).__getitems__(list(range(60)))
-    codes = CellCollator(processor, adata.var_names)(rows)["class_labels"]
+    codes = CellCollator(processor, adata.var)(rows)["class_labels"]
     assert np.array_equal(codes.numpy(), processor.encode_labels(adata.obs))
 
 
 def test_refuses_a_table_without_the_models_genes(adata, processor):
     with pytest.raises(ValueError, match=r"2 of the model's 23 genes are missing from the data"):
-        CellCollator(processor, adata.var_names[2:])
+        CellCollator(processor, adata.var.iloc[2:])
 
 
 def test_refuses_a_table_without_the_models_labels(adata, processor):
     rows = CellDataset(anndata_to_table(adata, obs_columns=["batch"])).__getitems__([0])
     with pytest.raises((ValueError, KeyError), match="cell_type"):
-        CellCollator(processor, adata.var_names)(rows)
+        CellCollator(processor, adata.var)(rows)
 
 
 def test_rows_of_a_slice_keep_their_offsets(adata):
@@ -258,3 +274,314 @@ def test_split_refuses_missing_labels(adata):
     adata.obs.loc["cell3", "cell_type"] = np.nan
     with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds 1 NaN"):
         split_cells(adata, ["cell_type"], 0.25, seed=0)
+
+
+# -- tables of AnnData files ----------------------------------------------------------------------------------------
+
+
+def write(adata: ad.AnnData, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default")  # anndata
+        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("convert", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
+def test_open_table_is_the_file(adata, tmp_path, monkeypatch, suffix, convert):
+    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 7)
+    expected = adata.copy()
+    adata.X = convert(adata.X)
+    table, var = open_table(write(adata, tmp_path / f"cells{suffix}"), cache_dir=tmp_path / "cache")
+    assert_same_cells(table_to_anndata(table, var), expected)
+    assert table.cache_files and Path(table.cache_files[0]["filename"]).is_relative_to(tmp_path / "cache")
+
+
+def test_open_table_keeps_the_order_of_categories(adata, tmp_path):
+    table, _ = open_table(write(adata, tmp_path / "cells.h5ad"))
+    assert table.features["cell_type"].names == ["T", "B", "NK"]
+    assert list(read_labels(table, ["cell_type"])["cell_type"].cat.categories) == ["T", "B", "NK"]
+
+
+def test_open_table_of_a_layer_with_chosen_columns(adata, tmp_path):
+    table, var = open_table(write(adata, tmp_path / "cells.h5ad"), layer="lognorm", obs_columns=["batch"])
+    assert table.column_names == ["genes", "expressions", "batch"]
+    assert np.array_equal(table_to_anndata(table, var).X.toarray(), adata.layers["lognorm"].toarray())
+
+
+def test_open_table_reads_no_more_than_a_chunk(adata, tmp_path, monkeypatch):
+    """A file larger than memory is never asked for all its rows."""
+    read = []
+    matrix = CellFile.matrix
+    monkeypatch.setattr(CellFile, "matrix", lambda self, layer, rows: read.append(rows) or matrix(self, layer, rows))
+    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 25)
+    open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    assert read == [slice(0, 25), slice(25, 50), slice(50, 60)]
+
+
+def test_a_table_is_converted_once(adata, tmp_path, monkeypatch):
+    path = write(adata, tmp_path / "cells.h5ad")
+    first, _ = open_table(path, cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as context:
+        context.setattr(anndata_builder.AnnDataBuilder, "_generate_tables", None)  # would raise if called
+        again, _ = open_table(path, cache_dir=tmp_path / "cache")
+    assert again.cache_files == first.cache_files
+    other, _ = open_table(path, layer="lognorm", cache_dir=tmp_path / "cache")
+    assert other.cache_files != first.cache_files
+
+
+def test_a_changed_file_is_converted_again(adata, tmp_path):
+    path = write(adata, tmp_path / "cells.h5ad")
+    open_table(path, cache_dir=tmp_path / "cache")
+    adata.X.data[:] = 7
+    write(adata, path)
+    table, var = open_table(path, cache_dir=tmp_path / "cache")
+    assert set(table_to_anndata(table, var).X.data) == {7}
+
+
+def open_elsewhere(path, cache, seconds_per_chunk):
+    """Open a file in another process, slowly; it sends a message for each chunk, and the number of cells at last."""
+    messages, sender = multiprocessing.Pipe(duplex=False)
+    chunks = CellFile.chunks
+
+    def slow_chunks(self, layer):
+        for chunk in chunks(self, layer):
+            yield chunk
+            sender.send("converting")
+            time.sleep(seconds_per_chunk)
+
+    def convert():
+        anndata_builder.ROWS_PER_CHUNK, CellFile.chunks = 10, slow_chunks
+        sender.send(len(open_table(path, cache_dir=cache)[0]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking while there are threads
+        process = multiprocessing.get_context("fork").Process(target=convert)
+        process.start()
+    sender.close()
+    return process, messages
+
+
+def all_of(messages):
+    received = []
+    with contextlib.suppress(EOFError):
+        while True:
+            received.append(messages.recv())
+    return received
+
+
+def test_a_conversion_that_was_killed_leaves_no_table(adata, tmp_path):
+    path = write(adata, tmp_path / "cells.h5ad")
+    process, messages = open_elsewhere(path, tmp_path / "cache", 60)
+    assert messages.recv() == "converting"
+    process.kill()
+    process.join()
+    assert list((tmp_path / "cache").rglob("*.arrow"))  # of the half that was written
+    table, var = open_table(path, cache_dir=tmp_path / "cache")
+    assert_same_cells(table_to_anndata(table, var), adata)
+
+
+def test_two_processes_may_open_at_once(adata, tmp_path):
+    path = write(adata, tmp_path / "cells.h5ad")
+    started = [open_elsewhere(path, tmp_path / "cache", 0.1) for _ in range(2)]
+    received = sorted((all_of(messages) for _, messages in started), key=len)
+    assert received == [[60], ["converting"] * 6 + [60]]  # one converts, the other waits
+    for process, _ in started:
+        process.join()
+
+
+# -- several files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_files(adata, tmp_path):
+    """Genes 0 to 19, and 5 to 22 in another order with other names; a category that only the second has."""
+    first, second = adata[:25, :20].copy(), adata[25:, np.r_[22:4:-1]].copy()
+    second.var_names = [f"other{name}" for name in second.var_names]
+    second.obs["cell_type"] = second.obs["cell_type"].cat.rename_categories({"NK": "NKT"})
+    first.obs["age"] = first.obs["age"].astype(int)
+    return [write(first, tmp_path / "a.h5ad"), write(second, tmp_path / "b.h5ad")]
+
+
+@pytest.mark.parametrize("join", ["inner", "outer"])
+def test_files_are_joined_as_anndata_joins_them(adata, two_files, tmp_path, join, caplog):
+    with caplog.at_level("INFO", "scrdit_diffusers.data"):
+        table, var = open_table(tmp_path, join=join, gene_key="gene_ids", cache_dir=tmp_path / "cache")
+    back = table_to_anndata(table, var)
+    parts = [ad.read_h5ad(path) for path in two_files]
+    for part in parts:
+        part.var_names = part.var["gene_ids"]
+    expected = ad.concat(parts, join=join)
+    assert sorted(var["gene_ids"]) == sorted(expected.var_names)
+    expected = expected[:, var["gene_ids"]]
+    assert np.array_equal(back.X.toarray(), expected.X.toarray())
+    assert back.obs["cell_type"].tolist() == expected.obs["cell_type"].tolist()
+    assert back.obs["age"].tolist() == expected.obs["age"].tolist()
+    assert set(table.features["cell_type"].names) == {"T", "B", "NK", "NKT"}
+    lacking = "20 of the 23 that are used, lacks 3 (taken as zero)" if join == "outer" else "15 of the 15 that are used"
+    assert f"{two_files[0]}: 20 genes, {lacking}" in caplog.text
+
+
+def test_files_without_common_genes_are_refused(two_files):
+    with pytest.raises(ValueError, match="no gene in common; their genes look like"):
+        open_table(two_files)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(gene_key="symbol"), "has no column 'symbol'"),
+        (dict(join="left"), "join must be one of"),
+        (dict(layer="nothing"), r"a\.h5ad: adata\.layers\['nothing'\] does not exist; the layers are"),
+        (dict(layer="lognorm", counts=True), r"a\.h5ad: .* non-integers .* adata\.X looks like counts: use layer=None"),
+        (dict(obs_columns=["celltype"]), "did you mean 'cell_type'"),
+        (dict(streaming=True), "streaming is for data sets"),
+    ],
+)
+def test_open_table_refuses(two_files, tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        open_table(two_files, cache_dir=tmp_path / "cache", **kwargs)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_values_that_cannot_be_are_refused_wherever_they_are(adata, tmp_path, monkeypatch):
+    adata.X.data[-1] = np.inf
+    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 10)
+    monkeypatch.setattr(CellFile, "check", lambda *args: None)  # which sees the first cells only
+    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 50 holds 1 NaN or infinite"):
+        open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+
+
+# -- data sets with tokens, streams -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tahoe(adata, tmp_path):
+    """A folder laid out as tahoebio/Tahoe-100M: token ids from 3 on, and a special token 1 of value -2 first."""
+    folder = tmp_path / "tahoe"
+    (folder / "data").mkdir(parents=True)
+    tokens = np.random.default_rng(0).permutation(23) + 3
+    metadata = {"gene_symbol": adata.var_names, "ensembl_id": adata.var["gene_ids"], "token_id": tokens}
+    (folder / "metadata").mkdir()
+    pd.DataFrame(metadata).to_parquet(folder / "metadata" / "gene_metadata.parquet", index=False)
+    for part, cells in enumerate(np.split(np.arange(60), 3)):
+        rows = [adata.X[i] for i in cells]
+        table = {
+            "genes": [[1, *tokens[row.indices].tolist()] for row in rows],
+            "expressions": [[-2.0, *row.data.tolist()] for row in rows],
+            "drug": adata.obs["cell_type"].iloc[cells].astype(str).tolist(),
+            "plate": adata.obs["batch"].iloc[cells].tolist(),
+        }
+        path = folder / "data" / f"train-{part:05d}-of-00003.parquet"
+        pq.write_table(pa.table(table | {"expressions": pa.array(table["expressions"], pa.list_(pa.float32()))}), path)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: expression_data\n  default: true\n  data_files: data/train-*\n"
+        "- config_name: gene_metadata\n  data_files: metadata/gene_metadata.parquet\n---\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tokens_become_genes(adata, tahoe, tmp_path, streaming):
+    table, var = open_table(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
+    assert list(var.index) == list(adata.var_names)
+    rows = pa.concat_tables(iterate_rows(table, 11, ["genes", "expressions"]))
+    assert np.array_equal(rows_to_matrix(rows, len(var), token_positions(var)).toarray(), adata.X.toarray())
+
+
+def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
+    _, var = open_table(tahoe, gene_key="ensembl_id", cache_dir=tmp_path / "cache")
+    assert list(var.index) == list(adata.var["gene_ids"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(data, "ROWS_PER_CHUNK", 13)
+    table, var = open_table(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
+    processor, _ = fit_table(table, var, ["drug", "plate"], flavor="all")
+    adata.obs = adata.obs.rename(columns={"cell_type": "drug", "batch": "plate"}).astype({"drug": str})
+    expected = SCRDiTProcessor.from_anndata(adata, ["drug", "plate"], flavor="all")
+    assert processor.composition == expected.composition
+    assert processor.conditions == expected.conditions
+    assert processor.gene_ids == expected.gene_ids
+    np.testing.assert_allclose(processor.mean, expected.mean)
+    rows = next(iterate_rows(table, 60, ["genes", "expressions", "drug", "plate"]))
+    values = CellCollator(processor, var, counts=True)(rows)["counts"]
+    assert np.array_equal(values.numpy(), adata.X.toarray())
+
+
+def test_an_unknown_token_is_refused(tahoe, tmp_path):
+    table, var = open_table(tahoe, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"\d+ values belong to tokens that var does not have, such as \d+"):
+        table_to_anndata(table, var.iloc[:-3])
+
+
+def test_integer_expressions_are_read():
+    rows = pa.table({"genes": [[0, 2], [], [1]], "expressions": [[5, 1], [], [2]]})
+    assert rows_to_matrix(rows, 3).toarray().tolist() == [[5, 0, 1], [0, 0, 0], [0, 2, 0]]
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tahoe, tmp_path):
+    (tahoe / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"neither var\.parquet nor the configuration gene_metadata"):
+        open_table(tahoe, cache_dir=tmp_path / "cache")
+
+
+def test_what_was_learned_is_kept(adata, tmp_path, monkeypatch):
+    table, var = open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    first, statistics = fit_table(table.select(range(40)), var, "cell_type", flavor="all")
+    with monkeypatch.context() as context:
+        context.setattr(SCRDiTProcessor, "from_chunks", None)  # would raise if called
+        again, kept = fit_table(table.select(range(40)), var, "cell_type", flavor="all")
+    assert again.to_json_string() == first.to_json_string()
+    assert np.array_equal(kept.count_sum, statistics.count_sum)
+    other, _ = fit_table(table.select(range(41)), var, "cell_type", flavor="all")
+    assert other.to_json_string() != first.to_json_string()
+
+
+def test_split_of_a_stream(adata, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_PER_CHUNK", 16)
+    adata.obs["number"] = np.arange(60)
+    stream = anndata_to_table(adata).to_iterable_dataset(4)
+
+    def numbers(fraction, seed):
+        parts = split_stream(stream, fraction, seed)
+        return [[n for rows in iterate_rows(part, 9, ["number"]) for n in rows["number"].to_pylist()] for part in parts]
+
+    stay, aside = numbers(0.3, 0)
+    assert sorted(stay + aside) == list(range(60)) and 8 <= len(aside) <= 28
+    assert numbers(0.3, 0) == [stay, aside] != numbers(0.3, 1)
+
+
+def test_a_stream_serves_whole_batches_and_each_cell_once(adata):
+    adata.obs["number"] = np.arange(60)
+    stream = CellStream(anndata_to_table(adata).to_iterable_dataset(3), 60, 16, ["number"], block_size=25)
+
+    def served():
+        return [rows["number"].to_pylist() for rows in torch.utils.data.DataLoader(stream, batch_size=None)]
+
+    first = served()
+    assert [len(batch) for batch in first] == [16, 16, 16] and len(stream) == 3
+    assert len(set(sum(first, []))) == 48 and sum(first, []) != sorted(sum(first, []))
+    assert served() == first
+    stream.set_epoch(1)
+    assert served() != first
+
+
+def test_a_batch_of_the_stream_is_named_as_one_of_the_table(adata, processor):
+    table = anndata_to_table(adata)
+    stream = CellStream(table.to_iterable_dataset(2), 60, 60, ["cell_type", "batch"])
+    collate = CellCollator(processor, adata.var)
+    codes = collate(next(iter(stream)))["class_labels"]
+    expected = collate(CellDataset(table, ["cell_type", "batch"]).__getitems__(list(range(60))))["class_labels"]
+    assert torch.equal(codes.unique(dim=0, return_counts=True)[1], expected.unique(dim=0, return_counts=True)[1])
+
+
+def test_split_of_a_table_is_that_of_the_cells(adata, tmp_path):
+    table, _ = open_table(write(adata, tmp_path / "cells.h5ad"))
+    labels = ["cell_type", "batch"]
+    for left, right in zip(
+        split_cells(read_labels(table, labels), labels, 0.3, 0), split_cells(adata, labels, 0.3, 0), strict=True
+    ):
+        assert np.array_equal(left, right)

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, finetuning
+from scrdit_diffusers import CellStatistics, SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, finetuning
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 OTHER_GENES = [f"gene{i}" for i in range(20)] + ["new0", "new1", "new2"]  # without gene20, gene21, gene22
@@ -37,8 +37,10 @@ def adapt(pretrained, adata, labels_key=("cell_type", "batch"), keep_labels=Fals
     genes = finetuning.arrange_genes(pretrained.processor.var_names, list(adata.var_names))
     fitted = SCRDiTProcessor.from_anndata(adata, list(labels_key), genes=genes)
     processor = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels)
-    counts = processor.get_values(adata) if pretrained.transformer.count_head else None
-    model, _ = finetuning.adapt_transformer(pretrained, processor, counts, processor.encode_labels(adata.obs))
+    statistics = None
+    if pretrained.transformer.count_head:
+        statistics = CellStatistics.from_counts(processor.get_values(adata), processor.encode_labels(adata.obs))
+    model, _ = finetuning.adapt_transformer(pretrained, processor, statistics)
     model.eval()
     new = finetuning.transfer_weights(pretrained.transformer, pretrained.processor, model, processor)
     return processor, model, new
@@ -129,12 +131,15 @@ def noisy():
     return torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("num_cell_tokens", [0, 2])
 @pytest.mark.parametrize("patch_embed_type", ["per_patch", "shared"])
-def test_known_genes_get_what_the_pretrained_model_says(pipe, noisy, patch_embed_type):
+def test_known_genes_get_what_the_pretrained_model_says(pipe, noisy, patch_embed_type, num_cell_tokens):
     """New genes are silent; a gene that is left out is one at its mean."""
     torch.manual_seed(1)
     config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    pipe.transformer = SCRDiTTransformer(**config | {"patch_embed_type": patch_embed_type}).eval()
+    pipe.transformer = SCRDiTTransformer(
+        **config | {"patch_embed_type": patch_embed_type, "num_cell_tokens": num_cell_tokens}
+    ).eval()
     _, model, _ = adapt(pipe, other_cells())
     without = noisy.clone()
     without[:, 20:] = 0

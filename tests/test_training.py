@@ -23,7 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, save_table
+from scrdit_diffusers import SCRDiTPipeline, anndata_to_table, save_table
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "training/train.py"]
@@ -315,3 +315,46 @@ def test_generate_does_not_replace_a_file_unasked(generate, trained, tmp_path):
     (tmp_path / "cells.h5ad").write_text("precious")
     with pytest.raises(ValueError, match="--overwrite"):
         generate("--pipeline", trained, "--num_cells", 1, "--output", tmp_path / "cells.h5ad")
+
+
+# -- data that need not fit in memory ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(dataset, tmp_path_factory):
+    """A data set as on the Hub: parquet files and the gene vocabulary."""
+    folder = tmp_path_factory.mktemp("parquet")
+    adata = ad.read_h5ad(dataset)
+    table = anndata_to_table(adata)
+    (folder / "data").mkdir()
+    for part in range(2):
+        table.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
+    adata.var.rename_axis("var_names").to_parquet(folder / "var.parquet")
+    return folder
+
+
+def test_a_data_set_trains_as_the_file_does(train_here, trained, parquet_folder, tmp_path):
+    train_here(parquet_folder, tmp_path, "--labels_key", "cell_type")
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_streamed_data_set_trains_and_resumes(train_here, parquet_folder, tmp_path, caplog):
+    arguments = ["--labels_key", "cell_type", "--streaming", "True"]  # 80 cells are five batches: into a second epoch
+    train_here(parquet_folder, tmp_path / "whole", *arguments)
+    checkpoint = tmp_path / "resumed" / "checkpoint-6"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", checkpoint)
+    train_here(parquet_folder, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", "latest")
+    assert f"Resumed from {checkpoint}" in caplog.text
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "resumed")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_several_files_train(train_here, dataset, tmp_path):
+    adata = ad.read_h5ad(dataset)
+    (tmp_path / "cells").mkdir()
+    adata[:40].copy().write_h5ad(tmp_path / "cells" / "a.h5ad")
+    adata[40:, ::-1].copy().write_h5ad(tmp_path / "cells" / "b.h5ad")
+    train_here(tmp_path / "cells", tmp_path / "model", "--labels_key", "cell_type")
+    processor = SCRDiTPipeline.from_pretrained(tmp_path / "model").processor
+    assert sum(number for *_, number in processor.composition) == 81

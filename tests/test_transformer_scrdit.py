@@ -6,6 +6,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from sklearn.decomposition import PCA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -291,6 +292,62 @@ def test_count_head_starts_at_the_average_profile(patch_embed_type):
     torch.testing.assert_close(log_mean.exp(), sizes[:, None] * profile, rtol=1e-4, atol=1e-6)
 
 
+# -- cell tokens and the prior of the fold changes ---------------------------------------------------------------------
+
+
+def test_cell_tokens_read_the_principal_components_and_reach_all_genes():
+    values = np.random.default_rng(0).normal(size=(60, 4)) @ np.random.default_rng(1).normal(size=(4, 23))
+    model = make_model(num_cell_tokens=2)
+    model.initialize_weights()
+    model.initialize_cell_tokens(torch.from_numpy(values))
+    read = model.cell_embed.weight[:4].detach().numpy()
+    components = PCA(4).fit(values).components_
+    np.testing.assert_allclose(np.abs(np.sum(read * components, axis=1)), 1, atol=1e-4)
+
+    inputs = make_inputs()
+    before = model(**inputs).sample
+    torch.nn.init.normal_(model.cell_out.weight)
+    torch.nn.init.ones_(model.adaln_out.bias)
+    assert (model(**inputs).sample - before).abs().amin() > 0
+
+
+@pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
+def test_penalty_is_the_mean_square_of_log_fold_changes_of_independent_inputs(patch_embed_type):
+    """Oracle: random signs make the inputs independent; the mean square over signs is the penalty."""
+    model = make_model(patch_embed_type, num_cell_tokens=1, count_bins=[[23, 4]])
+    torch.nn.init.zeros_(model.count_tilt.weight)
+    seen = []
+    model.dropout_out.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    penalty = model(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
+    tokens = seen[0][None] * torch.randint(0, 2, (20000, 1, *seen[0].shape[1:])).mul(2).sub(1)  # (20000, 4, 6, 16)
+    with torch.no_grad():
+        bias = model.proj_out.bias.flatten() if patch_embed_type == "per_patch" else model.proj_out.bias.repeat(5)
+        patches = model.proj_out(tokens[:, :, 1:].flatten(0, 1)).flatten(1)[:, :23] - bias[:23]
+        whole = model.cell_out(tokens[:, :, 0].flatten(0, 1)) - model.cell_out.bias
+    torch.testing.assert_close(penalty, (patches + whole).square().mean(), rtol=0.02, atol=0)
+
+
+def test_penalty_counts_tilts_twice_their_size():
+    model = make_model(num_classes=(), count_bins=[[23, 4]])
+    model.initialize_weights()
+    model.count_tilt.weight.data[:, 0] = torch.rand(46)
+    output = model(torch.zeros(2, 23), 5, counts=torch.ones(2, 23))
+    expected = (2 * output.count_tilt[0]).square().sum() / 23
+    torch.testing.assert_close(output.count_penalty, expected)
+
+
+def test_penalty_cannot_be_evaded_by_larger_tokens():
+    model = make_model(num_cell_tokens=1, count_bins=[[23, 4]])
+    model.initialize_weights()
+    torch.nn.init.normal_(model.proj_out.weight)
+    before = model(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
+    with torch.no_grad():
+        model.adaln_out.bias[16:] += 1  # scale 2 instead of 1
+        model.proj_out.weight /= 2
+    after = model(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
+    torch.testing.assert_close(after, before)
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -313,9 +370,11 @@ def test_own_presets_grow():
 
 
 @pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
+@pytest.mark.parametrize("num_cell_tokens", [0, 2])
 @pytest.mark.parametrize(("num_genes", "count_bins"), [(23, None), (25, None), (25, [[20, 4], [5, 9]])])
-def test_flops_per_cell_against_the_flop_counter(patch_embed_type, num_genes, count_bins):
-    model = make_model(patch_embed_type, num_genes, mlp_ratio=3.0, count_bins=count_bins)
+def test_flops_per_cell_against_the_flop_counter(patch_embed_type, num_genes, count_bins, num_cell_tokens):
+    kwargs = dict(mlp_ratio=3.0, count_bins=count_bins, num_cell_tokens=num_cell_tokens)
+    model = make_model(patch_embed_type, num_genes, **kwargs)
     # The counter does not know the CPU's fused attention; the "math" backend is made of matmuls.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(**make_inputs(4, num_genes))

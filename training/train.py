@@ -32,7 +32,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import create_repo, upload_folder
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -41,25 +41,31 @@ from scrdit_diffusers import (
     SCRDIT_PRESETS,
     CellCollator,
     CellDataset,
+    CellStatistics,
+    CellStream,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
-    anndata_to_table,
     count_bins,
     default_scheduler,
     diffusion_loss,
     drop_labels,
     finetuning,
+    fit_table,
+    iterate_rows,
     model_card,
+    open_table,
     plotting,
-    read_cells,
+    read_labels,
     split_cells,
+    split_stream,
 )
 
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
+MAX_PCA_CELLS = 5000  # of which the principal components are taken that cell tokens start from
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
 
@@ -75,7 +81,12 @@ class TrainingArguments:
     """Command-line arguments; names as in diffusers' example scripts."""
 
     # data
-    dataset: str = arg(None, "Cells: .h5ad file, .zarr store, folder written by save_table, or Hub data set id.")
+    dataset: str = arg(None, "Cells: .h5ad or .zarr, a folder or pattern of them, a table folder, or Hub data set id.")
+    dataset_config_name: str | None = arg(None, "Configuration of a Hub data set.")
+    streaming: bool = arg(False, "Read a data set while training instead of downloading it; one process.")
+    join: str = arg("inner", "Genes of several files: those that all have, or all.", choices=["inner", "outer"])
+    gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
+    preprocessing_num_workers: int | None = arg(None, "Processes that convert several files.")
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str = arg("counts", "What is modelled.", choices=["counts", "log_normalized"])
@@ -93,12 +104,13 @@ class TrainingArguments:
     lora_rank: int | None = arg(None, "Train adapters of this rank instead of all weights.")
     # model
     preset: str = arg("scrdit-s", "Size of the transformer.", choices=list(SCRDIT_PRESETS))
-    patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next four.")
+    patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next five.")
     patch_embed_type: str | None = arg(None, "per_patch or shared projections.")
     num_layers: int | None = arg(None, "Number of blocks.")
     num_attention_heads: int | None = arg(None, "Number of attention heads.")
     attention_head_dim: int | None = arg(None, "Width of a head.")
-    dropout: float = arg(0.1, "Dropout probability in the MLPs and before the last projection.")
+    num_cell_tokens: int | None = arg(None, "Tokens that read all genes.")
+    dropout: float = arg(0.0, "Dropout probability in the MLPs and before the last projection.")
     # diffusion
     prediction_type: str = arg("sample", "What it predicts.", choices=["epsilon", "v_prediction", "sample"])
     num_train_timesteps: int = arg(1000, "Number of diffusion timesteps T.")
@@ -111,6 +123,7 @@ class TrainingArguments:
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
+    prior_std: float = arg(0.3, "Counts: standard deviation of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
@@ -157,9 +170,17 @@ class TrainingArguments:
 
 
 # Arguments that a resumed run may change.
-CHANGEABLE = ["dataset", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps"]
+CHANGEABLE = [
+    "dataset",
+    "preprocessing_num_workers",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "max_train_steps",
+]
 CHANGEABLE += [
     "num_train_epochs",
+    "preprocessing_num_workers",
     "dataloader_num_workers",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -175,7 +196,8 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a table folder or a Hub data set id.")
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
     positive += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
-    positive += ["lora_rank", "learning_rate", "max_loss_weight", "max_grad_norm", "checkpoints_total_limit"]
+    positive += ["lora_rank", "learning_rate", "max_loss_weight", "prior_std", "max_grad_norm"]
+    positive += ["checkpoints_total_limit"]
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
@@ -241,6 +263,97 @@ def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
     return pretrained
 
 
+@dataclass
+class Cells:
+    """Training and validation cells, and what was learned from the former."""
+
+    processor: SCRDiTProcessor
+    statistics: CellStatistics
+    loader: DataLoader
+    val_batch: dict[str, torch.Tensor]
+    some_values: torch.Tensor  # of at most MAX_PCA_CELLS training cells, in model space
+    num_train: int
+    num_val: int
+
+
+def open_cells(
+    args: TrainingArguments, accelerator: Accelerator, sample_counts: bool, pretrained: SCRDiTPipeline | None
+) -> Cells:
+    """Open the cells as a table on disk, split it, learn the transform from the training cells."""
+    if args.streaming and (accelerator.num_processes > 1 or args.dataloader_num_workers > 1):
+        raise ValueError("--streaming is for one process with at most one data loader worker; else leave it out.")
+    table, var = open_table(
+        args.dataset,
+        layer=args.layer,
+        counts=args.value_space == "counts" or args.target_sum is not None,
+        join=args.join,
+        gene_key=args.gene_key,
+        streaming=args.streaming,
+        name=args.dataset_config_name,
+        num_proc=args.preprocessing_num_workers,
+    )
+    if args.streaming:
+        train, val = split_stream(table, args.val_fraction, args.seed) if args.val_fraction else (table, table)
+    else:
+        train_cells, val_cells = split_cells(
+            read_labels(table, args.labels_key), args.labels_key, args.val_fraction, args.seed
+        )
+        train = table.select(train_cells)
+
+    names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "n_top_genes", "flavor"]
+    options = {name: getattr(args, name) for name in names}
+    options["name"] = str(args.dataset)
+    genes = Path(args.genes).read_text().split() if args.genes else None
+    if pretrained is not None:
+        known = pretrained.processor.var_names
+        finetuning.check_common_genes(known, genes or list(var.index))
+        if genes is None:
+            variable, _ = fit_table(train, var, args.labels_key, **options)
+            total = len(var) if args.flavor == "all" else args.n_top_genes
+            genes = finetuning.choose_genes(known, list(var.index), variable, total)
+        genes = finetuning.arrange_genes(known, genes)
+    processor, statistics = fit_table(train, var, args.labels_key, genes=genes, **options)
+    if pretrained is not None:
+        processor = finetuning.adapt_processor(pretrained.processor, processor, keep_labels=bool(args.lora_rank))
+    num_train = int(statistics.num_cells.sum())
+    collate = CellCollator(processor, var, counts=sample_counts)
+    options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate}
+    if args.streaming:
+        stream = CellStream(train, num_train, args.train_batch_size, args.labels_key, seed=args.seed)
+        shown = next(iterate_rows(val, args.num_validation_cells, ["genes", "expressions", *args.labels_key]))
+        some_values = collate(next(iterate_rows(train, MAX_PCA_CELLS, shown.column_names)))["values"]
+        generator = torch.Generator()  # else each pass draws from the one of the dropout, and resuming is not exact
+        loader = DataLoader(stream, batch_size=None, generator=generator, **options)
+        return Cells(processor, statistics, loader, collate(shown), some_values, num_train, shown.num_rows)
+    dataset = CellDataset(train, args.labels_key)
+    loader = DataLoader(dataset, args.train_batch_size, shuffle=True, **options)
+    rng = np.random.default_rng(args.seed)
+    some_cells = np.sort(rng.permutation(len(train_cells))[:MAX_PCA_CELLS])
+    some_values = collate(dataset.__getitems__(some_cells.tolist()))["values"]
+    shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
+    val_batch = collate(CellDataset(table, args.labels_key).__getitems__(np.sort(shown_cells).tolist()))
+    return Cells(processor, statistics, loader, val_batch, some_values, num_train, len(val_cells))
+
+
+def build_model(args: TrainingArguments, cells: Cells, sample_counts: bool) -> SCRDiTTransformer:
+    """Make a new transformer, with the weights from which training starts."""
+    names = ["patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim"]
+    names += ["num_cell_tokens"]
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
+    config |= {"num_genes": cells.processor.num_genes, "num_classes": cells.processor.num_classes}
+    if sample_counts:
+        config |= {"count_bins": count_bins(cells.statistics), "beta_schedule": args.beta_schedule}
+        config |= {"num_train_timesteps": args.num_train_timesteps}
+    model = SCRDiTTransformer(**config)
+    model.initialize_weights()
+    if model.config.num_cell_tokens:
+        model.initialize_cell_tokens(cells.some_values)
+    if sample_counts:
+        model.count_head.initialize_from_statistics(cells.statistics, cells.processor.mean, cells.processor.std)
+    return model
+
+
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     start = time.time()
@@ -260,56 +373,25 @@ def main(args: TrainingArguments) -> None:
     torch.set_flush_denormal(True)  # optimiser states decay into denormals, which are slow on CPUs
     resume_from = find_checkpoint(args)
 
-    # 1. Cells: read, split, learn the transform from the training cells
+    # 1. Cells
     pretrained = load_pretrained(args)
     args.n_top_genes = args.n_top_genes or (pretrained.processor.num_genes if pretrained else 2000)
-    adata = read_cells(args.dataset)
-    genes = Path(args.genes).read_text().split() if args.genes else None
-    train_cells, val_cells = split_cells(adata, args.labels_key, args.val_fraction, args.seed)
-    names = ["layer", "labels_key", "value_space", "target_sum", "zero_negation", "zero_value", "min_std"]
-    names += ["n_top_genes", "flavor"]
-    options = {name: getattr(args, name) for name in names}
-    if pretrained is not None:
-        known = pretrained.processor.var_names
-        finetuning.check_common_genes(known, genes or adata.var_names)
-        if genes is None:
-            variable = SCRDiTProcessor.from_anndata(adata[train_cells], **options)
-            total = adata.n_vars if args.flavor == "all" else args.n_top_genes
-            genes = finetuning.choose_genes(known, adata.var_names, variable, total)
-        genes = finetuning.arrange_genes(known, genes)
-    processor = SCRDiTProcessor.from_anndata(adata[train_cells], **options, genes=genes)
-    if pretrained is not None:
-        processor = finetuning.adapt_processor(pretrained.processor, processor, keep_labels=bool(args.lora_rank))
-    table = CellDataset(anndata_to_table(adata, args.layer, obs_columns=args.labels_key))
     sample_counts = args.value_space == "counts" and args.decode == "sample"
-    collate = CellCollator(processor, adata.var_names, counts=sample_counts)
-    options = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
-    loader = DataLoader(Subset(table, train_cells.tolist()), **options, shuffle=True, collate_fn=collate)
-    rng = np.random.default_rng(args.seed)
-    shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
-    val_batch = collate(table.__getitems__(np.sort(shown_cells).tolist()))
+    cells = open_cells(args, accelerator, sample_counts, pretrained)
+    processor, loader, val_batch = cells.processor, cells.loader, cells.val_batch
 
     # 2. Model, noise, optimiser
-    counts = processor.get_values(adata[train_cells], args.layer) if sample_counts else None  # (cells, G)
-    codes = processor.encode_labels(adata.obs.iloc[train_cells])  # (cells, K)
     changes: dict = {}
     if pretrained is not None:
         options = {"dropout": args.dropout, "lora_rank": args.lora_rank}
-        model, changes = finetuning.adapt_transformer(pretrained, processor, counts, codes, **options)
+        statistics = cells.statistics if sample_counts else None
+        model, changes = finetuning.adapt_transformer(pretrained, processor, statistics, **options)
     else:
-        names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
-        overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
-        config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
-        if sample_counts:
-            config |= {"count_bins": count_bins(counts), "beta_schedule": args.beta_schedule}
-            config |= {"num_train_timesteps": args.num_train_timesteps}
-        model = SCRDiTTransformer(**config)
-        model.initialize_weights()
-        if sample_counts:
-            model.count_head.initialize(counts, codes, processor.mean, processor.std)
+        model = build_model(args, cells, sample_counts)
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    penalty_weight = width / (2 * args.prior_std**2 * cells.num_train)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -320,20 +402,20 @@ def main(args: TrainingArguments) -> None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
 
     if args.learning_rate is None:
-        args.learning_rate = 3e-3 * 128 / (model.config.num_attention_heads * model.config.attention_head_dim)
+        args.learning_rate = 3e-3 * 128 / width
 
     record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
 
     cells_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
     logger.info(
-        f"{len(train_cells)} training and {len(val_cells)} validation cells, {processor.num_genes} genes, "
+        f"{cells.num_train} training and {cells.num_val} validation cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
     logger.info(
         f"{args.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "
         f"{model.flops_per_cell() / 1e6:.1f} MFLOP per cell forward; {args.max_train_steps} steps of {cells_per_step} "
-        f"cells ({args.max_train_steps * cells_per_step / len(train_cells):.0f} epochs) are {flops / 1e15:.3f} PFLOP"
+        f"cells ({args.max_train_steps * cells_per_step / cells.num_train:.0f} epochs) are {flops / 1e15:.3f} PFLOP"
     )
     if changes:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -491,7 +573,9 @@ def main(args: TrainingArguments) -> None:
             noise = torch.randn(values.shape, **draw)  # (B, G)
             batch["class_labels"] = drop_labels(batch["class_labels"], null_labels, args.class_dropout_prob, generator)
             with accelerator.accumulate(model):
-                losses = diffusion_loss(model, noise_scheduler, batch, timesteps, noise, *weights)  # (B,)
+                losses = diffusion_loss(
+                    model, noise_scheduler, batch, timesteps, noise, *weights, penalty_weight=penalty_weight
+                )  # (B,)
                 running.append(losses.mean().item())
                 if not math.isfinite(running[-1]):
                     raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args)
@@ -547,7 +631,7 @@ def main(args: TrainingArguments) -> None:
         else:
             pipe.save_pretrained(args.output_dir)
         record |= {"finetuning": changes} if changes else {}
-        record |= {"train_cells": len(train_cells), "val_cells": len(val_cells)}
+        record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
         record |= {"num_processes": accelerator.num_processes, "command": sys.argv}
         record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
         record |= model_card.provenance() | {"seconds": round(time.time() - start), "resumed_from_step": first_step}
