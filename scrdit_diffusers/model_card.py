@@ -179,7 +179,7 @@ def _with_spread(row: Mapping[str, Any], source: str) -> str:
 def _example_condition(labels: Mapping[str, Mapping[str, int]]) -> str:
     """Write the label with most cells of the first condition as Python."""
     for key, numbers in labels.items():
-        return repr({key: max(numbers, key=lambda name: numbers[name])})
+        return json.dumps({key: max(numbers, key=lambda name: numbers[name])}, ensure_ascii=False)
     return ""
 
 
