@@ -331,7 +331,8 @@ def test_output_with_and_without_counts(count_model, inputs):
     assert likelihood.count_nll.shape == (4,) and likelihood.sample is None
     assert torch.equal(prediction.count_log_mean, likelihood.count_log_mean)
     as_tuple = count_model(**inputs, return_dict=False)
-    assert len(as_tuple) == 2 and torch.equal(as_tuple[0], prediction.sample)
+    assert len(as_tuple) == 3 and torch.equal(as_tuple[0], prediction.sample)
+    assert torch.equal(prediction.count_tilt, likelihood.count_tilt)
 
 
 @torch.no_grad()
