@@ -486,7 +486,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
             log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
-            tilt = 0.5 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
+            tilt = 0.25 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
             if counts is None:
                 sample = self.count_head.denoise(log_mean, noisy, timestep, tilt).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean, tilt)
@@ -499,7 +499,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     def _fold_change_penalty(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """Squared log fold changes that the last projections make of tokens (B, C + N, D); see `count_penalty`.
 
-        The tilts, which `temb` (B, D) makes, count as fold changes of twice their size.
+        The tilts, which `temb` (B, D) makes, count as fold changes of four times their size.
 
         It weighs the weights by the size of what they multiply, so that a larger input cannot evade it.
         """
