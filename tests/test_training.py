@@ -265,58 +265,6 @@ def test_errors_end_the_script_without_a_traceback(tmp_path):
     assert result.returncode != 0 and "error: nowhere.h5ad does not exist" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def generate():
-    script = load_script("generate")
-
-    def generate(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(arguments)[0])
-
-    return generate
-
-
-def test_generate_writes_cells_with_the_wanted_labels(generate, trained, tmp_path):
-    (tmp_path / "wanted.csv").write_text("cell_type\nB cell\nT cell\nB cell\n")
-    output = tmp_path / "cells.h5ad"
-    generate("--pipeline", trained, "--obs", tmp_path / "wanted.csv", "--output", output, "--seed", 3)
-    adata = ad.read_h5ad(output)
-    assert adata.obs["cell_type"].tolist() == ["B cell", "T cell", "B cell"] and adata.uns["scrdit"]["seed"] == 3
-
-
-def test_generate_takes_a_condition_once_only(generate, trained, tmp_path):
-    arguments = ["--num_cells", 2, "--condition", "cell_type=T cell", "--condition", "cell_type=B cell"]
-    with pytest.raises(ValueError, match="names a column twice"):
-        generate("--pipeline", trained, "--output", tmp_path / "cells.h5ad", *arguments)
-
-
-def test_generate_swaps_the_scheduler(generate, trained, tmp_path):
-    output = tmp_path / "cells.h5ad"
-    arguments = ["--num_cells", 2, "--condition", "cell_type=T cell", "--scheduler", "DDIMScheduler", "--eta", 1]
-    generate("--pipeline", trained, "--output", output, *arguments)
-    assert ad.read_h5ad(output).uns["scrdit"]["scheduler"] == "DDIMScheduler"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num_cells", 2, "--condition", "cell_type=T cel"], "did you mean 'T cell'"),
-        (["--num_cells", 2, "--condition", "cell_type"], "key=value"),
-        (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
-        ([], "--num_cells"),
-    ],
-)
-def test_generate_refuses_bad_arguments(generate, trained, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        generate("--pipeline", trained, "--output", tmp_path / "cells.h5ad", *arguments)
-
-
-def test_generate_does_not_replace_a_file_unasked(generate, trained, tmp_path):
-    (tmp_path / "cells.h5ad").write_text("precious")
-    with pytest.raises(ValueError, match="--overwrite"):
-        generate("--pipeline", trained, "--num_cells", 1, "--output", tmp_path / "cells.h5ad")
-
-
 # -- data that need not fit in memory ----------------------------------------------------------------------------------
 
 
