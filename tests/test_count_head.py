@@ -6,6 +6,7 @@ import scipy.sparse as sp
 import torch
 from diffusers import DDPMScheduler
 from scipy.stats import nbinom, norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
 from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
@@ -378,3 +379,11 @@ def test_loading_in_half_precision_leaves_its_counts_in_float32(count_model, tmp
     assert loaded.dtype == dtype
     for name, tensor in loaded.count_head.state_dict().items():
         assert torch.equal(tensor, count_model.count_head.state_dict()[name])
+
+
+def test_logits_are_no_matrix_product():
+    """TF32 would round one to three digits, and a logit of hundreds has to be right to 0.01."""
+    case = Case(300)
+    with FlopCounterMode(display=False) as counter:
+        case.head._logits(*case.arguments)
+    assert counter.get_total_flops() == 0
