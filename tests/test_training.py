@@ -287,15 +287,19 @@ def test_a_data_set_trains_as_the_file_does(train_here, trained, parquet_folder,
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_streamed_data_set_trains_and_resumes(train_here, parquet_folder, tmp_path, caplog):
-    arguments = ["--labels_key", "cell_type", "--streaming", "True"]  # 80 cells are five batches: into a second epoch
-    train_here(parquet_folder, tmp_path / "whole", *arguments)
-    checkpoint = tmp_path / "resumed" / "checkpoint-6"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-6", checkpoint)
-    train_here(parquet_folder, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", "latest")
-    assert f"Resumed from {checkpoint}" in caplog.text
-    for name, tensor in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(tmp_path / "resumed")[name], tensor, rtol=0, atol=1e-6)
+def test_a_streamed_data_set_trains(train_here, parquet_folder, tmp_path):
+    """Eight steps of 16 of its 81 training cells: into a second epoch."""
+    train_here(parquet_folder, tmp_path, "--labels_key", "cell_type", "--streaming", "True")
+    assert weights(tmp_path)["proj_out.weight"].abs().max() > 0
+    assert sum(number for *_, number in SCRDiTPipeline.from_pretrained(tmp_path).processor.composition) == 81
+
+
+def test_resuming_a_streamed_run_is_refused(train_here, trained, parquet_folder, tmp_path):
+    """Its weights would differ from those of the uninterrupted run."""
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
+    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="with --streaming cannot be resumed"):
+        train_here(parquet_folder, tmp_path, *arguments)
 
 
 def test_several_files_train(train_here, dataset, tmp_path):
