@@ -486,19 +486,20 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
             log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
-            tilt = 0.5 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
-            output = SCRDiTTransformerOutput(count_log_mean=log_mean, count_tilt=tilt)
+            tilt = 0.25 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
             if counts is None:
-                output.sample = self.count_head.denoise(log_mean, noisy, timestep, tilt).to(noisy.dtype)  # (B, G)
+                sample = self.count_head.denoise(log_mean, noisy, timestep, tilt).to(noisy.dtype)  # (B, G)
+                output = SCRDiTTransformerOutput(sample, log_mean, tilt)
             else:
-                output.count_nll = self.count_head.nll(counts, log_mean, noisy, timestep, tilt)  # (B,)
-                output.count_penalty = self._fold_change_penalty(hidden_states, temb)  # ()
+                nll = self.count_head.nll(counts, log_mean, noisy, timestep, tilt)  # (B,)
+                penalty = self._fold_change_penalty(hidden_states, temb)  # ()
+                output = SCRDiTTransformerOutput(None, log_mean, tilt, nll, penalty)
         return output if return_dict else output.to_tuple()
 
     def _fold_change_penalty(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """Squared log fold changes that the last projections make of tokens (B, C + N, D); see `count_penalty`.
 
-        The tilts, which `temb` (B, D) makes, count as fold changes of twice their size.
+        The tilts, which `temb` (B, D) makes, count as fold changes of four times their size.
 
         It weighs the weights by the size of what they multiply, so that a larger input cannot evade it.
         """

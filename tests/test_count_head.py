@@ -6,6 +6,7 @@ import scipy.sparse as sp
 import torch
 from diffusers import DDPMScheduler
 from scipy.stats import nbinom, norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
 from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
@@ -331,7 +332,8 @@ def test_output_with_and_without_counts(count_model, inputs):
     assert likelihood.count_nll.shape == (4,) and likelihood.sample is None
     assert torch.equal(prediction.count_log_mean, likelihood.count_log_mean)
     as_tuple = count_model(**inputs, return_dict=False)
-    assert len(as_tuple) == 2 and torch.equal(as_tuple[0], prediction.sample)
+    assert len(as_tuple) == 3 and torch.equal(as_tuple[0], prediction.sample)
+    assert torch.equal(prediction.count_tilt, likelihood.count_tilt)
 
 
 @torch.no_grad()
@@ -377,3 +379,11 @@ def test_loading_in_half_precision_leaves_its_counts_in_float32(count_model, tmp
     assert loaded.dtype == dtype
     for name, tensor in loaded.count_head.state_dict().items():
         assert torch.equal(tensor, count_model.count_head.state_dict()[name])
+
+
+def test_logits_are_no_matrix_product():
+    """TF32 would round one to three digits, and a logit of hundreds has to be right to 0.01."""
+    case = Case(300)
+    with FlopCounterMode(display=False) as counter:
+        case.head._logits(*case.arguments)
+    assert counter.get_total_flops() == 0

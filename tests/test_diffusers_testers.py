@@ -83,7 +83,6 @@ MIXINS = [
     testers.LoraTesterMixin,
     testers.LoraHotSwappingForModelTesterMixin,
     testers.TorchCompileTesterMixin,
-    testers.TorchAoTesterMixin,
     testers.PyramidAttentionBroadcastTesterMixin,
     testers.FirstBlockCacheTesterMixin,
     testers.MagCacheTesterMixin,

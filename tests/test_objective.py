@@ -83,8 +83,20 @@ def test_the_loss_of_counts_is_their_nll_given_the_noisy_cell_and_the_library_si
     alpha_bar = noise_scheduler("sample").alphas_cumprod[timesteps][:, None]
     noisy = alpha_bar.sqrt() * values + (1 - alpha_bar).sqrt() * noise
     output = count_model(noisy, timesteps, labels, library_size=counts.sum(dim=1))
-    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps)
+    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps, output.count_tilt)
     torch.testing.assert_close(loss, expected)
+
+
+def test_the_penalty_of_fold_changes_is_added_with_its_weight(count_model, adata, processor):
+    values = torch.from_numpy(processor.transform(adata.X[:3])).float()
+    labels = torch.from_numpy(processor.encode_labels(adata.obs[:3]))
+    batch = {"values": values, "class_labels": labels, "counts": torch.from_numpy(adata.X[:3].toarray())}
+    arguments = (count_model, noise_scheduler("sample"), batch, torch.full((3,), 500), torch.zeros(3, 23))
+    noisy = noise_scheduler("sample").add_noise(values, torch.zeros(3, 23), torch.full((3,), 500))
+    output = count_model(noisy, 500, labels, batch["counts"].sum(dim=1), batch["counts"])
+    assert output.count_penalty > 0
+    added = diffusion_loss(*arguments, penalty_weight=0.5) - diffusion_loss(*arguments)
+    torch.testing.assert_close(added, 0.5 * output.count_penalty.expand(3))
 
 
 def test_counts_are_refused_by_a_model_without_a_count_head(model):

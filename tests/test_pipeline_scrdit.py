@@ -251,7 +251,8 @@ def test_counts_are_drawn_at_the_decode_timestep(count_pipe, monkeypatch):
 
     def forward(x, timestep, **kwargs):
         seen.append(timestep[0].item())
-        return SCRDiTTransformerOutput(torch.zeros_like(x), torch.full_like(x, 1.0 if len(seen) == 6 else 20.0))
+        log_mean = torch.full_like(x, 1.0 if len(seen) == 6 else 20.0)
+        return SCRDiTTransformerOutput(torch.zeros_like(x), log_mean, torch.zeros(len(x), 2, x.shape[1]))
 
     monkeypatch.setattr(count_pipe.transformer, "forward", forward)
     means = []

@@ -327,12 +327,12 @@ def test_penalty_is_the_mean_square_of_log_fold_changes_of_independent_inputs(pa
     torch.testing.assert_close(penalty, (patches + whole).square().mean(), rtol=0.02, atol=0)
 
 
-def test_penalty_counts_tilts_twice_their_size():
+def test_penalty_counts_tilts_four_times_their_size():
     model = make_model(num_classes=(), count_bins=[[23, 4]])
     model.initialize_weights()
     model.count_tilt.weight.data[:, 0] = torch.rand(46)
     output = model(torch.zeros(2, 23), 5, counts=torch.ones(2, 23))
-    expected = (2 * output.count_tilt[0]).square().sum() / 23
+    expected = (4 * output.count_tilt[0]).square().sum() / 23
     torch.testing.assert_close(output.count_penalty, expected)
 
 

@@ -73,7 +73,7 @@ class PeakMemory:
 
 
 class Clock:
-    """Wall time, and the time that this process had a CPU: on a machine that others use the latter is the fairer one."""
+    """Wall time, and the time that this process had a CPU: the fairer one on a machine that others use."""
 
     def __init__(self) -> None:
         self.start, self.cpu_start = time.perf_counter(), time.process_time()

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/schedulers.json")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    diffusers.utils.logging.set_verbosity_error()  # arguments of ours that a scheduler does not take
 
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)

@@ -1,23 +1,41 @@
-"""Generate cells with a trained pipeline and write them as .h5ad.
+"""Generate cells with a trained pipeline and write them as .h5ad or .zarr.
 
 python training/generate.py --pipeline scrdit-model --num_cells 1000 --condition cell_type=B --output cells.h5ad
 python training/generate.py --pipeline scrdit-model --obs cells_wanted.csv --output cells.h5ad
+accelerate launch --num_processes 8 training/generate.py --pipeline scrdit-model --num_cells 1000000 --output cells.zarr
+
+Cells are written in shards to `OUTPUT.parts` as they are made, and joined at the end. After an interruption the same
+command goes on. Each cell has a random generator of its own, so that labels, library size and noise are functions of
+`--seed` and its number, whatever the number of processes, the device and the sizes of shards and batches.
 """
 
+import dataclasses
+import hashlib
+import json
 import logging
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import anndata as ad
 import diffusers
+import h5py
+import numpy as np
 import pandas as pd
 import torch
+import zarr
+from accelerate import PartialState
 from diffusers import SchedulerMixin
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline
+
+COMPRESSION = {"compression": "gzip", "compression_opts": 1}
 
 
 @dataclass
@@ -25,7 +43,7 @@ class GenerationArguments:
     """Command-line arguments; those of the pipeline's call keep its names."""
 
     pipeline: str = field(metadata={"help": "Folder or Hub id of a trained pipeline."})
-    output: str = field(default="cells.h5ad", metadata={"help": ".h5ad file to write."})
+    output: str = field(default="cells.h5ad", metadata={"help": ".h5ad file or .zarr store to write."})
     num_cells: int | None = field(default=None, metadata={"help": "Number of cells; that of --obs if not given."})
     condition: list[str] = field(
         default_factory=list,
@@ -44,13 +62,14 @@ class GenerationArguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1.0 is off."})
     eta: float = field(default=0.0, metadata={"help": "Noise of DDIM: 0 deterministic, 1 as DDPM."})
     batch_size: int = field(default=512, metadata={"help": "Cells generated at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of labels and noise."})
+    shard_size: int = field(default=4096, metadata={"help": "Cells that are held in memory and written at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of labels, library sizes and noise."})
     dtype: str = field(
         default="float32", metadata={"help": "Precision.", "choices": ["float32", "bfloat16", "float16"]}
     )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, mps; the best there is if not given."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace --output if it exists."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output, and an unfinished one of another run."})
 
 
 def read_obs(path: str) -> pd.DataFrame:
@@ -63,45 +82,189 @@ def read_obs(path: str) -> pd.DataFrame:
     return pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
 
 
-def main(args: GenerationArguments) -> None:
-    """Generate, then write under a temporary name and rename."""
+def check_args(args: GenerationArguments) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
     output = Path(args.output)
-    if output.suffix != ".h5ad":
-        raise ValueError(f"--output must end in .h5ad, got {output}.")
+    if output.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"--output must end in .h5ad or .zarr, got {output}.")
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists; give --overwrite to replace it.")
     if any("=" not in condition for condition in args.condition):
         raise ValueError(f"--condition takes key=value, got {args.condition}.")
-    conditions = dict(condition.split("=", 1) for condition in args.condition) or None
-    if len(conditions or ()) < len(args.condition):
+    if len({condition.split("=", 1)[0] for condition in args.condition}) < len(args.condition):
         raise ValueError(f"--condition names a column twice: {args.condition}.")
-    obs = read_obs(args.obs) if args.obs else None
-    if args.num_cells is None and obs is None:
+    if args.num_cells is None and args.obs is None:
         raise ValueError("Give --num_cells, or --obs with one row per cell.")
+    for name in ("batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
     if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
+
+def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
+    """Load the pipeline, with another scheduler if asked for."""
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
-    pipe.to(args.device or best)
     if args.scheduler:
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    adata = pipe(
-        num_cells=args.num_cells,
-        conditions=conditions,
-        obs=obs,
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict) -> None:
+    """Let the pipeline check what is asked for, for all cells at once: not hours later, when their turn comes."""
+    pipe.check_inputs(
+        **request,
+        library_size=None,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=None,
+        batch_size=args.batch_size,
+        latents=None,
+        output_type="anndata",
+        callback_on_step_end_tensor_inputs=(),
+        decode_timestep=pipe.config.decode_timestep,
+    )
+    pipe.prepare_class_labels(**request, generator=torch.Generator())
+
+
+def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict) -> dict:
+    """Everything that the cells depend on, as JSON."""
+    content = hashlib.sha256(pipe.processor.to_json_string().encode())
+    for name, tensor in sorted(pipe.transformer.state_dict().items()):
+        content.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    if request["obs"] is not None:
+        content.update(request["obs"].to_csv().encode())
+    free = ("pipeline", "output", "overwrite", "obs", "device", "batch_size")  # do not change what is drawn
+    arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    versions = {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
+    return arguments | {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()} | versions
+
+
+def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
+    """Make the folder of shards, or go on with one of the same run.
+
+    Raises
+    ------
+    ValueError
+        It holds the shards of another run.
+    """
+    record = parts / "run.json"
+    before = json.loads(record.read_text()) if record.exists() else None
+    if before is not None and before != run:
+        changed = {key: (before.get(key), run.get(key)) for key in before | run if before.get(key) != run.get(key)}
+        if not overwrite:
+            raise ValueError(
+                f"{parts} holds an unfinished run with other arguments (then, now): {changed}. Give those to go on "
+                "with it, --overwrite to delete it, or another --output."
+            )
+        shutil.rmtree(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    temporary = parts / "run.tmp.json"
+    temporary.write_text(json.dumps(run, indent=2))
+    os.replace(temporary, record)
+
+
+def cell_generators(seed: int, cells: range) -> list[torch.Generator]:
+    """Make a generator for each cell, from the seed and the number of the cell.
+
+    PyTorch's CPU generator uses 32 bits of its seed. Drawn at random, the seeds of two of a million cells would be
+    equal (116 pairs are expected); consecutive ones differ for 2^32 cells.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator().manual_seed((first + cell) % 2**32) for cell in cells]
+
+
+def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, cells: range, path: Path) -> None:
+    """Generate some of the cells and write them; the file has its name only once it is whole and on disk."""
+    obs = request["obs"]
+    adata = pipe(
+        num_cells=len(cells),
+        conditions=request["conditions"],
+        obs=None if obs is None else obs.iloc[cells.start : cells.stop],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        generator=cell_generators(args.seed, cells),
         batch_size=args.batch_size,
     ).adata
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp.h5ad")
-    adata.write_h5ad(temporary, compression="gzip")
-    os.replace(temporary, output)
-    print(f"Wrote {adata.n_obs} cells x {adata.n_vars} genes to {output}")
+    adata.obs_names = [f"synthetic_{cell}" for cell in cells]
+    adata.uns["scrdit"]["seed"] = args.seed
+    temporary = path.with_suffix(".tmp")
+    adata.write_h5ad(temporary, **COMPRESSION)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def join_shards(shards: list[Path], temporary: Path) -> None:
+    """Make one file or store of the shards, one of them in memory at a time.
+
+    `anndata.experimental.concat_on_disk` would leave out `uns` and compression, and opens all files at once.
+    """
+    if temporary.is_dir():  # of a run that was killed
+        shutil.rmtree(temporary)
+    adata = ad.read_h5ad(shards[0])
+    matrices = {"X": adata.X} | {f"layers/{name}": layer for name, layer in adata.layers.items()}
+    for matrix in matrices.values():
+        matrix.indptr = matrix.indptr.astype(np.int64)  # the joined ones may have more than 2^31 values
+    is_zarr = temporary.suffix == ".zarr"
+    group = zarr.open_group(temporary, mode="w", zarr_format=2) if is_zarr else h5py.File(temporary, "w")
+    ad.io.write_elem(group, "/", adata, dataset_kwargs={} if is_zarr else COMPRESSION)
+    obs = [adata.obs]
+    for shard in shards[1:]:
+        adata = ad.read_h5ad(shard)
+        obs.append(adata.obs)
+        for name in matrices:
+            ad.io.sparse_dataset(group[name]).append(adata.X if name == "X" else adata.layers[Path(name).name])
+    ad.io.write_elem(group, "obs", pd.concat(obs))
+    if not is_zarr:
+        group.close()
+
+
+def main(args: GenerationArguments) -> None:
+    """Generate in shards, each process its share of them, then join them."""
+    check_args(args)
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # of waiting for the slowest process
+    output, parts = Path(args.output), Path(f"{args.output}.parts")
+    conditions = dict(condition.split("=", 1) for condition in args.condition) or None
+    obs = read_obs(args.obs) if args.obs else None
+    num_cells = len(obs) if args.num_cells is None and obs is not None else args.num_cells
+    request = {"num_cells": num_cells, "conditions": conditions, "obs": obs}
+
+    pipe = load_pipeline(args)
+    check_request(pipe, args, request)
+    if state.is_main_process:
+        open_parts(parts, describe_run(pipe, args, request), args.overwrite)
+    state.wait_for_everyone()
+    pipe.to(args.device or state.device)
+
+    blocks = [range(start, min(start + args.shard_size, num_cells)) for start in range(0, num_cells, args.shard_size)]
+    shards = [parts / f"shard-{number:06d}.h5ad" for number in range(len(blocks))]
+    missing = [number for number, shard in enumerate(shards) if not shard.exists()]
+    state.wait_for_everyone()  # all have looked before the first writes
+    if state.is_main_process and len(missing) < len(shards):
+        print(f"Going on with {parts}: {len(shards) - len(missing)} of {len(shards)} shards are there.")
+    pipe.set_progress_bar_config(disable=len(blocks) > 1 or not state.is_main_process)
+    done = num_cells - sum(len(blocks[number]) for number in missing)
+    disable = len(blocks) == 1 or not state.is_main_process
+    with tqdm(total=num_cells, initial=done, unit="cells", smoothing=0, disable=disable) as progress:
+        for number in missing[state.process_index :: state.num_processes]:
+            write_shard(pipe, args, request, blocks[number], shards[number])
+            if state.is_main_process:  # counts the shards of all processes
+                there = sum(len(blocks[number]) for number in missing if shards[number].exists())
+                progress.update(done + there - progress.n)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        joined = parts / f"joined{output.suffix}"
+        join_shards(shards, joined)
+        if output.is_dir():
+            shutil.rmtree(output)
+        os.replace(joined, output)
+        shutil.rmtree(parts)
+        print(f"Wrote {num_cells} cells x {pipe.processor.num_genes} genes to {output}")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -110,3 +273,5 @@ if __name__ == "__main__":
         main(HfArgumentParser(GenerationArguments).parse_args_into_dataclasses()[0])
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on.")

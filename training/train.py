@@ -123,7 +123,7 @@ class TrainingArguments:
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
-    prior_std: float = arg(0.3, "Counts: standard deviation of the prior of log fold changes, against overfitting.")
+    prior_std: float = arg(0.8, "Counts: standard deviation of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
@@ -131,7 +131,7 @@ class TrainingArguments:
     overwrite_output_dir: bool = arg(False, "Start anew although --output_dir holds checkpoints; they are deleted.")
     seed: int = arg(0, "Seed of everything.")
     train_batch_size: int = arg(128, "Cells per step and process.")
-    max_train_steps: int = arg(4500, "Number of optimiser steps.")
+    max_train_steps: int = arg(2500, "Number of optimiser steps.")
     num_train_epochs: int | None = arg(None, "Passes over the cells; overrides --max_train_steps.")
     gradient_accumulation_steps: int = arg(1, "Batches per optimiser step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
@@ -220,6 +220,8 @@ def check_args(args: TrainingArguments) -> None:
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
+    if args.streaming and args.resume_from_checkpoint:
+        raise ValueError("A run with --streaming cannot be resumed to the same result; leave one of the two out.")
     if len(set(args.labels_key)) < len(args.labels_key):
         raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
     used = checkpoints(args.output_dir) or (Path(args.output_dir) / "model_index.json").exists()

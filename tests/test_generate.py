@@ -1,0 +1,230 @@
+"""The generation script: one file, or many shards by several processes with interruptions, the same cells."""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import PartialState, debug_launcher
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import SCRDiTPipeline, default_scheduler
+
+SCRIPT = Path(__file__).parents[1] / "training" / "generate.py"
+# Python 3.12 warns of fork in a process with threads, which the tests use to save the seconds of importing everything.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
+    sys.modules["generate"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pipeline(count_model, processor, tmp_path):
+    """A folder with a tiny pipeline that samples counts, of two conditions."""
+    count_model.initialize_weights()
+    pipe = SCRDiTPipeline(count_model, default_scheduler(), processor, decode_timestep=200, min_timestep=200)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def generate(script, pipeline):
+    """Run the script's main in this process."""
+
+    def generate(*arguments):
+        arguments = ["--pipeline", pipeline, "--num_inference_steps", 3, "--device", "cpu", *arguments]
+        command = [str(argument) for argument in arguments]
+        script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(command)[0])
+
+    yield generate
+    PartialState._reset_state()
+
+
+def assert_same_cells(left: ad.AnnData, right: ad.AnnData) -> None:
+    """Every part of two AnnData objects is equal."""
+    pd.testing.assert_frame_equal(left.obs, right.obs)
+    pd.testing.assert_frame_equal(left.var, right.var)
+    assert left.X.format == right.X.format == "csr" and left.X.dtype == right.X.dtype
+    assert (left.X != right.X).nnz == 0 and (left.layers["counts"] != right.layers["counts"]).nnz == 0
+    assert left.uns["scrdit"] == right.uns["scrdit"]
+
+
+def test_cells_have_the_wanted_labels(generate, tmp_path):
+    (tmp_path / "wanted.csv").write_text("cell_type\nB\nT\nB\n")
+    generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad", "--seed", 3)
+    adata = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert adata.obs["cell_type"].tolist() == ["B", "T", "B"] and adata.uns["scrdit"]["seed"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "pipeline", "wanted.csv"]
+
+
+def test_scheduler_is_swapped(generate, tmp_path):
+    arguments = ["--num_cells", 2, "--condition", "cell_type=T", "--scheduler", "DDIMScheduler", "--eta", 1]
+    generate("--output", tmp_path / "cells.h5ad", *arguments)
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").uns["scrdit"]["scheduler"] == "DDIMScheduler"
+
+
+@pytest.fixture
+def whole(generate, tmp_path):
+    """Fifty cells generated at once."""
+    generate("--num_cells", 50, "--output", tmp_path / "whole.h5ad")
+    return ad.read_h5ad(tmp_path / "whole.h5ad")
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_shards_join_to_the_same_cells(generate, whole, tmp_path, suffix):
+    output = tmp_path / f"cells{suffix}"
+    generate("--num_cells", 50, "--shard_size", 16, "--batch_size", 5, "--output", output)
+    joined = ad.read_h5ad(output) if suffix == ".h5ad" else ad.read_zarr(output)
+    assert list(joined.obs["cell_type"].cat.categories) == list(whole.obs["cell_type"].cat.categories)
+    assert_same_cells(joined, whole)
+    assert not Path(f"{output}.parts").exists()
+
+
+def test_each_cell_is_a_function_of_seed_and_number(generate, whole, tmp_path):
+    generate("--num_cells", 20, "--output", tmp_path / "fewer.h5ad")
+    assert_same_cells(ad.read_h5ad(tmp_path / "fewer.h5ad"), whole[:20].copy())
+    generate("--num_cells", 20, "--seed", 1, "--output", tmp_path / "others.h5ad")
+    assert (ad.read_h5ad(tmp_path / "others.h5ad").X != whole[:20].X).nnz
+
+
+def test_no_two_cells_share_their_noise(script):
+    """The seeds differ in the 32 bits that PyTorch's CPU generator uses."""
+    generators = script.cell_generators(0, range(999_990, 1_000_010)) + script.cell_generators(0, range(20))
+    assert len({float(torch.randn((), generator=generator)) for generator in generators}) == 40
+    assert len({generator.initial_seed() % 2**32 for generator in generators}) == 40
+
+
+def test_two_processes_share_the_shards(generate, whole, tmp_path):
+    arguments = ["--num_cells", 50, "--shard_size", 8, "--output", tmp_path / "cells.zarr"]
+    PartialState._reset_state()
+    debug_launcher(generate, arguments, num_processes=2)
+    assert_same_cells(ad.read_zarr(tmp_path / "cells.zarr"), whole)
+
+
+def start_and_kill(function, arguments, parts: Path, num_shards: int) -> None:
+    """Run in another process, and kill it without warning when it has written some shards."""
+    PartialState._reset_state()
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    while len(list(parts.glob("shard-*.h5ad"))) < num_shards:
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_run_goes_on(generate, whole, tmp_path, capsys):
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
+    start_and_kill(generate, arguments, Path(f"{output}.parts"), 3)
+    kept = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").glob("shard-*.h5ad")}
+    assert 3 <= len(kept) < 25 and not output.exists()
+    unfinished = Path(f"{output}.parts") / "shard-000024.tmp"
+    unfinished.write_bytes(next(iter(kept)).read_bytes()[:1000])  # as if killed while it was written
+    generate(*arguments)
+    assert f"{len(kept)} of 25 shards are there" in capsys.readouterr().out
+    assert_same_cells(ad.read_h5ad(output), whole)
+
+
+def test_unfinished_run_of_other_arguments_is_not_mixed_in(generate, whole, tmp_path):
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
+    start_and_kill(generate, [*arguments, "--seed", 1], Path(f"{output}.parts"), 2)
+    with pytest.raises(ValueError, match=r"'seed': \(1, 0\).*--overwrite"):
+        generate(*arguments)
+    generate(*arguments, "--overwrite")
+    assert_same_cells(ad.read_h5ad(output), whole)
+
+
+def test_unfinished_run_of_another_model_is_not_mixed_in(generate, pipeline, tmp_path):
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
+    start_and_kill(generate, arguments, Path(f"{output}.parts"), 2)
+    config = json.loads((pipeline / "processor" / "preprocessor_config.json").read_text())
+    config["std"][0] *= 2
+    (pipeline / "processor" / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="content_sha256"):
+        generate(*arguments)
+
+
+def test_cells_are_written_as_they_are_made(generate, script, tmp_path, monkeypatch):
+    """No call of the pipeline is for more than a shard."""
+    sizes, write_shard = [], script.write_shard
+
+    def recorded(pipe, args, request, cells, path):
+        write_shard(pipe, args, request, cells, path)
+        sizes.append((len(cells), ad.read_h5ad(path).n_obs))
+
+    monkeypatch.setattr(script, "write_shard", recorded)
+    generate("--num_cells", 20, "--shard_size", 8, "--output", tmp_path / "cells.h5ad")
+    assert sizes == [(8, 8), (8, 8), (4, 4)]
+
+
+BAD_ARGUMENTS = {
+    "unknown label": (["--num_cells", 2, "--condition", "cell_type=NKK"], "did you mean 'NK'"),
+    "no key": (["--num_cells", 2, "--condition", "cell_type"], "key=value"),
+    "condition twice": (["--num_cells", 2, "--condition", "batch=b1", "--condition", "batch=b2"], "twice"),
+    "no scheduler": (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+    "no number": ([], "--num_cells"),
+    "no cells": (["--num_cells", 0], "num_cells must be at least 1"),
+    "empty shards": (["--num_cells", 2, "--shard_size", 0], "--shard_size must be at least 1"),
+    "no batches": (["--num_cells", 2, "--batch_size", 0], "--batch_size must be at least 1"),
+    "other format": (["--num_cells", 2, "--output", "cells.csv"], "must end in .h5ad or .zarr"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(generate, tmp_path, name):
+    arguments, message = BAD_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=message):
+        generate("--output", tmp_path / "cells.h5ad", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_bad_label_of_the_last_cell_is_refused_before_any_is_made(generate, tmp_path):
+    (tmp_path / "wanted.csv").write_text("cell_type\n" + "B\n" * 99 + "b\n")
+    with pytest.raises(ValueError, match="Unknown cell_type 'b'"):
+        generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad", "--shard_size", 10)
+    assert not (tmp_path / "cells.h5ad.parts").exists()
+
+
+def test_output_that_cannot_be_written_is_refused_before_any_cell_is_made(generate, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "write_shard", lambda *args: pytest.fail("a cell was made"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        generate("--num_cells", 2, "--output", tmp_path / "file" / "cells.h5ad")
+
+
+def test_file_is_not_replaced_unasked(generate, tmp_path):
+    (tmp_path / "cells.h5ad").write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        generate("--num_cells", 1, "--output", tmp_path / "cells.h5ad")
+    generate("--num_cells", 1, "--output", tmp_path / "cells.h5ad", "--overwrite")
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").n_obs == 1
+
+
+def test_float_values_are_joined(generate, script, pipe, processor, pipeline, adata, tmp_path):
+    """A model of log-normalised values, which has no layer."""
+    log = type(processor).from_anndata(adata, ["cell_type", "batch"], "lognorm", "log_normalized", flavor="all")
+    SCRDiTPipeline(pipe.transformer, pipe.scheduler, log).save_pretrained(tmp_path / "log")
+    arguments = ["--pipeline", tmp_path / "log", "--num_cells", 9]
+    generate(*arguments, "--output", tmp_path / "one.h5ad")
+    generate(*arguments, "--shard_size", 4, "--output", tmp_path / "joined.zarr")
+    one, joined = ad.read_h5ad(tmp_path / "one.h5ad"), ad.read_zarr(tmp_path / "joined.zarr")
+    assert "counts" not in joined.layers
+    np.testing.assert_allclose(joined.X.toarray(), one.X.toarray(), atol=1e-5)
