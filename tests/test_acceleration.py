@@ -200,9 +200,13 @@ def test_training_is_by_the_recipe_and_by_the_defaults(script, tmp_path, monkeyp
     commands = []
     monkeypatch.setattr(script.subprocess, "run", lambda command, **kwargs: commands.append(command))
     args = script.AccelerationArguments(dataset="cells.h5ad", labels_key="cell_type")
-    assert list(script.train_models(args, tmp_path, TYPES, counts=True)) == ["paper-0", "paper-1", "default"]
+    (tmp_path / "paper-1").mkdir()
+    (tmp_path / "paper-1/model_index.json").touch()  # is trained already
+    script.train_models(args, tmp_path, [*TYPES, "NK"], counts=True)
+    assert len(commands) == 3
     assert commands[0][0] == commands[1][0] == str(RECIPE) and "--labels_key" not in commands[0]
     assert commands[0][1:3] == [str(tmp_path / "cells/train-0.h5ad"), str(tmp_path / "paper-0")]
+    assert commands[1][1:3] == [str(tmp_path / "cells/train-2.h5ad"), str(tmp_path / "paper-2")]
     assert "--zero_negation" not in commands[2] and commands[2][commands[2].index("--labels_key") + 1] == "cell_type"
 
 

@@ -34,7 +34,7 @@ from benchmark import DEFAULT, PAPER, make_pipeline
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, read_cells, split_cells
-from scrdit_diffusers.processing_scrdit import get_matrix, looks_like_counts, normalize_log1p
+from scrdit_diffusers.processing_scrdit import get_matrix, label_categories, looks_like_counts, normalize_log1p
 
 matplotlib.use("Agg")
 TRAINING = Path(__file__).parent
@@ -110,10 +110,11 @@ class AccelerationArguments:
 def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
     """Split the cells and write train, control and test, and the train cells of each label, on the same genes."""
     adata = read_cells(args.dataset)
-    labels = args.labels or sorted(adata.obs[args.labels_key].astype(str).unique())
+    known = label_categories(adata.obs, args.labels_key)
+    labels = args.labels or known
+    if missing := set(labels) - set(known):
+        raise ValueError(f"--labels {sorted(missing)} occur in no cell of obs[{args.labels_key!r}]; it has {known}.")
     adata = adata[adata.obs[args.labels_key].astype(str).isin(labels)].copy()
-    if missing := set(labels) - set(adata.obs[args.labels_key].astype(str)):
-        raise ValueError(f"--labels {sorted(missing)} occur in no cell of obs[{args.labels_key!r}].")
     rest, test = split_cells(adata, args.labels_key, 0.2, args.seed)
     train, control = split_cells(adata[rest], args.labels_key, 0.25, args.seed)
     parts = {"train": adata[rest[train]], "control": adata[rest[control]], "test": adata[test]}
@@ -126,15 +127,15 @@ def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
         parts[name] = ad.AnnData(values, obs=obs, var=pd.DataFrame(index=pd.Index(genes)))
     for i, label in enumerate(labels):
         parts[f"train-{i}"] = parts["train"][parts["train"].obs[args.labels_key] == label].copy()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "genes.txt").write_text("\n".join(genes))
     (folder / "labels.json").write_text(json.dumps(labels))
     for name, part in parts.items():
         part.write_h5ad(folder / f"{name}.h5ad")
 
 
-def train_models(args: AccelerationArguments, folder: Path, labels: list[str], counts: bool) -> dict[str, float]:
-    """Train what is not trained yet, by the commands that a user would give; the seconds that each took."""
+def train_models(args: AccelerationArguments, folder: Path, labels: list[str], counts: bool) -> None:
+    """Train what is not trained yet, by the commands that a user would give."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     common = ["--genes", str(folder / "cells/genes.txt"), "--seed", str(args.seed), "--report_to", "none"]
     common += ["--resume_from_checkpoint", "latest", "--validation_steps", "1000000"]
@@ -149,13 +150,9 @@ def train_models(args: AccelerationArguments, folder: Path, labels: list[str], c
     commands["default"] += ["--dataset", str(folder / "cells/train.h5ad"), "--output_dir", str(folder / "default")]
     commands["default"] += ["--labels_key", args.labels_key, "--max_train_steps", str(args.max_train_steps)]
     commands["default"] += [] if counts else ["--value_space", "log_normalized"]
-    seconds = {}
     for name, command in commands.items():
         if not (folder / name / "model_index.json").exists():
-            start = time.perf_counter()
             subprocess.run(command, check=True, env=environment)
-            seconds[name] = time.perf_counter() - start
-    return seconds
 
 
 class Trained(NamedTuple):
@@ -279,10 +276,10 @@ def main(args: AccelerationArguments) -> None:
     """Train what is missing, sample and judge what is missing, print the table, draw it."""
     folder = Path(args.output_dir)
     results_path = folder / "acceleration.json"
-    record: dict[str, Any] = {"arguments": asdict(args), "training_seconds": {}, "full_size": {}, "rows": []}
+    record: dict[str, Any] = {"arguments": asdict(args), "full_size": {}, "rows": []}
     if results_path.exists():
         record = json.loads(results_path.read_text())
-        free = ("num_seeds", "full_size", "figure", "output_dir")
+        free = ("num_seeds", "figure", "output_dir")
         changed = {k: v for k, v in record["arguments"].items() if k not in free and getattr(args, k) != v}
         if changed:
             raise ValueError(f"{results_path} is of other arguments: {changed}; give another --output_dir.")
@@ -300,7 +297,7 @@ def main(args: AccelerationArguments) -> None:
 
     # 1. Train
     save()
-    record["training_seconds"] |= train_models(args, folder, labels, counts)
+    train_models(args, folder, labels, counts)
     trained = {
         "paper": Trained.load({label: folder / f"paper-{i}" for i, label in enumerate(labels)}),
         "default": Trained.load({None: folder / "default"}),
@@ -348,5 +345,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(HfArgumentParser(AccelerationArguments).parse_args_into_dataclasses()[0])
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
