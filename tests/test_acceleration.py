@@ -102,7 +102,7 @@ def test_recipe_has_the_published_settings(tmp_path):
     published |= dict(dataset="cells.h5ad", output_dir="model", seed=7)
     assert {name: arguments[name] for name in published} == published
     transformer = dict(patch_size=10, patch_embed_type="shared", num_layers=1, num_attention_heads=8)
-    assert SCRDIT_PRESETS[arguments["preset"]] == transformer | {"attention_head_dim": 96}
+    assert SCRDIT_PRESETS[arguments["preset"]] == transformer | {"attention_head_dim": 96, "num_cell_tokens": 0}
     snr = torch.tensor([1e-5, 1.0, 1e4])  # the noise has the same weight everywhere
     weights = loss_weights(snr, "epsilon", arguments["loss_weighting"], arguments["max_loss_weight"])
     assert weights.tolist() == [1, 1, 1]
