@@ -237,6 +237,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         flavor: str = "seurat",
         genes: Sequence[str] | None = None,
         gene_ids_key: str | None = None,
+        standardize: bool = True,
     ) -> Self:
         """Choose the genes, learn their mean and standard deviation, and store the labels of the training cells.
 
@@ -272,6 +273,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             Names of the genes to use, instead of a choice by `flavor`.
         gene_ids_key
             Column of var with Ensembl ids. `None` looks for "gene_ids", "gene_id", "ensembl_id" and "ensembl".
+        standardize
+            Whether model space is standardised; the paper's is not (mean 0 and standard deviation 1 are stored).
 
         Returns
         -------
@@ -306,6 +309,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             flavor=flavor,
             genes=genes,
             gene_ids_key=gene_ids_key,
+            standardize=standardize,
         )[0]
 
     @classmethod
@@ -325,6 +329,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         flavor: str = "seurat",
         genes: Sequence[str] | None = None,
         gene_ids_key: str | None = None,
+        standardize: bool = True,
     ) -> tuple[Self, CellStatistics]:
         """[`from_anndata`] for cells that come in chunks, of which only one is in memory.
 
@@ -338,7 +343,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             Genes of the data.
         labels_key, value_space, target_sum, zero_negation, zero_value, zero_threshold, min_std
             As in [`from_anndata`].
-        n_top_genes, flavor, genes, gene_ids_key
+        n_top_genes, flavor, genes, gene_ids_key, standardize
             As in [`from_anndata`].
         name
             What to call the values in messages.
@@ -397,8 +402,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))  # 1 for a gene that does not vary
         processor = cls(
             var_names=[var_names[column] for column in columns],
-            mean=moments.mean[columns] + processor._zero,
-            std=np.maximum(std, min_std),
+            mean=moments.mean[columns] + processor._zero if standardize else np.zeros(len(columns)),
+            std=np.maximum(std, min_std) if standardize else np.ones(len(columns)),
             value_space=value_space,
             target_sum=target_sum,
             zero_negation=zero_negation,

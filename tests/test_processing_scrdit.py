@@ -149,6 +149,15 @@ def test_inverse_rounds_to_bounded_counts(log_value, count):
     assert processor.inverse_transform(np.array([[log_value]]))[0, 0] == count
 
 
+def test_without_standardization_model_space_holds_the_values(adata):
+    """As in the paper: zeros at -10, other values as they are."""
+    options = dict(layer="lognorm", value_space="log_normalized", zero_negation=True, standardize=False)
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all", **options)
+    values = adata.layers["lognorm"].toarray()
+    np.testing.assert_array_equal(processor.transform(values), np.where(values == 0, -10, values))
+    np.testing.assert_array_equal(processor.inverse_transform(processor.transform(values)), values)
+
+
 def test_dense_and_sparse_values_agree(processor, adata):
     sparse = processor.transform(processor.get_values(adata))
     assert np.array_equal(sparse, processor.transform(adata.X.toarray()))

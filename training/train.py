@@ -93,6 +93,7 @@ class TrainingArguments:
     target_sum: float | None = arg(None, "log_normalized: the values are counts, scale them to this library size.")
     zero_negation: bool = arg(False, "Move exact zeros to --zero_value, away from small positive values.")
     zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
+    standardize: bool = arg(True, "Subtract each gene's mean and divide by its standard deviation (paper: no).")
     min_std: float = arg(0.3, "Smallest standard deviation by which a gene is divided, in the log space.")
     n_top_genes: int | None = arg(None, "Number of genes; that of the pretrained pipeline, or 2000, if not given.")
     flavor: str = arg("seurat", "Choice of genes: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all.")
@@ -303,6 +304,7 @@ def open_cells(
         train = table.select(train_cells)
 
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "n_top_genes", "flavor"]
+    names += ["standardize"]
     options = {name: getattr(args, name) for name in names}
     options["name"] = str(args.dataset)
     genes = Path(args.genes).read_text().split() if args.genes else None
