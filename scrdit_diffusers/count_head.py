@@ -81,8 +81,7 @@ class SCRDiTCountHead(nn.Module):
 
     Large counts share bins, inside which they are uniform. The logit of a count k is
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
-    h(k) = Gamma(k + theta) / (Gamma(theta) k!), plus the tilt a v(k) + b v(k)^2: how broad a gene's distribution is
-    depends on the labels, and on how much of the cell is known at this noise level.
+    h(k) = Gamma(k + theta) / (Gamma(theta) k!).
 
     Parameters
     ----------
@@ -224,19 +223,14 @@ class SCRDiTCountHead(nn.Module):
         above = timestep.ceil().long()
         return torch.lerp(alphas_cumprod[below], alphas_cumprod[above], timestep - below).clamp(1e-8, 1 - 1e-5)
 
-    def _logits(
-        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, tilt: torch.Tensor | None
-    ) -> list[torch.Tensor]:
+    def _logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
         """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
         log_dispersion = self.log_dispersion.float()  # (G,)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
-        quadratic = -alpha_bar / (1 - alpha_bar) / 2 + torch.zeros_like(linear)  # (B, G)
-        if tilt is not None:
-            linear, quadratic = linear + tilt[:, 0], quadratic + tilt[:, 1]
-        of_genes = (log_odds, linear, quadratic)
-        log_odds, linear, quadratic = (of_gene.T[self.gene_order, :, None] for of_gene in of_genes)  # (G, B, 1)
+        quadratic = -alpha_bar / (1 - alpha_bar) / 2  # (B, 1)
+        log_odds, linear = (of_gene.T[self.gene_order, :, None] for of_gene in (log_odds, linear))  # (G, B, 1)
         dispersion = log_dispersion.exp()[self.gene_order, None]  # (G, 1)
         logits = []
         for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
@@ -246,8 +240,7 @@ class SCRDiTCountHead(nn.Module):
             # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
             count, value, log_base = count[:, None], value[:, None], log_base[:, None]  # (genes, 1, bins)
             logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
-            logit = torch.addcmul(logit, linear[genes] + quadratic[genes] * value, value)
-            logits.append(logit)
+            logits.append(torch.addcmul(logit, linear[genes] + quadratic * value, value))
         return logits
 
     def bins_of_genes(self) -> np.ndarray:
@@ -262,9 +255,7 @@ class SCRDiTCountHead(nn.Module):
         return list(zip(lower, upper, value, strict=True))
 
     @_inside_forward
-    def denoise(
-        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, tilt: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def denoise(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Posterior mean of the clean cell in model space.
 
         Parameters
@@ -275,14 +266,12 @@ class SCRDiTCountHead(nn.Module):
             Noisy cells in model space, shape (B, G).
         timestep
             Shape (B,); need not be integers.
-        tilt
-            Coefficients a and b, shape (B, 2, G). `None`: zero.
 
         Returns
         -------
         Shape (B, G).
         """
-        logits = self._logits(log_mean, noisy, timestep, tilt)
+        logits = self._logits(log_mean, noisy, timestep)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
                 torch.bmm(posterior.softmax(dim=-1), value[..., None])[..., 0]  # (genes, B)
@@ -297,7 +286,6 @@ class SCRDiTCountHead(nn.Module):
         log_mean: torch.Tensor,
         noisy: torch.Tensor,
         timestep: torch.Tensor,
-        tilt: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `denoise`.
 
@@ -305,7 +293,7 @@ class SCRDiTCountHead(nn.Module):
         """
         counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
-        logits = self._logits(log_mean, noisy, timestep, tilt)
+        logits = self._logits(log_mean, noisy, timestep)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             last = (upper > lower).sum(dim=1, keepdim=True) - 1  # (genes, 1)
             target = torch.searchsorted(upper.contiguous(), counts[genes], right=True).minimum(last)  # (genes, B)
@@ -320,20 +308,19 @@ class SCRDiTCountHead(nn.Module):
         noisy: torch.Tensor,
         timestep: torch.Tensor,
         uniform: torch.Tensor,
-        tilt: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Draw counts (B, G) from the posterior by inverting its distribution function.
 
         Parameters
         ----------
-        log_mean, noisy, timestep, tilt
+        log_mean, noisy, timestep
             As in `denoise`.
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
         uniform = uniform[:, self.gene_order].T[..., None]  # (G, B, 1)
         drawn = []
-        logits = self._logits(log_mean, noisy, timestep, tilt)
+        logits = self._logits(log_mean, noisy, timestep)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             probability = posterior.softmax(dim=-1)  # (genes, B, bins)
             cumulative = probability.cumsum(dim=-1)

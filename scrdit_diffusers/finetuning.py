@@ -271,8 +271,6 @@ def transfer_weights(
         "cell_embed.weight": lambda tensor: tensor.T,
         "cell_out.weight": lambda tensor: tensor,
         "cell_out.bias": lambda tensor: tensor,
-        "count_tilt.weight": lambda tensor: tensor.unflatten(0, (2, -1)).transpose(0, 1),
-        "count_tilt.bias": lambda tensor: tensor.unflatten(0, (2, -1)).transpose(0, 1),
     }
 
     for name, tensor in old.items():

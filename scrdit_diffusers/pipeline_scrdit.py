@@ -501,7 +501,6 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                         )
                     if decode_timestep is not None and i == self._num_timesteps - 1:
                         log_mean = self.guide(output.count_log_mean)  # (B, G)
-                        tilt = output.count_tilt[-len(x_t) :]  # (B, 2, G), with labels
                     else:
                         prediction = self.guide(output.sample)  # (B, G)
                         x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
@@ -530,7 +529,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
                     noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
                     values = self.transformer.count_head.sample(
-                        log_mean, noisy, t.expand(len(noisy)), uniform, tilt
+                        log_mean, noisy, t.expand(len(noisy)), uniform
                     )  # (B, G)
                     values = values.cpu().numpy()
                 batches.append(sp.csr_matrix(values))

@@ -51,9 +51,6 @@ class SCRDiTTransformerOutput(BaseOutput):
     count_log_mean
         With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
         [`SCRDiTCountHead.sample`] draws counts from it.
-    count_tilt
-        With a count head, how the distribution around that mean differs from a negative binomial at this noise level
-        and for these labels, shape (B, 2, G); see [`SCRDiTCountHead`].
     count_nll
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
@@ -65,7 +62,6 @@ class SCRDiTTransformerOutput(BaseOutput):
 
     sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
-    count_tilt: torch.Tensor | None = None
     count_nll: torch.Tensor | None = None
     count_penalty: torch.Tensor | None = None
 
@@ -264,7 +260,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         "norm",
         "proj_out",
         "count_head",
-        "count_tilt",
         "library_size_embed",
     ]
     _keep_in_fp32_modules = ["pos_embed", "count_head"]
@@ -325,7 +320,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 raise ValueError(f"count_bins has {sum(g for g, _ in count_bins)} genes, the model {num_genes}.")
             self.count_head = SCRDiTCountHead(count_bins, num_train_timesteps, beta_schedule)
             self.library_size_embed = TimestepEmbedding(1, dim)
-            self.count_tilt = nn.Linear(dim, 2 * num_genes)
 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
@@ -366,8 +360,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         zero = nn.ModuleList([self.adaln_out, self.proj_out])
         if self.config.num_cell_tokens:
             zero.append(self.cell_out)
-        if self.count_head is not None:
-            zero.append(self.count_tilt)
         zero.extend(block.get_submodule("adaln") for block in self.transformer_blocks)
         for parameter in zero.parameters():
             nn.init.zeros_(parameter)
@@ -432,8 +424,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         Returns
         -------
-        The prediction (B, G); with a count head also the log mean counts (B, G) and the tilts (B, 2, G). With `counts`,
-        the latter two, the negative log-likelihoods (B,) and the penalty ().
+        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter, the
+        negative log-likelihoods (B,) and the penalty ().
 
         Raises
         ------
@@ -486,20 +478,17 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
             log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
-            tilt = 0.25 * self.count_tilt(F.silu(temb)).unflatten(1, (2, -1)).float()  # (B, 2, G)
             if counts is None:
-                sample = self.count_head.denoise(log_mean, noisy, timestep, tilt).to(noisy.dtype)  # (B, G)
-                output = SCRDiTTransformerOutput(sample, log_mean, tilt)
+                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
+                output = SCRDiTTransformerOutput(sample, log_mean)
             else:
-                nll = self.count_head.nll(counts, log_mean, noisy, timestep, tilt)  # (B,)
-                penalty = self._fold_change_penalty(hidden_states, temb)  # ()
-                output = SCRDiTTransformerOutput(None, log_mean, tilt, nll, penalty)
+                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
+                penalty = self._fold_change_penalty(hidden_states)  # ()
+                output = SCRDiTTransformerOutput(None, log_mean, nll, penalty)
         return output if return_dict else output.to_tuple()
 
-    def _fold_change_penalty(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _fold_change_penalty(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Squared log fold changes that the last projections make of tokens (B, C + N, D); see `count_penalty`.
-
-        The tilts, which `temb` (B, D) makes, count as fold changes of four times their size.
 
         It weighs the weights by the size of what they multiply, so that a larger input cannot evade it.
         """
@@ -513,8 +502,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         fold_changes = fold_changes.flatten()[:num_genes]  # (G,)
         if num_cell_tokens:
             fold_changes = fold_changes + self.cell_out.weight.float().square() @ inputs[:num_cell_tokens].flatten()
-        tilts = self.count_tilt.weight.float().square() @ F.silu(temb).float().square().mean(dim=0)  # (2G,)
-        return (fold_changes.sum() + tilts.sum()) / num_genes
+        return fold_changes.mean()
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""
@@ -525,7 +513,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         )  # qkv + out, MLP, attention
         per_cell = 256 * dim + dim * dim + self.config.num_layers * 6 * dim * dim + 2 * dim * dim  # timestep, adaLN
         if self.count_head is not None:
-            per_cell += dim + dim * dim + 2 * self.config.num_genes * dim  # library size, tilt
+            per_cell += dim + dim * dim  # library size
             per_cell += sum(genes * bins for genes, bins in self.config.count_bins)  # mean of the posterior
         per_cell += 2 * n * p * dim + 2 * self.config.num_genes * c * dim  # genes -> tokens -> genes
         return 2 * (self.config.num_layers * (c + n) * per_token + per_cell)

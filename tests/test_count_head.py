@@ -64,7 +64,6 @@ class Case:
         log_mean = rng.normal(0, 1, clean.shape)
         self.noisy, self.log_mean = torch.from_numpy(noisy).float(), torch.from_numpy(log_mean).float()
         self.arguments = (self.log_mean, self.noisy, self.timestep)
-        self.tilt = torch.from_numpy(rng.normal(0, 0.3, (num_cells, 2, len(LARGEST)))).float()
 
     def posterior(self, cell, gene):
         """p(k | x_t) of one gene of one cell, in float64."""
@@ -72,8 +71,6 @@ class Case:
         location, scale = np.sqrt(self.alpha_bar) * self.values[gene], np.sqrt(1 - self.alpha_bar)
         log_p = nbinom.logpmf(self.support[gene], theta, theta / (theta + mean))
         log_p += norm.logpdf(self.noisy[cell, gene].item(), location, scale)
-        linear, quadratic = self.tilt[cell, :, gene].double().numpy()
-        log_p += linear * self.values[gene] + quadratic * self.values[gene] ** 2
         p = np.exp(log_p - log_p.max())
         return p / p.sum()
 
@@ -94,14 +91,14 @@ TIMESTEPS = [2, 100, 500, 800, LAST]
 def test_denoised_cells_are_the_posterior_mean(timestep):
     case = Case(timestep)
     expected = case.table(lambda p, cell, gene: p @ case.values[gene])
-    np.testing.assert_allclose(case.head.denoise(*case.arguments, case.tilt), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(case.head.denoise(*case.arguments), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_nll_is_that_of_the_posterior(timestep):
     case = Case(timestep)
     expected = -case.table(lambda p, cell, gene: np.log(p[int(case.counts[cell, gene])])).mean(axis=1)
-    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments, case.tilt)
+    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
     np.testing.assert_allclose(nll, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -111,8 +108,7 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
     case, draws = Case(timestep, num_cells=2), 1000
     repeated = (tensor.repeat_interleave(draws, dim=0) for tensor in case.arguments)
     uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)[:, None].expand(-1, len(LARGEST))
-    tilt = case.tilt.repeat_interleave(draws, dim=0)
-    drawn = case.head.sample(*repeated, uniform, tilt).view(2, draws, -1).numpy()
+    drawn = case.head.sample(*repeated, uniform).view(2, draws, -1).numpy()
     for cell, gene in np.ndindex(2, len(LARGEST)):
         shares = (drawn[cell, :, gene] == case.support[gene][:, None]).mean(axis=1)
         np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
@@ -332,8 +328,7 @@ def test_output_with_and_without_counts(count_model, inputs):
     assert likelihood.count_nll.shape == (4,) and likelihood.sample is None
     assert torch.equal(prediction.count_log_mean, likelihood.count_log_mean)
     as_tuple = count_model(**inputs, return_dict=False)
-    assert len(as_tuple) == 3 and torch.equal(as_tuple[0], prediction.sample)
-    assert torch.equal(prediction.count_tilt, likelihood.count_tilt)
+    assert len(as_tuple) == 2 and torch.equal(as_tuple[0], prediction.sample)
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def test_counts_are_drawn_at_the_decode_timestep(count_pipe, monkeypatch):
     def forward(x, timestep, **kwargs):
         seen.append(timestep[0].item())
         log_mean = torch.full_like(x, 1.0 if len(seen) == 6 else 20.0)
-        return SCRDiTTransformerOutput(torch.zeros_like(x), log_mean, torch.zeros(len(x), 2, x.shape[1]))
+        return SCRDiTTransformerOutput(torch.zeros_like(x), log_mean)
 
     monkeypatch.setattr(count_pipe.transformer, "forward", forward)
     means = []
