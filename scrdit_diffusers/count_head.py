@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
+from .cell_statistics import CellStatistics
 from .processing_scrdit import MAX_COUNT
 
 EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
@@ -41,19 +42,20 @@ def _bins_of_genes(count_max: np.ndarray) -> np.ndarray:
     return np.searchsorted(_bin_edges(largest.max()), largest, side="right")
 
 
-def count_bins(counts: sp.csr_matrix) -> list[list[int]]:
+def count_bins(counts: sp.csr_matrix | CellStatistics) -> list[list[int]]:
     """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
 
     Parameters
     ----------
     counts
-        Counts of the training cells, shape (cells, G).
+        Counts of the training cells, shape (cells, G), or their statistics.
 
     Returns
     -------
     Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
     """
-    bins = np.sort(_bins_of_genes(counts.max(axis=0).toarray().ravel()))
+    count_max = counts.count_max if isinstance(counts, CellStatistics) else counts.max(axis=0).toarray().ravel()
+    bins = np.sort(_bins_of_genes(count_max))
     groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
     return [[len(group), int(group.max())] for group in groups if len(group)]
 
@@ -125,10 +127,13 @@ class SCRDiTCountHead(nn.Module):
         ValueError
             The head's bins are not those of `counts`.
         """
-        counts = sp.csr_matrix(counts, dtype=np.float64)
-        bins = _bins_of_genes(counts.max(axis=0).toarray().ravel())
-        if count_bins(counts) != [list(shape) for *_, shape in self.groups]:
-            raise ValueError(f"This head was made for other counts; make it with count_bins={count_bins(counts)}.")
+        self.initialize_from_statistics(CellStatistics.from_counts(counts, class_labels), mean, std)
+
+    def initialize_from_statistics(self, statistics: CellStatistics, mean: np.ndarray, std: np.ndarray) -> None:
+        """[`initialize`] from what [`SCRDiTProcessor.from_chunks`] has gathered of the training cells."""
+        bins = _bins_of_genes(statistics.count_max)
+        if count_bins(statistics) != [list(shape) for *_, shape in self.groups]:
+            raise ValueError(f"This head was made for other counts; make it with count_bins={count_bins(statistics)}.")
         order = np.argsort(bins, kind="stable")
         edges = _bin_edges(MAX_COUNT)
         parts = []
@@ -140,17 +145,16 @@ class SCRDiTCountHead(nn.Module):
         lower, upper, genes = (np.concatenate(part) for part in zip(*parts, strict=True))
         value = (np.log1p(_midpoint(lower, upper)) - mean[genes]) / std[genes]
 
-        library_size = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
-        log_size = np.log(library_size)
-        rate = np.asarray(counts.sum(axis=0)).ravel() / library_size.sum()
+        mean_log_size, std_log_size = statistics.log_library_size()
+        typical = statistics.mean_profile() * np.exp(mean_log_size)
         state = self.state_dict() | {
             "lower": lower,
             "upper": upper,
             "value": value,
             "gene_order": order,
-            "log_library_size": [log_size.mean(), max(log_size.std(), 1e-3)],
-            "log_mean": np.log(np.maximum(rate * np.exp(log_size.mean()), 1e-4)),
-            "log_dispersion": np.log(_moment_dispersion(counts, library_size, class_labels)),
+            "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
+            "log_mean": np.log(np.maximum(typical, 1e-4)),
+            "log_dispersion": np.log(statistics.inverse_dispersion()),
         }
         self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
 
@@ -293,18 +297,3 @@ class SCRDiTCountHead(nn.Module):
 def _midpoint(lower, upper):
     """Mean of the counts in bins; of an empty bin its lower end."""
     return (lower + (upper - 1).clip(lower)) / 2
-
-
-def _moment_dispersion(counts: sp.csr_matrix, library_size: np.ndarray, class_labels: np.ndarray) -> np.ndarray:
-    """Inverse dispersion of each gene (G,) around means library size x profile of the cell's combination of labels."""
-    squared_means = np.zeros(counts.shape[1])
-    excess = np.zeros(counts.shape[1])  # variance beyond Poisson, summed over cells
-    for combination in np.unique(class_labels, axis=0):
-        rows = np.flatnonzero((class_labels == combination).all(axis=1))
-        cells, size = counts[rows], library_size[rows]
-        profile = np.asarray(cells.sum(axis=0)).ravel() / size.sum()
-        means_squared = profile**2 * np.sum(size**2)
-        squares = np.asarray(cells.power(2).sum(axis=0)).ravel() - 2 * profile * (cells.T @ size) + means_squared
-        squared_means += means_squared
-        excess += squares - profile * size.sum()
-    return np.clip(squared_means / np.maximum(excess, 1e-6), 0.1, 200)

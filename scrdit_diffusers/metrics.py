@@ -26,7 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from .processing_scrdit import VALUE_SPACES, gene_moments, get_matrix, looks_like_counts, normalize_log1p
+from .cell_statistics import gene_moments, normalize_log1p
+from .processing_scrdit import VALUE_SPACES, get_matrix, looks_like_counts
 
 logger = logging.getLogger(__name__)
 

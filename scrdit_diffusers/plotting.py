@@ -22,7 +22,7 @@ from .metrics import (
     log_normalize,
     pearson,
 )
-from .processing_scrdit import gene_moments
+from .cell_statistics import gene_moments
 
 # Okabe and Ito, colours that colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")

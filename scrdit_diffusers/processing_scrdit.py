@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import anndata as ad
@@ -11,10 +11,20 @@ import pandas as pd
 import scipy.sparse as sp
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from .cell_statistics import (
+    ROWS_PER_CHUNK,
+    CellStatistics,
+    Chunks,
+    GeneChoice,
+    GeneMoments,
+    check_genes,
+    gene_moments,
+    normalize_log1p,
+)
+
 logger = logging.getLogger(__name__)
 
 VALUE_SPACES = ("counts", "log_normalized")
-GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
 LIBRARY_SIZE_QUANTILES = 21
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
 MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
@@ -95,22 +105,6 @@ def get_matrix(adata: ad.AnnData, layer: str | None, counts: bool) -> sp.csr_mat
             hint += " adata.raw does: use adata.raw.to_adata()."
     check_values(matrix, name, counts, hint)
     return matrix
-
-
-def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
-    """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
-    library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    scale = target_sum / np.where(library_size > 0, library_size, 1.0)
-    return sp.csr_matrix(sp.diags(scale) @ counts.astype(np.float64)).log1p()
-
-
-def gene_moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each column, in two passes: E[x^2] - E[x]^2 would take rounding for variance."""
-    matrix = sp.csr_matrix(matrix, dtype=np.float64, copy=True)
-    mean = np.asarray(matrix.mean(axis=0)).ravel()
-    zeros = matrix.shape[0] - matrix.getnnz(axis=0)
-    matrix.data = (matrix.data - mean[matrix.indices]) ** 2
-    return mean, (np.asarray(matrix.sum(axis=0)).ravel() + zeros * mean**2) / matrix.shape[0]
 
 
 class SCRDiTProcessor(FeatureExtractionMixin):
@@ -290,26 +284,120 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         """
         if value_space not in VALUE_SPACES:
             raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
-        if adata.n_obs < 2:
-            raise ValueError(f"adata has {adata.n_obs} cells; at least 2 are needed.")
         _check_gene_names(list(map(str, adata.var_names)), "adata.var_names", " Call adata.var_names_make_unique().")
+        matrix = get_matrix(adata, layer, counts=value_space == "counts" or target_sum is not None)
+
+        def chunks() -> Iterator[tuple[sp.csr_matrix, pd.DataFrame]]:
+            for start in range(0, adata.n_obs, ROWS_PER_CHUNK):
+                yield matrix[start : start + ROWS_PER_CHUNK], adata.obs.iloc[start : start + ROWS_PER_CHUNK]
+
+        return cls.from_chunks(
+            chunks,
+            adata.var,
+            labels_key,
+            name=_matrix_name(layer),
+            value_space=value_space,
+            target_sum=target_sum,
+            zero_negation=zero_negation,
+            zero_value=zero_value,
+            zero_threshold=zero_threshold,
+            min_std=min_std,
+            n_top_genes=n_top_genes,
+            flavor=flavor,
+            genes=genes,
+            gene_ids_key=gene_ids_key,
+        )[0]
+
+    @classmethod
+    def from_chunks(
+        cls,
+        chunks: Chunks,
+        var: pd.DataFrame,
+        labels_key: str | Sequence[str] | None = None,
+        name: str = "the data",
+        value_space: str = "counts",
+        target_sum: float | None = None,
+        zero_negation: bool = False,
+        zero_value: float = -10.0,
+        zero_threshold: float = 0.0,
+        min_std: float = 0.3,
+        n_top_genes: int = 2000,
+        flavor: str = "seurat",
+        genes: Sequence[str] | None = None,
+        gene_ids_key: str | None = None,
+    ) -> tuple[Self, CellStatistics]:
+        """[`from_anndata`] for cells that come in chunks, of which only one is in memory.
+
+        Takes two passes over the cells, and a third with `flavor="seurat_v3"`.
+
+        Parameters
+        ----------
+        chunks
+            Starts a pass: yields the values of some cells over all genes, and their rows of obs.
+        var
+            Genes of the data.
+        labels_key, value_space, target_sum, zero_negation, zero_value, zero_threshold, min_std
+            As in [`from_anndata`].
+        n_top_genes, flavor, genes, gene_ids_key
+            As in [`from_anndata`].
+        name
+            What to call the values in messages.
+
+        Returns
+        -------
+        The processor, and the statistics of the cells from which a count head starts.
+
+        Raises
+        ------
+        ValueError
+            As [`from_anndata`].
+        """
+        if value_space not in VALUE_SPACES:
+            raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
+        var_names = [str(gene) for gene in var.index]
+        _check_gene_names(var_names, "var_names", " Call adata.var_names_make_unique().")
+        labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
         counts = value_space == "counts" or target_sum is not None
-        matrix = get_matrix(adata, layer, counts)
-        if not counts and looks_like_counts(matrix):
+        choice = GeneChoice("all" if genes is not None else flavor, n_top_genes, len(var_names), counts)
+        if genes is not None:
+            _check_gene_names(list(map(str, genes)), "genes")
+            check_genes(genes, var_names)
+        gene_ids = _gene_ids(var, gene_ids_key)
+        processor = cls(
+            value_space=value_space,
+            target_sum=target_sum,
+            zero_negation=zero_negation,
+            zero_value=zero_value,
+            zero_threshold=zero_threshold,
+        )
+
+        moments = GeneMoments(len(var_names))
+        seen: list[pd.DataFrame] = []  # the combinations of labels
+        integers = True
+        for matrix, obs in chunks():
+            check_values(matrix, name, counts)
+            integers = integers and looks_like_counts(matrix)
+            choice.update(matrix)
+            moments.update(processor._offset(matrix))
+            for key in labels_key:
+                _check_label(obs, key)
+            seen = [pd.concat([*seen, obs[labels_key].drop_duplicates()]).drop_duplicates()]
+        if moments.num_cells < 2:
+            raise ValueError(f"{name} has {moments.num_cells} cells; at least 2 are needed.")
+        if not counts and integers:
             raise ValueError(
-                f"{_matrix_name(layer)} was taken as log-normalised values but holds only integers: give "
+                f"{name} was taken as log-normalised values but holds only integers: give "
                 'target_sum=1e4 to log-normalise counts, or use value_space="counts".'
             )
-        columns = _select_genes(adata, matrix, counts, n_top_genes, flavor, genes)
-        values = (normalize_log1p(matrix, target_sum) if target_sum is not None else matrix)[:, columns]
-
-        labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
-        categories = [label_categories(adata.obs, key) for key in labels_key]
-        gene_ids = _gene_ids(adata.var, gene_ids_key)
+        if genes is None and not choice.num_expressing.any():
+            raise ValueError("All genes are zero in every training cell: there is nothing to learn.")
+        columns = choice.choose(chunks) if genes is None else check_genes(genes, var_names, choice.num_expressing)
+        variance = moments.variance()[columns]
+        std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))  # 1 for a gene that does not vary
         processor = cls(
-            var_names=[str(name) for name in adata.var_names[columns]],
-            mean=np.zeros(len(columns)),
-            std=np.ones(len(columns)),
+            var_names=[var_names[column] for column in columns],
+            mean=moments.mean[columns] + processor._zero,
+            std=np.maximum(std, min_std),
             value_space=value_space,
             target_sum=target_sum,
             zero_negation=zero_negation,
@@ -317,19 +405,19 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             zero_threshold=zero_threshold,
             gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
             condition_keys=labels_key,
-            condition_categories=categories,
+            condition_categories=[label_categories(seen[0], key, moments.num_cells) for key in labels_key],
         )
-        processor.mean, std = processor._moments(values)
-        processor.std = np.maximum(std, min_std)
-        codes = processor.encode_labels(adata.obs)
-        combinations, of_cell, numbers = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-        processor.composition = np.column_stack([combinations, numbers]).tolist()
+        combinations = np.unique(processor.encode_labels(seen[0]), axis=0)
+        combinations = combinations if labels_key else np.zeros((1, 0), dtype=np.int64)
+        statistics = CellStatistics(combinations, len(columns) if value_space == "counts" else None)
+        for matrix, obs in chunks():
+            counts_of_genes = matrix[:, columns] if value_space == "counts" else None
+            statistics.update(counts_of_genes, processor.encode_labels(obs))
+        processor.composition = np.column_stack([combinations, statistics.num_cells]).tolist()
         if value_space == "counts":
-            log_sizes = np.log(np.maximum(np.asarray(values.sum(axis=1), dtype=np.float64).ravel(), 1))
-            levels = np.linspace(0, 1, LIBRARY_SIZE_QUANTILES)
-            quantiles = [np.quantile(log_sizes[of_cell.ravel() == i], levels) for i in range(len(combinations))]
+            quantiles = statistics.library_size_quantiles(LIBRARY_SIZE_QUANTILES)
             processor.log_library_sizes = np.round(quantiles, 4).tolist()
-        return processor
+        return processor, statistics
 
     @property
     def num_genes(self) -> int:
@@ -465,13 +553,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         nonzero = np.asarray(nonzero, dtype=np.float64)
         return np.log1p(nonzero) if self.value_space == "counts" else nonzero
 
-    def _moments(self, values: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each gene before standardisation; 1 for a gene that does not vary."""
-        offset = sp.csr_matrix(values, dtype=np.float64, copy=True)  # values minus that of zero, hence still sparse
+    def _offset(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
+        """Values before standardisation minus that of zero, hence still sparse."""
+        offset = normalize_log1p(matrix, self.target_sum) if self.target_sum is not None else matrix
+        offset = sp.csr_matrix(offset, dtype=np.float64, copy=True)
         offset.eliminate_zeros()
         offset.data = self._forward(offset.data) - self._zero
-        mean, variance = gene_moments(offset)
-        return mean + self._zero, np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+        return offset
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
@@ -503,10 +591,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         names = self.conditions[key]
         if labels.isna().any():
             raise ValueError(f"{key!r} holds {int(labels.isna().sum())} NaN; give every cell a label or drop it.")
-        labels = labels.astype(str)
-        codes = pd.Index(names).get_indexer(pd.Index(labels))
+        categories = pd.Categorical(labels)
+        codes = pd.Index(names).get_indexer(categories.categories.astype(str))[categories.codes]
         if (codes < 0).any():
-            unknown = labels[codes < 0].iloc[0]
+            unknown = str(labels[codes < 0].iloc[0])
             closest = difflib.get_close_matches(unknown, names, n=1, cutoff=0.4)
             raise ValueError(
                 f"Unknown {key} {unknown!r}{f', did you mean {closest[0]!r}' if closest else ''}? Known: {names}."
@@ -635,31 +723,46 @@ def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:
         )
 
 
-def label_categories(obs: pd.DataFrame, key: str) -> list[str]:
+def _check_label(obs: pd.DataFrame, key: str) -> None:
+    """Raise ValueError unless obs has the column, without NaN."""
+    if key not in obs:
+        closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
+        raise ValueError(
+            f"obs has no column {key!r}{f', did you mean {closest[0]!r}' if closest else ''}? It has {list(obs)}."
+        )
+    if obs[key].isna().any():
+        raise ValueError(f"obs[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
+    if key == "synthetic":
+        raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
+
+
+def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:
     """List the categories of a column of obs that occur, in the order of the categorical, else sorted.
+
+    Parameters
+    ----------
+    obs
+        Cells, or of each combination of labels one cell.
+    key
+        Column.
+    num_cells
+        Number of cells, where obs has not all of them.
 
     Raises
     ------
     ValueError
         The column is missing, holds NaN, or holds too many different values for a label.
     """
-    if key not in obs:
-        closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
-        raise ValueError(
-            f"obs has no column {key!r}{f', did you mean {closest[0]!r}' if closest else ''}? It has {list(obs)}."
-        )
+    _check_label(obs, key)
     column = obs[key]
-    if column.isna().any():
-        raise ValueError(f"obs[{key!r}] holds {int(column.isna().sum())} NaN; give every cell a label or drop it.")
-    if key == "synthetic":
-        raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
+    num_cells = num_cells or len(column)
     if isinstance(column.dtype, pd.CategoricalDtype):
         names = list(column.cat.remove_unused_categories().cat.categories)
     else:
         names = sorted(column.unique(), key=lambda name: (str(type(name)), name))
-    if len(names) > max(50, len(column) // 2):
+    if len(names) > max(50, num_cells // 2):
         raise ValueError(
-            f"obs[{key!r}] has {len(names)} different values in {len(column)} cells: it is no categorical label."
+            f"obs[{key!r}] has {len(names)} different values in {num_cells} cells: it is no categorical label."
         )
     return [str(name) for name in names]
 
@@ -669,48 +772,3 @@ def _gene_ids(var: pd.DataFrame, key: str | None) -> list[str] | None:
         raise ValueError(f"var has no column {key!r}; it has {list(var)}.")
     key = key or next((name for name in ("gene_ids", "gene_id", "ensembl_id", "ensembl") if name in var), None)
     return None if key is None else [str(gene_id) for gene_id in var[key]]
-
-
-def _select_genes(
-    adata: ad.AnnData, matrix: sp.csr_matrix, counts: bool, n_top_genes: int, flavor: str, genes: Sequence[str] | None
-) -> np.ndarray:
-    """Positions of the chosen genes in `adata.var_names`."""
-    expressed = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
-    if genes is not None:
-        _check_gene_names(list(map(str, genes)), "genes")
-        columns = pd.Index(adata.var_names).get_indexer(pd.Index(genes))
-        if (columns < 0).any():
-            missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
-            raise ValueError(f"{len(missing)} of {len(genes)} genes are not in adata.var_names, such as {missing[:5]}.")
-        if not expressed[columns].any():
-            raise ValueError(f"All {len(columns)} genes are zero in every training cell: there is nothing to learn.")
-        if not expressed[columns].all():
-            logger.warning(
-                "%d of the %d genes are zero in every training cell.", (~expressed[columns]).sum(), len(columns)
-            )
-        return columns
-    if flavor not in GENE_FLAVORS:
-        raise ValueError(f"flavor must be one of {GENE_FLAVORS}, got {flavor!r}.")
-    if not expressed.any():
-        raise ValueError("All genes are zero in every training cell: there is nothing to learn.")
-    if n_top_genes < 1:
-        raise ValueError(
-            f'n_top_genes must be at least 1, got {n_top_genes}; use flavor="all" for all expressed genes.'
-        )
-    if flavor == "all" or expressed.sum() <= n_top_genes:
-        if flavor != "all" and expressed.sum() < n_top_genes:
-            logger.warning("Only %d genes are expressed: all of them are used.", expressed.sum())
-        return np.flatnonzero(expressed)
-    expressed_columns = np.flatnonzero(expressed)
-    matrix = matrix[:, expressed_columns].astype(np.float64)
-    if flavor == "cv":
-        mean, variance = gene_moments(matrix)
-        order = np.argsort(-np.sqrt(variance) / mean, kind="stable")
-        return np.sort(expressed_columns[order[:n_top_genes]])
-    import scanpy as sc  # here, because it takes seconds and generating cells does not need it
-
-    if flavor == "seurat_v3" and not counts:
-        raise ValueError('flavor="seurat_v3" chooses genes from counts; use "seurat" for log-normalised values.')
-    chooser = ad.AnnData(matrix if flavor == "seurat_v3" or not counts else normalize_log1p(matrix, 1e4))
-    chosen = sc.pp.highly_variable_genes(chooser, n_top_genes=n_top_genes, flavor=flavor, inplace=False)
-    return expressed_columns[np.asarray(chosen["highly_variable"])]

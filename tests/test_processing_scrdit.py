@@ -563,7 +563,7 @@ def test_refuses_training_data(adata, change, kwargs, message):
 
 
 def test_refuses_a_single_cell(adata):
-    with pytest.raises(ValueError, match="adata has 1 cells; at least 2"):
+    with pytest.raises(ValueError, match=r"adata\.X has 1 cells; at least 2"):
         SCRDiTProcessor.from_anndata(adata[:1].copy())
 
 

@@ -1,0 +1,317 @@
+"""Statistics of cells that need not fit in memory: what the processor and the count head learn from training cells.
+
+All are sums over chunks of rows, so that memory grows with the number of genes, not with that of cells. The first pass
+gives the moments from which genes are chosen; library sizes are those over the chosen genes and need a second one. The
+flavor "seurat_v3" needs one more in between, for variances of clipped counts.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+logger = logging.getLogger(__name__)
+
+GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
+ROWS_PER_CHUNK = 10_000  # keeps the int32 offsets of a chunk's lists far from overflow
+MAX_PENDING = 2**20  # library sizes to collect before equal ones are joined
+
+Chunks = Callable[[], Iterator[tuple[sp.csr_matrix, pd.DataFrame]]]
+"""Starts a pass over the cells: yields values (cells, n_vars) and obs (cells, columns) of some rows at a time."""
+
+
+def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
+    """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
+    library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    scale = target_sum / np.where(library_size > 0, library_size, 1.0)
+    return sp.csr_matrix(sp.diags(scale) @ counts.astype(np.float64)).log1p()
+
+
+def gene_moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each column, in two passes: E[x^2] - E[x]^2 would take rounding for variance."""
+    matrix = sp.csr_matrix(matrix, dtype=np.float64, copy=True)
+    mean = np.asarray(matrix.mean(axis=0)).ravel()
+    zeros = matrix.shape[0] - matrix.getnnz(axis=0)
+    matrix.data = (matrix.data - mean[matrix.indices]) ** 2
+    return mean, (np.asarray(matrix.sum(axis=0)).ravel() + zeros * mean**2) / matrix.shape[0]
+
+
+class GeneMoments:
+    """Mean and variance of each gene over chunks of cells.
+
+    Within a chunk as in [`gene_moments`]; chunks are joined by the pairwise formula, which loses no digits either.
+
+    References
+    ----------
+    Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", equation 1.5.
+    """
+
+    def __init__(self, num_vars: int):
+        self.num_cells = 0
+        self.mean = np.zeros(num_vars)
+        self.squares = np.zeros(num_vars)  # summed squared distances from the mean
+
+    def update(self, matrix: sp.csr_matrix) -> None:
+        """Take in more cells, shape (cells, n_vars)."""
+        mean, variance = gene_moments(matrix)
+        new, total = matrix.shape[0], self.num_cells + matrix.shape[0]
+        distance = mean - self.mean
+        self.mean = self.mean + distance * (new / total)
+        self.squares = self.squares + variance * new + distance**2 * (self.num_cells * new / total)
+        self.num_cells = total
+
+    def variance(self, ddof: int = 0) -> np.ndarray:
+        """Variance of each gene, shape (n_vars,)."""
+        return self.squares / (self.num_cells - ddof)
+
+
+class GeneChoice:
+    """Chooses genes from what one pass over the cells has shown.
+
+    Parameters
+    ----------
+    flavor
+        "seurat", "cell_ranger" and "seurat_v3" choose as `scanpy.pp.highly_variable_genes` does, "cv" by the coefficient
+        of variation, "all" every expressed gene.
+    n_top_genes
+        How many genes to choose.
+    num_vars
+        Number of genes of the data.
+    counts
+        Whether values are counts; else they are log-normalised.
+
+    Raises
+    ------
+    ValueError
+        An argument is unknown or does not fit the values.
+
+    References
+    ----------
+    "seurat": Satija et al. 2015; "cell_ranger": Zheng et al. 2017; "seurat_v3": Stuart et al. 2019.
+    """
+
+    def __init__(self, flavor: str, n_top_genes: int, num_vars: int, counts: bool):
+        if flavor not in GENE_FLAVORS:
+            raise ValueError(f"flavor must be one of {GENE_FLAVORS}, got {flavor!r}.")
+        if n_top_genes < 1:
+            raise ValueError(
+                f'n_top_genes must be at least 1, got {n_top_genes}; use flavor="all" for all expressed genes.'
+            )
+        if flavor == "seurat_v3" and not counts:
+            raise ValueError('flavor="seurat_v3" chooses genes from counts; use "seurat" for log-normalised values.')
+        self.flavor, self.n_top_genes, self.counts = flavor, n_top_genes, counts
+        self.num_expressing = np.zeros(num_vars, dtype=np.int64)
+        self.moments = GeneMoments(num_vars)
+
+    def update(self, matrix: sp.csr_matrix) -> None:
+        """Take in more cells, shape (cells, n_vars)."""
+        self.num_expressing += matrix.getnnz(axis=0) if (matrix.data > 0).all() else (matrix > 0).sum(axis=0).A1
+        if self.flavor in ("seurat", "cell_ranger"):
+            log_values = normalize_log1p(matrix, 1e4) if self.counts else matrix.astype(np.float64)
+            self.moments.update(log_values.expm1() if self.flavor == "seurat" else log_values)
+        elif self.flavor != "all":
+            self.moments.update(matrix)
+
+    def choose(self, chunks: Chunks) -> np.ndarray:
+        """Positions of the chosen genes; "seurat_v3" takes another pass over the cells."""
+        expressed = np.flatnonzero(self.num_expressing)
+        if self.flavor == "all" or len(expressed) <= self.n_top_genes:
+            if self.flavor != "all" and len(expressed) < self.n_top_genes:
+                logger.warning("Only %d genes are expressed: all of them are used.", len(expressed))
+            return expressed
+        mean, variance = self.moments.mean[expressed], self.moments.variance(ddof=1)[expressed]
+        if self.flavor in ("seurat", "cell_ranger"):
+            score = _normalized_dispersion(mean, variance, self.flavor)
+            smallest = np.sort(score[~np.isnan(score)])[-self.n_top_genes :][0]
+            return expressed[np.nan_to_num(score, nan=-np.inf) >= smallest]
+        if self.flavor == "seurat_v3":
+            score = self._clipped_variance(expressed, mean, variance, chunks)
+        else:
+            score = np.sqrt(self.moments.variance()[expressed]) / mean
+        return np.sort(expressed[np.argsort(-score, kind="stable")[: self.n_top_genes]])
+
+    def _clipped_variance(self, columns, mean, variance, chunks: Chunks) -> np.ndarray:
+        """Variance of the standardised counts, those beyond sqrt(cells) standard deviations clipped.
+
+        The standard deviation of a gene is what a local regression on the mean expects.
+        """
+        from skmisc.loess import loess  # here, because no other flavor needs it
+
+        varies = variance > 0
+        model = loess(np.log10(mean[varies]), np.log10(variance[varies]), span=0.3, degree=2)
+        model.fit()
+        expected = np.zeros(len(columns))
+        expected[varies] = model.outputs.fitted_values
+        std = np.sqrt(10**expected)
+        num_cells = self.moments.num_cells
+        largest = std * np.sqrt(num_cells) + mean
+        sums, squares = np.zeros(len(columns)), np.zeros(len(columns))
+        for matrix, _ in chunks():
+            clipped = matrix[:, columns].astype(np.float64)
+            clipped.data = np.minimum(clipped.data, largest[clipped.indices])
+            sums += clipped.sum(axis=0).A1
+            clipped.data **= 2
+            squares += clipped.sum(axis=0).A1
+        return (num_cells * mean**2 + squares - 2 * sums * mean) / ((num_cells - 1) * std**2)
+
+
+def _normalized_dispersion(mean: np.ndarray, variance: np.ndarray, flavor: str) -> np.ndarray:
+    """Variance over mean of each gene, standardised among the genes with a similar mean."""
+    dispersion = variance / mean
+    if flavor == "seurat":
+        dispersion[dispersion == 0] = np.nan
+        genes = pd.DataFrame({"mean": np.log1p(mean), "dispersion": np.log(dispersion)})
+        bins = pd.cut(genes["mean"], bins=20)
+        grouped = genes["dispersion"].groupby(bins, observed=True)
+        center, scale = grouped.transform("mean"), grouped.transform("std")
+        alone = scale.isna()  # no other gene in the bin: its score is 1
+        center, scale = center.mask(alone, 0.0), scale.mask(alone, center)
+    else:
+        genes = pd.DataFrame({"mean": mean, "dispersion": dispersion})
+        edges = np.r_[-np.inf, np.percentile(mean, np.arange(10, 105, 5)), np.inf]
+        bins = pd.cut(genes["mean"], bins=edges)
+        center = genes["dispersion"].groupby(bins, observed=True).transform("median")
+        distance = (genes["dispersion"] - center).abs().groupby(bins, observed=True)
+        scale = distance.transform("median") / 0.6744897501960817  # of a normal: the standard deviation
+    return ((genes["dispersion"] - center) / scale).to_numpy()
+
+
+class CellStatistics:
+    """Labels, library sizes and count sums of cells, by combination of labels.
+
+    Parameters
+    ----------
+    combinations
+        Codes of the combinations of labels that occur, sorted, shape (combinations, K).
+    num_genes
+        Number of genes G, for counts; `None` for other values, of which only the labels are counted.
+    """
+
+    def __init__(self, combinations: np.ndarray, num_genes: int | None):
+        self.combinations = combinations
+        self.num_cells = np.zeros(len(combinations), dtype=np.int64)
+        self.counts = num_genes is not None
+        self._shape = tuple(combinations.max(axis=0) + 1)
+        self._keys = self._key(combinations)
+        if num_genes is None:
+            return
+        self.count_max = np.zeros(num_genes)
+        self.square_sum = np.zeros(num_genes)
+        self.count_sum = np.zeros((len(combinations), num_genes))
+        self.weighted_sum = np.zeros((len(combinations), num_genes))  # counts times library size
+        self._sizes = np.empty(0, dtype=np.int64)  # each library size of a combination once ...
+        self._numbers = np.empty(0, dtype=np.int64)  # ... and how many cells have it
+        self._pending: list[np.ndarray] = []
+
+    @classmethod
+    def from_counts(cls, counts: sp.csr_matrix, class_labels: np.ndarray) -> "CellStatistics":
+        """Of counts (cells, G) and codes (cells, K) in memory."""
+        class_labels = np.asarray(class_labels).astype(np.int64)
+        statistics = cls(np.unique(class_labels, axis=0), counts.shape[1])
+        for start in range(0, counts.shape[0], ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            statistics.update(counts[rows], class_labels[rows])
+        return statistics
+
+    def _key(self, codes: np.ndarray) -> np.ndarray:
+        """One number for each combination of codes (cells, K), ordered as the codes are."""
+        if not codes.shape[1]:
+            return np.zeros(len(codes), dtype=np.int64)
+        return np.ravel_multi_index(tuple(codes.T), self._shape)
+
+    def update(self, counts: sp.csr_matrix | None, class_labels: np.ndarray) -> None:
+        """Take in more cells: counts (cells, G), and codes (cells, K)."""
+        of_cell = np.searchsorted(self._keys, self._key(class_labels))  # (cells,)
+        present, of_present, number = np.unique(of_cell, return_inverse=True, return_counts=True)
+        self.num_cells[present] += number
+        if counts is None:
+            return
+        counts = sp.csr_matrix(counts, dtype=np.float64)
+        size = counts.sum(axis=1).A1
+        self._pending.append(of_cell * 2**40 + size.astype(np.int64))
+        if sum(map(len, self._pending)) > MAX_PENDING:
+            self._join_sizes()
+        cells = np.arange(len(size))
+        for total, weight in ((self.count_sum, np.ones(len(size))), (self.weighted_sum, np.maximum(size, 1))):
+            members = sp.csr_matrix((weight, (of_present.ravel(), cells)), shape=(len(present), len(size)))
+            total[present] += (members @ counts).toarray()
+        self.count_max = np.maximum(self.count_max, counts.max(axis=0).toarray().ravel())
+        self.square_sum += counts.power(2).sum(axis=0).A1
+
+    def _join_sizes(self) -> None:
+        sizes = np.concatenate([self._sizes, *self._pending])
+        numbers = np.concatenate([self._numbers, *(np.ones(len(new), dtype=np.int64) for new in self._pending)])
+        self._pending = []
+        self._sizes, place = np.unique(sizes, return_inverse=True)
+        self._numbers = np.bincount(place.ravel(), weights=numbers).astype(np.int64)
+
+    def library_sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Library sizes that occur: their combination of labels, their size, and how many cells have them."""
+        self._join_sizes()
+        return self._sizes >> 40, self._sizes & (2**40 - 1), self._numbers
+
+    def log_library_size(self) -> tuple[float, float]:
+        """Mean and standard deviation over cells of the log library size; an empty cell counts as one of size 1."""
+        _, size, number = self.library_sizes()
+        log_size = np.log(np.maximum(size, 1))
+        mean = float(np.average(log_size, weights=number))
+        return mean, float(np.sqrt(np.average((log_size - mean) ** 2, weights=number)))
+
+    def library_size_quantiles(self, num_levels: int) -> np.ndarray:
+        """Quantiles of the log library size from 0 to 1, shape (combinations, `num_levels`)."""
+        combination, size, number = self.library_sizes()
+        log_size = np.log(np.maximum(size, 1))
+        starts = np.searchsorted(combination, np.arange(len(self.combinations) + 1))
+        cells = [np.repeat(log_size[a:b], number[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return np.stack([np.quantile(of_one, np.linspace(0, 1, num_levels)) for of_one in cells])
+
+    def mean_profile(self) -> np.ndarray:
+        """Share of each gene in the counts of all cells, shape (G,)."""
+        _, size, number = self.library_sizes()
+        return self.count_sum.sum(axis=0) / (np.maximum(size, 1) * number).sum()
+
+    def inverse_dispersion(self) -> np.ndarray:
+        """Moment estimate of each gene's inverse dispersion, shape (G,).
+
+        The mean of a cell is its library size times the profile of its combination of labels.
+        """
+        combination, size, number = self.library_sizes()
+        size = np.maximum(size, 1).astype(np.float64)
+        size_sum = np.bincount(combination, size * number)[:, None]  # (combinations, 1)
+        size_square_sum = np.bincount(combination, size**2 * number)[:, None]
+        profile = self.count_sum / size_sum  # (combinations, G)
+        squared_means = (profile**2 * size_square_sum).sum(axis=0)
+        squares = self.square_sum - 2 * (profile * self.weighted_sum).sum(axis=0) + squared_means
+        excess = squares - (profile * size_sum).sum(axis=0)  # variance beyond Poisson, summed over cells
+        return np.clip(squared_means / np.maximum(excess, 1e-6), 0.1, 200)
+
+
+def check_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: np.ndarray | None = None) -> np.ndarray:
+    """Positions of named genes.
+
+    Parameters
+    ----------
+    genes
+        Names of the wanted genes.
+    var_names
+        Names of the genes of the data.
+    num_expressing
+        Number of cells that express each gene of the data; `None` before that is known.
+
+    Raises
+    ------
+    ValueError
+        A gene is missing, or no cell expresses any of them.
+    """
+    columns = pd.Index(var_names).get_indexer(pd.Index(genes))
+    if (columns < 0).any():
+        missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
+        raise ValueError(f"{len(missing)} of {len(genes)} genes are not in adata.var_names, such as {missing[:5]}.")
+    if num_expressing is not None and not num_expressing[columns].any():
+        raise ValueError(f"All {len(columns)} genes are zero in every training cell: there is nothing to learn.")
+    if num_expressing is not None and not num_expressing[columns].all():
+        silent = (num_expressing[columns] == 0).sum()
+        logger.warning("%d of the %d genes are zero in every training cell.", silent, len(columns))
+    return columns
