@@ -6,8 +6,23 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from .cell_statistics import CellStatistics
 from .count_head import SCRDiTCountHead, count_bins
-from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, split_cells, table_to_anndata
+from .data import (
+    CellCollator,
+    CellDataset,
+    CellStream,
+    anndata_to_table,
+    fit_table,
+    iterate_rows,
+    open_table,
+    read_cells,
+    read_labels,
+    save_table,
+    split_cells,
+    split_stream,
+    table_to_anndata,
+)
 from .objective import diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
 from .processing_scrdit import SCRDiTProcessor
@@ -18,6 +33,8 @@ __all__ = [
     "SCRDIT_PRESETS",
     "CellCollator",
     "CellDataset",
+    "CellStatistics",
+    "CellStream",
     "SCRDiTCountHead",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
@@ -29,9 +46,14 @@ __all__ = [
     "default_scheduler",
     "diffusion_loss",
     "drop_labels",
+    "fit_table",
+    "iterate_rows",
+    "open_table",
     "read_cells",
+    "read_labels",
     "save_table",
     "split_cells",
+    "split_stream",
     "table_to_anndata",
 ]
 

@@ -7,6 +7,7 @@ flavor "seurat_v3" needs one more in between, for variances of clipped counts.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -73,8 +74,8 @@ class GeneChoice:
     Parameters
     ----------
     flavor
-        "seurat", "cell_ranger" and "seurat_v3" choose as `scanpy.pp.highly_variable_genes` does, "cv" by the coefficient
-        of variation, "all" every expressed gene.
+        "seurat", "cell_ranger" and "seurat_v3" choose as `scanpy.pp.highly_variable_genes` does, "cv" by the
+        coefficient of variation, "all" every expressed gene.
     n_top_genes
         How many genes to choose.
     num_vars
@@ -213,6 +214,22 @@ class CellStatistics:
         for start in range(0, counts.shape[0], ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             statistics.update(counts[rows], class_labels[rows])
+        return statistics
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .npz file."""
+        if self.counts:
+            self._join_sizes()
+        arrays = {name: array for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        np.savez(path, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CellStatistics":
+        """Read what `save` has written."""
+        with np.load(path) as arrays:
+            num_genes = len(arrays["count_max"]) if "count_max" in arrays else None
+            statistics = cls(arrays["combinations"], num_genes)
+            vars(statistics).update(arrays)
         return statistics
 
     def _key(self, codes: np.ndarray) -> np.ndarray:

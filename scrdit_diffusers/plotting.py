@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from .cell_statistics import gene_moments
 from .metrics import (
     EvaluationSpace,
     check_labels,
@@ -22,7 +23,6 @@ from .metrics import (
     log_normalize,
     pearson,
 )
-from .cell_statistics import gene_moments
 
 # Okabe and Ito, colours that colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")

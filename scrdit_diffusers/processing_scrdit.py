@@ -18,7 +18,6 @@ from .cell_statistics import (
     GeneChoice,
     GeneMoments,
     check_genes,
-    gene_moments,
     normalize_log1p,
 )
 

@@ -1,6 +1,9 @@
 """Small fixtures that all tests share: cells with two label columns, and a processor, model and pipeline for them."""
 
+import os
+
 import anndata as ad
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +19,20 @@ BATCHES = ["b1", "b2"]
 NUM_GENES = 23  # not divisible by the patch size of the tiny model
 MODEL = dict(num_genes=NUM_GENES, patch_size=5, num_layers=2, num_attention_heads=2, attention_head_dim=8)
 MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Keep the tables that tests convert out of the user's cache, in subprocesses as well."""
+    folder = tmp_path_factory.mktemp("datasets")
+    before, os.environ["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE"), str(folder)
+    kept, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
+    yield folder
+    datasets.config.HF_DATASETS_CACHE = kept
+    if before is None:
+        del os.environ["HF_DATASETS_CACHE"]
+    else:
+        os.environ["HF_DATASETS_CACHE"] = before
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_files_of_another_kind(tmp_path, name):
 def test_a_batch_is_the_direct_transform(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     indices = [5, 59, 0, 17]
-    batch = CellCollator(processor, adata.var_names)(CellDataset(anndata_to_table(adata)).__getitems__(indices))
+    batch = CellCollator(processor, adata.var)(CellDataset(anndata_to_table(adata)).__getitems__(indices))
     cells = adata[indices].copy()
     expected = processor.transform(processor.get_values(cells)).astype(np.float32)
     assert batch["values"].dtype == torch.float32
@@ -179,7 +179,7 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
 def test_a_batch_with_its_counts(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     rows = CellDataset(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
-    counts = CellCollator(processor, adata.var_names, counts=True)(rows)["counts"]
+    counts = CellCollator(processor, adata.var, counts=True)(rows)["counts"]
     assert counts.dtype == torch.float32
     assert np.array_equal(counts.numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
 
@@ -187,13 +187,13 @@ def test_a_batch_with_its_counts(adata, kwargs):
 def test_refuses_the_counts_of_log_normalised_values(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
     with pytest.raises(ValueError, match='counts=True needs a processor with value_space="counts"'):
-        CellCollator(processor, adata.var_names, counts=True)
+        CellCollator(processor, adata.var, counts=True)
 
 
 def test_an_unconditional_batch_has_no_labels(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
     rows = CellDataset(anndata_to_table(adata)).__getitems__([1, 2, 3])
-    assert CellCollator(processor, adata.var_names)(rows)["class_labels"].shape == (3, 0)
+    assert CellCollator(processor, adata.var)(rows)["class_labels"].shape == (3, 0)
 
 
 def test_a_data_loader_serves_every_cell_once(adata, processor):
@@ -201,7 +201,7 @@ def test_a_data_loader_serves_every_cell_once(adata, processor):
         CellDataset(anndata_to_table(adata)),
         batch_size=16,
         shuffle=True,
-        collate_fn=CellCollator(processor, adata.var_names),
+        collate_fn=CellCollator(processor, adata.var),
     )
     batches = list(loader)
     assert [len(batch["values"]) for batch in batches] == [16, 16, 16, 12]
@@ -214,19 +214,19 @@ def test_numeric_labels_survive_the_table(adata):
     adata.obs["cluster"] = pd.Categorical([3, 1, 20] * 20)
     processor = SCRDiTProcessor.from_anndata(adata, "cluster", flavor="all")
     rows = CellDataset(anndata_to_table(adata)).__getitems__(list(range(60)))
-    codes = CellCollator(processor, adata.var_names)(rows)["class_labels"]
+    codes = CellCollator(processor, adata.var)(rows)["class_labels"]
     assert np.array_equal(codes.numpy(), processor.encode_labels(adata.obs))
 
 
 def test_refuses_a_table_without_the_models_genes(adata, processor):
     with pytest.raises(ValueError, match=r"2 of the model's 23 genes are missing from the data"):
-        CellCollator(processor, adata.var_names[2:])
+        CellCollator(processor, adata.var.iloc[2:])
 
 
 def test_refuses_a_table_without_the_models_labels(adata, processor):
     rows = CellDataset(anndata_to_table(adata, obs_columns=["batch"])).__getitems__([0])
     with pytest.raises((ValueError, KeyError), match="cell_type"):
-        CellCollator(processor, adata.var_names)(rows)
+        CellCollator(processor, adata.var)(rows)
 
 
 def test_rows_of_a_slice_keep_their_offsets(adata):

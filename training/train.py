@@ -31,7 +31,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, upload_folder
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -40,17 +40,22 @@ from scrdit_diffusers import (
     SCRDIT_PRESETS,
     CellCollator,
     CellDataset,
+    CellStatistics,
+    CellStream,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
-    anndata_to_table,
     count_bins,
     default_scheduler,
     diffusion_loss,
     drop_labels,
+    fit_table,
+    iterate_rows,
+    open_table,
     plotting,
-    read_cells,
+    read_labels,
     split_cells,
+    split_stream,
 )
 
 matplotlib.use("Agg")
@@ -71,7 +76,12 @@ class TrainingArguments:
     """Command-line arguments; names as in diffusers' example scripts."""
 
     # data
-    dataset: str = arg(None, "Cells: .h5ad file, .zarr store, folder written by save_table, or Hub data set id.")
+    dataset: str = arg(None, "Cells: .h5ad or .zarr, a folder or pattern of them, a table folder, or Hub data set id.")
+    dataset_config_name: str | None = arg(None, "Configuration of a Hub data set.")
+    streaming: bool = arg(False, "Read a data set while training instead of downloading it; one process.")
+    join: str = arg("inner", "Genes of several files: those that all have, or all.", choices=["inner", "outer"])
+    gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
+    preprocessing_num_workers: int | None = arg(None, "Processes that convert several files.")
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str = arg("counts", "What is modelled.", choices=["counts", "log_normalized"])
@@ -142,9 +152,17 @@ class TrainingArguments:
 
 
 # Arguments that a resumed run may change.
-CHANGEABLE = ["dataset", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps"]
+CHANGEABLE = [
+    "dataset",
+    "preprocessing_num_workers",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "max_train_steps",
+]
 CHANGEABLE += [
     "num_train_epochs",
+    "preprocessing_num_workers",
     "dataloader_num_workers",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -212,6 +230,59 @@ def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
 
 
+@dataclass
+class Cells:
+    """Training and validation cells, and what was learned from the former."""
+
+    processor: SCRDiTProcessor
+    statistics: CellStatistics
+    loader: DataLoader
+    val_batch: dict[str, torch.Tensor]
+    num_train: int
+    num_val: int
+
+
+def open_cells(args: TrainingArguments, accelerator: Accelerator, sample_counts: bool) -> Cells:
+    """Open the cells as a table on disk, split it, learn the transform from the training cells."""
+    if args.streaming and (accelerator.num_processes > 1 or args.dataloader_num_workers > 1):
+        raise ValueError("--streaming is for one process with at most one data loader worker; else leave it out.")
+    table, var = open_table(
+        args.dataset,
+        layer=args.layer,
+        counts=args.value_space == "counts" or args.target_sum is not None,
+        join=args.join,
+        gene_key=args.gene_key,
+        streaming=args.streaming,
+        name=args.dataset_config_name,
+        num_proc=args.preprocessing_num_workers,
+    )
+    if args.streaming:
+        train, val = split_stream(table, args.val_fraction, args.seed) if args.val_fraction else (table, table)
+    else:
+        train_cells, val_cells = split_cells(
+            read_labels(table, args.labels_key), args.labels_key, args.val_fraction, args.seed
+        )
+        train = table.select(train_cells)
+
+    names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "n_top_genes", "flavor"]
+    options = {name: getattr(args, name) for name in names}
+    options["genes"] = Path(args.genes).read_text().split() if args.genes else None
+    processor, statistics = fit_table(train, var, args.labels_key, name=str(args.dataset), **options)
+    num_train = int(statistics.num_cells.sum())
+    collate = CellCollator(processor, var, counts=sample_counts)
+    options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate}
+    if args.streaming:
+        stream = CellStream(train, num_train, args.train_batch_size, args.labels_key, seed=args.seed)
+        shown = next(iterate_rows(val, args.num_validation_cells, ["genes", "expressions", *args.labels_key]))
+        loader = DataLoader(stream, batch_size=None, **options)
+        return Cells(processor, statistics, loader, collate(shown), num_train, shown.num_rows)
+    loader = DataLoader(CellDataset(train, args.labels_key), args.train_batch_size, shuffle=True, **options)
+    rng = np.random.default_rng(args.seed)
+    shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
+    val_batch = collate(CellDataset(table, args.labels_key).__getitems__(np.sort(shown_cells).tolist()))
+    return Cells(processor, statistics, loader, val_batch, num_train, len(val_cells))
+
+
 def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     check_args(args)
@@ -230,37 +301,23 @@ def main(args: TrainingArguments) -> None:
     torch.set_flush_denormal(True)  # optimiser states decay into denormals, which are slow on CPUs
     resume_from = find_checkpoint(args)
 
-    # 1. Cells: read, split, learn the transform from the training cells
-    adata = read_cells(args.dataset)
-    genes = Path(args.genes).read_text().split() if args.genes else None
-    train_cells, val_cells = split_cells(adata, args.labels_key, args.val_fraction, args.seed)
-    names = ["layer", "labels_key", "value_space", "target_sum", "zero_negation", "zero_value", "min_std"]
-    names += ["n_top_genes", "flavor"]
-    options = {name: getattr(args, name) for name in names}
-    processor = SCRDiTProcessor.from_anndata(adata[train_cells], **options, genes=genes)
-    table = CellDataset(anndata_to_table(adata, args.layer, obs_columns=args.labels_key))
+    # 1. Cells
     sample_counts = args.value_space == "counts" and args.decode == "sample"
-    collate = CellCollator(processor, adata.var_names, counts=sample_counts)
-    options = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
-    loader = DataLoader(Subset(table, train_cells.tolist()), **options, shuffle=True, collate_fn=collate)
-    rng = np.random.default_rng(args.seed)
-    shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
-    val_batch = collate(table.__getitems__(np.sort(shown_cells).tolist()))
+    cells = open_cells(args, accelerator, sample_counts)
+    processor, loader, val_batch = cells.processor, cells.loader, cells.val_batch
 
     # 2. Model, noise, optimiser
     names = ("patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = SCRDIT_PRESETS[args.preset] | overrides | {"dropout": args.dropout}
     config |= {"num_genes": processor.num_genes, "num_classes": processor.num_classes}
-    counts = processor.get_values(adata[train_cells], args.layer) if sample_counts else None  # (cells, G)
     if sample_counts:
-        config |= {"count_bins": count_bins(counts), "beta_schedule": args.beta_schedule}
+        config |= {"count_bins": count_bins(cells.statistics), "beta_schedule": args.beta_schedule}
         config |= {"num_train_timesteps": args.num_train_timesteps}
     model = SCRDiTTransformer(**config)
     model.initialize_weights()
     if sample_counts:
-        codes = processor.encode_labels(adata.obs.iloc[train_cells])
-        model.count_head.initialize(counts, codes, processor.mean, processor.std)
+        model.count_head.initialize_from_statistics(cells.statistics, processor.mean, processor.std)
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
@@ -280,13 +337,13 @@ def main(args: TrainingArguments) -> None:
     cells_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
     logger.info(
-        f"{len(train_cells)} training and {len(val_cells)} validation cells, {processor.num_genes} genes, "
+        f"{cells.num_train} training and {cells.num_val} validation cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
     logger.info(
         f"{args.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "
         f"{model.flops_per_cell() / 1e6:.1f} MFLOP per cell forward; {args.max_train_steps} steps of {cells_per_step} "
-        f"cells ({args.max_train_steps * cells_per_step / len(train_cells):.0f} epochs) are {flops / 1e15:.3f} PFLOP"
+        f"cells ({args.max_train_steps * cells_per_step / cells.num_train:.0f} epochs) are {flops / 1e15:.3f} PFLOP"
     )
     if args.dry_run:
         if accelerator.is_main_process:
@@ -483,7 +540,7 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         pipe = SCRDiTPipeline(trained_model(), scheduler, processor, **pipeline_config)
         pipe.save_pretrained(args.output_dir)
-        record |= {"train_cells": len(train_cells), "val_cells": len(val_cells)}
+        record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
         record |= {"num_processes": accelerator.num_processes, "command": sys.argv}
         record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
         (Path(args.output_dir) / "train_config.json").write_text(json.dumps(record, indent=2))

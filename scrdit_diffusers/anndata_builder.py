@@ -1,0 +1,334 @@
+"""AnnData files as a `datasets` builder: read some rows at a time, written as memory-mapped Arrow to its cache.
+
+The cache of `datasets` gives the rest: a table is made once for each set of files and options, under a lock, in a
+folder that gets its name when it is whole, so that two processes at once or a kill half-way do no harm.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import datasets
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse as sp
+import zarr
+from anndata.io import read_elem, sparse_dataset
+
+from .cell_statistics import ROWS_PER_CHUNK
+from .processing_scrdit import _check_gene_names, check_values, get_matrix
+
+logger = logging.getLogger(__name__)
+
+JOINS = ("inner", "outer")
+VALUES_PER_CHUNK = 2**26  # of a dense matrix
+MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
+
+
+class CellFile:
+    """Rows of a .h5ad or .zarr file, read when they are asked for.
+
+    Parameters
+    ----------
+    path
+        The file, or the folder of the zarr store.
+
+    Raises
+    ------
+    ValueError
+        It holds no AnnData.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.group: Any = zarr.open_group(path, mode="r") if self.path.is_dir() else h5py.File(path, "r")
+        except (OSError, zarr.errors.GroupNotFoundError) as error:
+            raise ValueError(f"{path} cannot be opened as a .h5ad file or .zarr store: {error}") from error
+        if "obs" not in self.group or "var" not in self.group:
+            raise ValueError(f"{path} holds no AnnData: it lacks obs or var.")
+        columns: Any = self.group["obs"].attrs["column-order"]
+        self.columns = [str(key) for key in columns]
+
+    def __enter__(self) -> "CellFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(self.group, h5py.File):
+            self.group.close()
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return len(self.group["obs"][self.group["obs"].attrs["_index"]])
+
+    def var(self) -> pd.DataFrame:
+        """Genes."""
+        return read_elem(self.group["var"])
+
+    def column(self, key: str) -> pd.Series:
+        """One column of obs."""
+        return pd.Series(read_elem(self.group["obs"][key]))
+
+    def column_type(self, key: str) -> Any:
+        """Type of a column of obs in a table, without reading all of it."""
+        column = self.group["obs"][key]
+        if column.attrs.get("encoding-type") == "categorical":
+            names = [str(name) for name in read_elem(column["categories"])]
+            return class_label(names)
+        if hasattr(column, "dtype") and column.dtype.kind in "biuf":
+            return datasets.Value(pa_type_name(column.dtype))
+        return datasets.Value("string")
+
+    def matrix(self, layer: str | None, rows: slice) -> sp.csr_matrix:
+        """Values of some rows of X (`layer=None`) or of a layer."""
+        stored = self.group["X" if layer is None else f"layers/{layer}"]
+        if not hasattr(stored, "shape"):
+            stored = sparse_dataset(stored)
+        return sp.csr_matrix(stored[rows])
+
+    def chunks(self, layer: str | None) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Go through all rows: position of the first one, and values."""
+        stored = self.group["X" if layer is None else f"layers/{layer}"]
+        rows = ROWS_PER_CHUNK
+        if hasattr(stored, "shape"):
+            rows = min(rows, max(1, VALUES_PER_CHUNK // stored.shape[1]))
+        elif stored.attrs["encoding-type"] == "csc_matrix":
+            logger.warning(
+                "%s is stored by genes (CSC) and is read as a whole; store it as CSR to stream it.", self.path
+            )
+            whole = sp.csr_matrix(read_elem(stored))
+            for start in range(0, self.n_obs, rows):
+                yield start, whole[start : start + rows]
+            return
+        for start in range(0, self.n_obs, rows):
+            yield start, self.matrix(layer, slice(start, min(start + rows, self.n_obs)))
+
+    def check(self, layer: str | None, counts: bool, num_rows: int = 1000) -> None:
+        """Raise ValueError unless the layer exists and its first rows are what is expected; see [`get_matrix`]."""
+        rows = min(num_rows, self.n_obs)
+
+        def head_of(elem) -> sp.csr_matrix:
+            if not hasattr(elem, "shape"):
+                by_gene = elem.attrs["encoding-type"] == "csc_matrix"
+                elem = read_elem(elem).tocsr() if by_gene else sparse_dataset(elem)
+            return sp.csr_matrix(elem[:rows])
+
+        stored = self.group["X"] if "X" in self.group else None
+        if stored is not None and not hasattr(stored, "shape") and "indptr" not in stored:
+            stored = None  # an AnnData without X
+        head = ad.AnnData(
+            None if stored is None else head_of(stored),
+            obs=pd.DataFrame(index=[str(i) for i in range(rows)]),
+            var=pd.DataFrame(index=[str(i) for i in range(len(self.var()))]),
+            layers={
+                key: head_of(elem) for key, elem in (self.group["layers"] if "layers" in self.group else {}).items()
+            },
+        )
+        if "raw" in self.group and "X" in self.group["raw"]:
+            head.raw = ad.AnnData(head_of(self.group["raw/X"]), obs=head.obs)
+        try:
+            get_matrix(head, layer, counts)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+def class_label(names: Sequence[str]) -> Any:
+    """Type of a categorical column."""
+    if 0 < len(names) <= MAX_CLASS_LABELS and len(set(names)) == len(names):
+        return datasets.ClassLabel(names=list(names))
+    return datasets.Value("string")
+
+
+def pa_type_name(dtype: np.dtype) -> str:
+    """Name that `datasets` has for a NumPy type of numbers."""
+    return str(pa.from_numpy_dtype(dtype)) if dtype.kind != "f" else f"float{8 * dtype.itemsize}"
+
+
+def join_types(types: Sequence[Any]) -> Any:
+    """Type of a column that has these types in several files."""
+    if all(isinstance(of_file, datasets.ClassLabel) for of_file in types):
+        return class_label(list(dict.fromkeys(name for of_file in types for name in of_file.names)))
+    if all(of_file == types[0] for of_file in types):
+        return types[0]
+    if any(isinstance(of_file, datasets.ClassLabel) or of_file.dtype in ("string", "bool") for of_file in types):
+        return datasets.Value("string")
+    return datasets.Value(pa_type_name(np.result_type(*(of_file.dtype for of_file in types))))
+
+
+def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str, pa.Array]:
+    """Columns of obs as a table stores them."""
+    columns: dict[str, pa.Array] = {}
+    for key in map(str, obs):
+        column, feature = obs[key], features[key]
+        if isinstance(feature, datasets.ClassLabel):
+            names = pd.Index(feature.names)
+            categories = pd.Categorical(column)
+            codes = np.append(names.get_indexer(categories.categories.astype(str)), -1)[categories.codes]
+            columns[key] = pa.array(codes, pa.int64(), mask=codes < 0)
+        elif feature.dtype == "string":
+            columns[key] = pa.array(column.astype(object).map(str, na_action="ignore"), pa.string(), from_pandas=True)
+        else:
+            columns[key] = pa.array(column, feature.pa_type, from_pandas=True)
+    return columns
+
+
+def values_to_arrow(matrix: sp.csr_matrix) -> dict[str, pa.Array]:
+    """Rows of a matrix as the columns `genes` and `expressions`."""
+    offsets = pa.array(matrix.indptr.astype(np.int32))
+    return {
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(matrix.indices.astype(np.int32))),
+        "expressions": pa.ListArray.from_arrays(offsets, pa.array(matrix.data.astype(np.float32))),
+    }
+
+
+def table_features(columns: dict[str, Any]) -> datasets.Features:
+    """Types of a table with these columns of obs."""
+    values = {"genes": datasets.List(datasets.Value("int32")), "expressions": datasets.List(datasets.Value("float32"))}
+    return datasets.Features(values | columns)
+
+
+def gene_vocabulary(
+    paths: Sequence[str | Path], join: str, gene_key: str | None
+) -> tuple[pd.DataFrame, list[np.ndarray]]:
+    """Join the genes of several files.
+
+    Parameters
+    ----------
+    paths
+        Files.
+    join
+        "inner": genes that all files have; "outer": all genes, zero in the files that lack them.
+    gene_key
+        Column of var that identifies a gene, such as one of Ensembl ids; `None` takes var_names.
+
+    Returns
+    -------
+    The common var: genes in the order in which they occur, with the columns that all files have; and for each file the
+    position of its genes in it, -1 for those left out.
+
+    Raises
+    ------
+    ValueError
+        A gene occurs twice in a file, the column is missing, or no gene is in all files.
+    """
+    if join not in JOINS:
+        raise ValueError(f"join must be one of {JOINS}, got {join!r}.")
+    variables, keys = [], []
+    for path in paths:
+        with CellFile(path) as file:
+            var = file.var()
+        var.index = var.index.astype(str)
+        if gene_key is not None and gene_key not in var:
+            raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
+        key = pd.Index(var.index if gene_key is None else var[gene_key].astype(str))
+        _check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
+        variables.append(var.set_axis(key))
+        keys.append(key)
+        if gene_key is not None:
+            variables[-1] = variables[-1].assign(var_names=var.index.to_numpy())
+    shared = [column for column in variables[0] if all(column in var for var in variables)]
+    var = pd.concat([var[shared] for var in variables])
+    var = var[~var.index.duplicated()]
+    if join == "inner":
+        for key in keys:
+            var = var[var.index.isin(key)]
+        if not len(var):
+            examples = [list(key[:3]) for key in keys]
+            raise ValueError(f"The files have no gene in common; their genes look like {examples}. See join, gene_key.")
+    if gene_key is not None and var["var_names"].is_unique:
+        var = var.set_index("var_names")
+        joined = pd.Index(var[gene_key].astype(str))
+    else:
+        joined = var.index
+        var = var.drop(columns="var_names", errors="ignore")
+    var.index.name = None
+    return var, [joined.get_indexer(key) for key in keys]
+
+
+@dataclass
+class AnnDataConfig(datasets.BuilderConfig):
+    """What makes a table: a JSON object with `files` (path, size and time of change of each), and the options.
+
+    One string, because the cache's key is made of it.
+    """
+
+    source: str = ""
+
+
+class AnnDataBuilder(datasets.ArrowBasedBuilder):
+    """Turns AnnData files into a table; see [`open_table`]."""
+
+    VERSION = datasets.Version("1.0.0")  # of what is written for given files and options
+    BUILDER_CONFIG_CLASS = AnnDataConfig
+    DEFAULT_WRITER_BATCH_SIZE = ROWS_PER_CHUNK
+
+    @classmethod
+    def for_files(
+        cls,
+        paths: Sequence[Path],
+        layer: str | None,
+        join: str,
+        gene_key: str | None,
+        obs_columns: Sequence[str] | None,
+        cache_dir: str | Path | None,
+    ) -> "AnnDataBuilder":
+        """Make the builder whose cache belongs to these files, as they are now, and options."""
+        files = []
+        for path in paths:
+            parts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
+            changed = max(part.st_mtime_ns for part in parts)
+            files.append([str(path.resolve()), sum(part.st_size for part in parts), changed])
+        source: dict[str, Any] = {"files": files, "layer": layer, "join": join, "gene_key": gene_key}
+        source["obs_columns"] = None if obs_columns is None else list(obs_columns)
+        return cls(cache_dir=None if cache_dir is None else str(cache_dir), source=json.dumps(source))
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return json.loads(self.config.source)
+
+    def _info(self) -> datasets.DatasetInfo:
+        source = self._source
+        types: list[dict[str, Any]] = []
+        for path, *_ in source["files"]:
+            with CellFile(path) as file:
+                wanted = file.columns if source["obs_columns"] is None else source["obs_columns"]
+                types.append({key: file.column_type(key) for key in wanted if key in file.columns})
+        shared = [key for key in types[0] if all(key in of_file for of_file in types)]
+        columns = {key: join_types([of_file[key] for of_file in types]) for key in shared}
+        return datasets.DatasetInfo(features=table_features(columns))
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread
+        return [datasets.SplitGenerator("train", gen_kwargs={"numbers": numbers})]
+
+    def _generate_tables(self, numbers: list[int]) -> Iterator[tuple[Any, pa.Table]]:
+        source = self._source
+        paths = [path for path, *_ in source["files"]]
+        var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
+        features = self.info.features
+        schema = features.arrow_schema
+        for number in numbers:
+            place = positions[number]
+            same = np.array_equal(place, np.arange(len(var)))
+            with CellFile(paths[number]) as file:
+                obs = pd.DataFrame({key: file.column(key) for key in features if key in file.columns})
+                for i, (start, matrix) in enumerate(file.chunks(source["layer"])):
+                    check_values(matrix, f"{paths[number]}, cells from {start}", counts=False)
+                    if not same:
+                        matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
+                        matrix.indices = place[place >= 0][matrix.indices].astype(np.int32)
+                        matrix = sp.csr_matrix(
+                            (matrix.data, matrix.indices, matrix.indptr), (matrix.shape[0], len(var))
+                        )
+                    matrix.sum_duplicates()
+                    matrix.sort_indices()
+                    rows = obs.iloc[start : start + matrix.shape[0]]
+                    columns = values_to_arrow(matrix) | columns_to_arrow(rows, features)
+                    yield datasets.builder.Key(number, i), pa.table(columns, schema=schema)
