@@ -120,9 +120,11 @@ class CellFile:
                 elem = read_elem(elem).tocsr() if by_gene else sparse_dataset(elem)
             return sp.csr_matrix(elem[:rows])
 
-        stored = self.group["X"] if "X" in self.group else None
-        if stored is not None and not hasattr(stored, "shape") and "indptr" not in stored:
-            stored = None  # an AnnData without X
+        def stored_at(group, key: str):  # what an AnnData lacks is left out or stored as a null
+            found = group[key] if key in group else None
+            return None if found is None or found.attrs.get("encoding-type") == "null" else found
+
+        stored, raw = stored_at(self.group, "X"), stored_at(self.group, "raw")
         head = ad.AnnData(
             None if stored is None else head_of(stored),
             obs=pd.DataFrame(index=[str(i) for i in range(rows)]),
@@ -131,8 +133,8 @@ class CellFile:
                 key: head_of(elem) for key, elem in (self.group["layers"] if "layers" in self.group else {}).items()
             },
         )
-        if "raw" in self.group and "X" in self.group["raw"]:
-            head.raw = ad.AnnData(head_of(self.group["raw/X"]), obs=head.obs)
+        if raw is not None and stored_at(raw, "X") is not None:
+            head.raw = ad.AnnData(head_of(raw["X"]), obs=head.obs)
         try:
             get_matrix(head, layer, counts)
         except ValueError as error:

@@ -1,0 +1,38 @@
+"""The part of benchmark_data.py for annbatch, which may need a Python of its own: anndata and annbatch suffice.
+
+    python training/benchmark_annbatch.py cells.h5ad store.zarr --batch_size 128 --seconds 5
+
+Prints cells per second of writing annbatch's store and of reading random sparse batches from it, as JSON.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import annbatch
+import zarr
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("file")
+parser.add_argument("store")
+parser.add_argument("--batch_size", type=int, default=128)
+parser.add_argument("--seconds", type=float, default=5)
+args = parser.parse_args()
+warnings.simplefilter("ignore")
+
+start = time.perf_counter()
+if not Path(args.store).exists():
+    annbatch.DatasetCollection(zarr.open_group(args.store, mode="w")).add_adatas([args.file])
+writing = time.perf_counter() - start
+loader = annbatch.Loader(batch_size=args.batch_size, shuffle=True, chunk_size=256, preload_nchunks=32)
+loader.use_collection(annbatch.DatasetCollection(zarr.open_group(args.store, mode="r")))
+num_cells, start = 0, time.perf_counter()
+while time.perf_counter() - start < args.seconds:
+    for batch in loader:
+        num_cells += batch["X"].shape[0]
+        if time.perf_counter() - start > args.seconds:
+            break
+seconds = time.perf_counter() - start
+print(json.dumps({"convert": loader.n_obs / writing, "cells_per_second": num_cells / seconds}))

@@ -1,0 +1,259 @@
+"""Speed and memory of the table against other ways to read cells, side by side in one run.
+
+    python training/benchmark_data.py --cells 10000 100000 1000000 --genes 2000
+
+Makes `.h5ad` files by drawing cells of a real one with replacement, then measures, each in a process of its own:
+
+- converting the file to a table, and learning the processor and the count head's start from it (cells per second);
+- random batches in model space, as training wants them, from the table, from a CSR matrix in memory and from the backed
+  file: collating is the same, so that the difference is reading;
+- random sparse batches, before collating: "rows" of the table, and annbatch's loader if --annbatch_python is given;
+- the training rate of the default preset on the same core, and how many times faster the table is read.
+
+Memory is the largest anonymous resident set, less that after importing: pages of a mapped file, which the system drops
+when it needs the room, are not counted.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata.io import sparse_dataset, write_elem
+from torch.utils.data import DataLoader
+
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, open_table
+from scrdit_diffusers.data import rows_to_matrix
+
+LABELS_KEY = "cell_type"
+WAYS = ("table", "memory", "backed", "rows")
+
+
+class PeakMemory:
+    """Largest anonymous resident set of this process in MB, less that at the beginning, sampled every 5 ms."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.start = self.peak = self.now()
+        self.running = True
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.running = False
+        self.thread.join()
+
+    @staticmethod
+    def now() -> float:
+        """Anonymous resident set in MB."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+    def watch(self) -> None:
+        """Sample until the end."""
+        while self.running:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.005)
+
+    @property
+    def megabytes(self) -> float:
+        """The largest one."""
+        return self.peak - self.start
+
+
+def make_file(path: Path, source: Path, num_cells: int, num_genes: int) -> None:
+    """Draw cells with replacement; the genes are those that most cells express."""
+    cells = ad.read_h5ad(source)
+    matrix = sp.csr_matrix(cells.X, dtype=np.float32)
+    genes = np.sort(np.argsort(-matrix.getnnz(axis=0), kind="stable")[:num_genes])
+    matrix, rng = matrix[:, genes], np.random.default_rng(0)
+    drawn = rng.integers(0, cells.n_obs, num_cells)
+    labels = pd.Categorical(cells.obs[LABELS_KEY].iloc[drawn])
+    obs = pd.DataFrame({LABELS_KEY: labels}, index=np.arange(num_cells).astype(str))
+    unfinished = path.with_suffix(".tmp")
+    with h5py.File(unfinished, "w") as file:
+        empty = ad.AnnData(shape=(num_cells, len(genes)), obs=obs, var=cells.var.iloc[genes][[]])
+        write_elem(file, "/", empty)
+        write_elem(file, "X", matrix[drawn[:10_000]])
+        stored = sparse_dataset(file["X"])
+        for start in range(10_000, num_cells, 10_000):
+            stored.append(matrix[drawn[start : start + 10_000]])
+    unfinished.rename(path)
+
+
+def convert(args) -> dict:
+    """Convert a file; the cache is new."""
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in Path(args.cache_dir).rglob("*.arrow"))
+    values = sum(map(len, table.with_format("arrow")[:1000]["genes"])) / 1000
+    return {"cells_per_second": len(table) / seconds, "megabytes": memory.megabytes, "values_per_cell": values} | {
+        "bytes_per_cell": size / len(table)
+    }
+
+
+def fit(args) -> dict:
+    """Learn the processor and the statistics of the count head: two passes."""
+    table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        processor, _ = fit_table(table, var, LABELS_KEY, flavor=args.flavor)
+        seconds = time.perf_counter() - start
+    processor.save_pretrained(args.cache_dir)
+    return {"cells_per_second": len(table) / seconds, "megabytes": memory.megabytes}
+
+
+def batches(args, processor: SCRDiTProcessor):
+    """Start random batches in model space, endless, by one of the ways."""
+    rng = np.random.default_rng(args.seed)
+    if args.way == "rows":
+        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        cells = CellDataset(table, [LABELS_KEY])
+        while True:
+            drawn = rng.integers(0, len(cells), args.batch_size).tolist()
+            yield rows_to_matrix(cells.__getitems__(drawn), len(var))
+    if args.way == "table":
+        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        cells = CellDataset(table, [LABELS_KEY])
+        collate = CellCollator(processor, var, counts=True)
+        sampler = torch.utils.data.RandomSampler(cells, replacement=True, num_samples=10**7)
+        yield from DataLoader(cells, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
+        return
+    cells = ad.read_h5ad(args.file, backed="r" if args.way == "backed" else None)
+    columns = processor.gene_columns(cells.var_names)
+    while True:
+        rows = np.sort(rng.integers(0, cells.n_obs, args.batch_size))
+        yield dense_batch(processor, sp.csr_matrix(cells.X[rows]), columns, cells.obs.iloc[rows])
+
+
+def dense_batch(processor: SCRDiTProcessor, matrix: sp.csr_matrix, columns: np.ndarray, obs: pd.DataFrame) -> dict:
+    """Collate as [`CellCollator`] does."""
+    values = processor.select_values(matrix, columns)
+    return {
+        "values": torch.from_numpy(processor.transform(values)).float(),
+        "class_labels": torch.from_numpy(processor.encode_labels(obs)),
+        "counts": torch.from_numpy(values.toarray()).float(),
+    }
+
+
+def read(args) -> dict:
+    """Random batches for some seconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    processor = SCRDiTProcessor.from_pretrained(args.cache_dir)
+    with PeakMemory() as memory:
+        source = batches(args, processor)
+        next(source)
+        num_batches, start = 0, time.perf_counter()
+        while time.perf_counter() - start < args.seconds:
+            next(source)
+            num_batches += 1
+        seconds = time.perf_counter() - start
+    return {"cells_per_second": num_batches * args.batch_size / seconds, "megabytes": memory.megabytes}
+
+
+def run(measure: str, *arguments: object) -> subprocess.Popen:
+    """Start a measurement in a process of its own."""
+    command = [sys.executable, __file__, "--measure", measure, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen) -> dict:
+    """Wait for a measurement: its last line."""
+    printed = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(f"{process.args} failed.")
+    return json.loads(printed.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="cells.h5ad", help="real cells to draw from, with obs['cell_type']")
+    parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--genes", type=int, nargs="+", default=[2000])
+    parser.add_argument("--folder", default="outputs/benchmark_data", help="for files, kept, and tables")
+    parser.add_argument("--seconds", type=float, default=5, help="for each way to read")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=1, help="also read with so many processes at once")
+    parser.add_argument("--flavor", default="seurat")
+    parser.add_argument("--annbatch_python", help="Python that has annbatch, which needs Python 3.12 or newer")
+    parser.add_argument("--output", default="outputs/benchmark_data.json")
+    for name, kind in dict(measure=str, file=str, cache_dir=str, way=str, seed=int, num_workers=int).items():
+        parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(dict(convert=convert, fit=fit, read=read)[args.measure](args)))
+        return
+
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for num_genes in args.genes:
+        for num_cells in args.cells:
+            path = folder / f"{num_cells}x{num_genes}.h5ad"
+            if not path.exists():
+                make_file(path, Path(args.source), num_cells, num_genes)
+            cache = folder / f"{num_cells}x{num_genes}-{os.getpid()}"
+            common = ["--file", path, "--cache_dir", cache, "--batch_size", args.batch_size, "--seconds", args.seconds]
+            row = {"cells": num_cells, "genes": num_genes}
+            row["convert"] = result(run("convert", *common))
+            os.environ["HF_DATASETS_CACHE"] = str(cache)  # where fit_table keeps what it has learned
+            row["fit"] = result(run("fit", *common, "--flavor", args.flavor))
+            for way in WAYS:
+                row[way] = result(run("read", *common, "--way", way))
+            if args.annbatch_python:
+                script = Path(__file__).with_name("benchmark_annbatch.py")
+                command = [args.annbatch_python, script, path, f"{cache}/annbatch.zarr"]
+                command += ["--batch_size", str(args.batch_size), "--seconds", str(args.seconds)]
+                process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                row["annbatch"] = json.loads(process.stdout.splitlines()[-1])
+            if args.processes > 1:
+                started = [run("read", *common, "--way", "table", "--seed", i) for i in range(args.processes)]
+                rates = [result(process)["cells_per_second"] for process in started]
+                row["processes"] = {
+                    "cells_per_second": sum(rates),
+                    "ratio": sum(rates) / row["table"]["cells_per_second"],
+                }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+
+    from benchmark import DEFAULT, train_rate  # beside this file
+
+    torch.set_flush_denormal(True)
+    model, _ = train_rate(
+        DEFAULT, args.batch_size, 20, argparse.Namespace(device="cpu", dtype="float32", compile=False)
+    )
+    print(f"cells per second (MB); the default preset trains at {model:.0f} cells per second")
+    columns = ["convert", "fit", *WAYS]
+    print(f"{'cells x genes':>18}" + "".join(f"{name:>18}" for name in columns) + f"{'table / training':>18}")
+    for row in rows:
+        cell = [f"{row[name]['cells_per_second']:,.0f} ({row[name]['megabytes']:,.0f})" for name in columns]
+        ratio = row["table"]["cells_per_second"] / model
+        print(f"{row['cells']:>9,} x {row['genes']:>6,}" + "".join(f"{text:>18}" for text in cell) + f"{ratio:>18.1f}")
+        if "annbatch" in row:
+            rates = row["annbatch"]
+            print(f"{'':18}  annbatch: {rates['cells_per_second']:,.0f}, conversion {rates['convert']:,.0f}")
+        if "processes" in row:
+            print(f"{'':18}  {args.processes} processes read {row['processes']['ratio']:.2f} times as fast as one")
+    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps({"machine": machine, "training": model, "rows": rows}, indent=2))
+    print(f"Wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
