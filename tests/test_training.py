@@ -36,7 +36,7 @@ TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to",
 
 
 def run(command, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, **kwargs)
 
 
@@ -281,6 +281,12 @@ def test_processes_share_each_joined_batch_and_see_each_cell_once(train_script, 
         counts = [train_script.share(len(batch), num_processes, i) for i in range(num_processes)]
         assert sum([part[: own.stop - own.start] for part, own in zip(parts, counts, strict=True)], []) == batch
         assert all(parts)
+
+
+def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but each finds 1"):
+        train_here(dataset, tmp_path)
 
 
 # 81 training cells and 16 per step: the last batch of an epoch has one cell, and the second process none.

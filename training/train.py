@@ -359,6 +359,12 @@ def main(args: TrainingArguments) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        raise ValueError(
+            f"{launched} processes were launched, but each finds {accelerator.num_processes}: on CPUs set "
+            "ACCELERATE_USE_CPU=true, or launch one process."
+        )
     if accelerator.is_main_process and args.overwrite_output_dir and not args.dry_run:
         for path in checkpoints(args.output_dir):
             delete_checkpoint(path)
