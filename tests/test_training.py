@@ -291,6 +291,8 @@ def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, 
 
 # 81 training cells and 16 per step: the last batch of an epoch has one cell, and the second process none.
 TWO = ["--labels_key", "cell_type", "--dropout", "0", "--max_train_steps", "12", "--validation_steps", "100"]
+# With its usual epsilon Adam makes full steps of gradients that are rounding errors, such as that of the keys' bias.
+TWO += ["--adam_epsilon", "1e-3"]
 
 
 def test_two_processes_train_as_one_does_on_the_joined_batch(train_here, dataset, tmp_path):
@@ -311,7 +313,9 @@ def test_two_processes_train_as_one_does_on_the_joined_batch(train_here, dataset
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     start = weights(tmp_path / "one" / "checkpoint-9")
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        # Near the Poisson limit the gradient of a dispersion is a difference of large numbers, and its steps are long.
+        rtol = 1e-3 if name.endswith("log_dispersion") else 1e-4
+        torch.testing.assert_close(two[name], tensor, rtol=rtol, atol=1e-5)
     assert max((start[name] - tensor).abs().max() for name, tensor in one.items()) > 1e-3  # what is compared moves
     np.testing.assert_allclose(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-5)
 
