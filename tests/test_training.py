@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +36,7 @@ TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to",
 
 
 def run(command, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, **kwargs)
 
 
@@ -121,6 +124,200 @@ def test_resumed_run_equals_the_uninterrupted_one(train_here, trained, dataset, 
     resumed = weights(tmp_path)
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def uninterrupted(train_here, dataset, tmp_path):
+    """A run with tensorboard and all its checkpoints, its folder."""
+    train_here(dataset, tmp_path / "whole", *LOGGED)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path / "whole"
+
+
+LOGGED = ["--labels_key", "cell_type", "--max_train_steps", "24", "--report_to", "tensorboard"]
+LOGGED += ["--resume_from_checkpoint", "latest", "--validation_steps", "100"]
+
+
+def in_child(function):
+    """Start a copy of this process that runs a function; what it prints stays out of sight."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def finish(pid):
+    """Wait for a child; its exit code, negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(folder, other):
+    """Weights, optimiser, averages and reported losses of two runs are equal to the bit."""
+    names = ["transformer/diffusion_pytorch_model.safetensors", "checkpoint-24/optimizer.bin"]
+    names += [
+        f"checkpoint-24/{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "transformer_ema")
+    ]
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert logged(folder) == logged(other) and len(logged(folder)) == 3
+
+
+def logged(folder):
+    """(step, loss) of each report, as tensorboard shows them."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(folder / "logs" / "scrdit"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train_loss")]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("moment", ["step", "checkpoint", "deletion"])
+def test_a_killed_run_resumes_to_the_same_result(train_script, train_here, uninterrupted, dataset, tmp_path, moment):
+    output_dir = tmp_path / "killed"
+
+    def train_until_killed():
+        calls = {"diffusion_loss": 0}
+
+        def loss(*args, original=train_script.diffusion_loss):
+            calls["diffusion_loss"] += 1
+            if moment == "step" and calls["diffusion_loss"] == 15:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        def replace(source, target):
+            if moment == "checkpoint" and str(target).endswith("checkpoint-15"):
+                (Path(source) / "optimizer.bin").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.rename(source, target)
+
+        def rmtree(path, original=shutil.rmtree, **kwargs):
+            if moment == "deletion" and "checkpoint-9" in str(path):
+                (Path(path) / "optimizer.bin").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(path, **kwargs)
+
+        train_script.diffusion_loss = loss
+        train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
+        train_script.shutil = SimpleNamespace(rmtree=rmtree)
+        train_here(dataset, output_dir, *LOGGED)
+
+    assert finish(in_child(train_until_killed)) == -signal.SIGKILL
+    left = [path.name for path in train_script.checkpoints(output_dir)]
+    expected = {"step": ["9", "12"], "checkpoint": ["9", "12"], "deletion": ["12", "15"]}[moment]
+    assert left == [f"checkpoint-{step}" for step in expected]
+    train_here(dataset, output_dir, *LOGGED)
+    assert_same_run(output_dir, uninterrupted)
+    assert not [path for path in output_dir.iterdir() if path.suffix in (".tmp", ".deleted")]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_runs_killed_at_any_moment_resume_to_the_same_result(
+    train_script, train_here, uninterrupted, dataset, tmp_path
+):
+    """Ten times SIGKILL from outside, at a random time after training has begun to write."""
+    draw, killed, output_dir = random.Random(0), 0, tmp_path / "killed"
+    more = [*LOGGED, "--checkpointing_steps", "1"]
+    while killed < 10:
+        pid = in_child(lambda: train_here(dataset, output_dir, *more))
+        while not output_dir.exists():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.1, 1.5))
+        os.kill(pid, signal.SIGKILL)
+        if finish(pid) == 0:  # done before the signal: once more from the beginning
+            assert_same_run(output_dir, uninterrupted)
+            shutil.rmtree(output_dir)
+        else:
+            killed += 1
+    train_here(dataset, output_dir, *more)
+    assert_same_run(output_dir, uninterrupted)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(train_here, train_script, dataset, tmp_path):
+    message = tmp_path / "message"
+
+    def train_on_a_full_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
+
+        def replace(source, target):  # from the second checkpoint on no file may be longer than 4 kB
+            os.rename(source, target)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+        train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
+        try:
+            train_here(dataset, tmp_path / "run", "--validation_steps", "100")
+        except OSError as error:
+            message.write_text(str(error))
+
+    resource = pytest.importorskip("resource")
+    assert finish(in_child(train_on_a_full_disk)) == 0
+    assert re.search(r"Could not write .*checkpoint-6: .*checkpoint-3 is whole; make room", message.read_text())
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    train_here(dataset, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_processes_share_each_joined_batch_and_see_each_cell_once(train_script, num_processes):
+    samplers = [train_script.EpochSampler(37, 12, num_processes, i, seed=0) for i in range(num_processes)]
+    for sampler in samplers:
+        sampler.set_epoch(3)
+    alone = train_script.EpochSampler(37, 12, 1, 0, seed=0)
+    alone.set_epoch(3)
+    joined = list(alone)
+    assert sorted(sum(joined, [])) == list(range(37)) and [len(batch) for batch in joined] == [12, 12, 12, 1]
+    for batch, *parts in zip(joined, *samplers, strict=True):
+        counts = [train_script.share(len(batch), num_processes, i) for i in range(num_processes)]
+        assert sum([part[: own.stop - own.start] for part, own in zip(parts, counts, strict=True)], []) == batch
+        assert all(parts)
+
+
+def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but each finds 1"):
+        train_here(dataset, tmp_path)
+
+
+# 81 training cells and 16 per step: the last batch of an epoch has one cell, and the second process none.
+TWO = ["--labels_key", "cell_type", "--dropout", "0", "--max_train_steps", "12", "--validation_steps", "100"]
+# With its usual epsilon Adam makes full steps of gradients that are rounding errors, such as that of the keys' bias.
+TWO += ["--adam_epsilon", "1e-3"]
+
+
+def test_two_processes_train_as_one_does_on_the_joined_batch(train_here, dataset, tmp_path):
+    train_here(dataset, tmp_path / "one", *TWO, "--report_to", "tensorboard")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "training/train.py",
+    ]
+    command = [*launch, "--dataset", str(dataset), "--output_dir", str(tmp_path / "two"), *TINY, *TWO]
+    result = run([*command, "--train_batch_size", "8", "--report_to", "tensorboard"])
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "two" / "train_config.json").read_text())["num_processes"] == 2
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    start = weights(tmp_path / "one" / "checkpoint-9")
+    for name, tensor in one.items():
+        # Near the Poisson limit the gradient of a dispersion is a difference of large numbers, and its steps are long.
+        rtol = 1e-3 if name.endswith("log_dispersion") else 1e-4
+        torch.testing.assert_close(two[name], tensor, rtol=rtol, atol=1e-5)
+    assert max((start[name] - tensor).abs().max() for name, tensor in one.items()) > 1e-3  # what is compared moves
+    np.testing.assert_allclose(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-5)
 
 
 def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):

@@ -3,7 +3,8 @@
     accelerate launch training/train.py --dataset cells.h5ad --labels_key cell_type --output_dir scrdit-model
 
 The pipeline folder is `--output_dir` itself. Running the same command with `--resume_from_checkpoint latest` goes on
-where the last one stopped, to the same result: all randomness of a step is a function of seed, step and process.
+where the last one stopped, to the same result: all randomness of a step is a function of seed and step. It does not
+depend on the number of processes, given the same number of cells per step, but for the masks of `--dropout`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,15 +26,17 @@ import diffusers
 import matplotlib
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import create_repo, upload_folder
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -239,6 +243,12 @@ def checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, so that a half-deleted one is never taken for a whole one."""
+    os.replace(path, f"{path}.deleted")
+    shutil.rmtree(f"{path}.deleted")
+
+
 def find_checkpoint(args: TrainingArguments) -> Path | None:
     """Find the checkpoint to resume from; `None` to start anew."""
     whole = checkpoints(args.output_dir)
@@ -252,9 +262,61 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return path
 
 
+def mix_seeds(*seeds: int) -> int:
+    """Make one seed of several; zeros at their end do not count."""
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:
     """Make a generator whose state is a function of several integers."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator(device).manual_seed(mix_seeds(*seeds))
+
+
+def share(count: int, num_processes: int, process_index: int) -> slice:
+    """Part of `count` cells that belongs to a process; the sizes differ by one at most."""
+    size, rest = divmod(count, num_processes)
+    start = process_index * size + min(process_index, rest)
+    return slice(start, start + size + (process_index < rest))
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Positions of each batch of one process; the processes together see each cell once per epoch.
+
+    The joined batches of all processes are consecutive parts of one random order, which is a function of seed and
+    epoch. The last one may be short: the processes share it, and one that is left without a cell gets the first,
+    which training weighs by zero.
+
+    Parameters
+    ----------
+    num_cells
+        Number of cells.
+    batch_size
+        Cells of a joined batch.
+    num_processes
+        Number of processes.
+    process_index
+        Number of this process.
+    seed
+        Makes the order reproducible.
+    """
+
+    def __init__(self, num_cells: int, batch_size: int, num_processes: int, process_index: int, seed: int):
+        self.num_cells, self.batch_size, self.seed, self.epoch = num_cells, batch_size, seed, 0
+        self.num_processes, self.process_index = num_processes, process_index
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_cells / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose another order of the cells."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_cells)
+        for start in range(0, self.num_cells, self.batch_size):
+            joined = order[start : start + self.batch_size]
+            own = joined[share(len(joined), self.num_processes, self.process_index)]
+            yield (own if len(own) else joined[:1]).tolist()
 
 
 def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
@@ -277,6 +339,7 @@ class Cells:
     some_values: torch.Tensor  # of at most MAX_PCA_CELLS training cells, in model space
     num_train: int
     num_val: int
+    cells_per_epoch: int
 
 
 def open_cells(
@@ -328,15 +391,19 @@ def open_cells(
         some_values = collate(next(iterate_rows(train, MAX_PCA_CELLS, shown.column_names)))["values"]
         generator = torch.Generator()  # else each pass draws from the one of the dropout, and resuming is not exact
         loader = DataLoader(stream, batch_size=None, generator=generator, **options)
-        return Cells(processor, statistics, loader, collate(shown), some_values, num_train, shown.num_rows)
+        used = len(stream) * args.train_batch_size
+        return Cells(processor, statistics, loader, collate(shown), some_values, num_train, shown.num_rows, used)
     dataset = CellDataset(train, args.labels_key)
-    loader = DataLoader(dataset, args.train_batch_size, shuffle=True, **options)
+    num_processes, process_index = accelerator.num_processes, accelerator.process_index
+    joined_size = args.train_batch_size * num_processes
+    sampler = EpochSampler(num_train, joined_size, num_processes, process_index, args.seed)
+    loader = DataLoader(dataset, batch_sampler=sampler, **options)
     rng = np.random.default_rng(args.seed)
     some_cells = np.sort(rng.permutation(len(train_cells))[:MAX_PCA_CELLS])
     some_values = collate(dataset.__getitems__(some_cells.tolist()))["values"]
     shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
     val_batch = collate(CellDataset(table, args.labels_key).__getitems__(np.sort(shown_cells).tolist()))
-    return Cells(processor, statistics, loader, val_batch, some_values, num_train, len(val_cells))
+    return Cells(processor, statistics, loader, val_batch, some_values, num_train, len(val_cells), num_train)
 
 
 def build_model(args: TrainingArguments, cells: Cells, sample_counts: bool) -> SCRDiTTransformer:
@@ -362,20 +429,28 @@ def main(args: TrainingArguments) -> None:
     """Train, then save the pipeline to `args.output_dir`."""
     start = time.time()
     check_args(args)
-    for path in checkpoints(args.output_dir) if args.overwrite_output_dir and not args.dry_run else []:
-        shutil.rmtree(path)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        raise ValueError(
+            f"{launched} processes were launched, but each finds {accelerator.num_processes}: on CPUs set "
+            "ACCELERATE_USE_CPU=true, or launch one process."
+        )
+    if accelerator.is_main_process and args.overwrite_output_dir and not args.dry_run:
+        for path in checkpoints(args.output_dir):
+            delete_checkpoint(path)
+    accelerator.wait_for_everyone()
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)
     torch.set_flush_denormal(True)  # optimiser states decay into denormals, which are slow on CPUs
     resume_from = find_checkpoint(args)
+    first_step = int(resume_from.name.split("-")[1]) if resume_from else 0
 
     # 1. Cells
     pretrained = load_pretrained(args)
@@ -401,7 +476,7 @@ def main(args: TrainingArguments) -> None:
         model.enable_gradient_checkpointing()
     scheduler = default_scheduler(args.prediction_type, args.beta_schedule, args.num_train_timesteps)
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
-    updates_per_epoch = math.ceil(len(loader) / accelerator.num_processes / args.gradient_accumulation_steps)
+    updates_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     if args.num_train_epochs is not None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
 
@@ -410,7 +485,8 @@ def main(args: TrainingArguments) -> None:
 
     record = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
 
-    cells_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    joined_size = args.train_batch_size * accelerator.num_processes
+    cells_per_step = joined_size * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
     logger.info(
         f"{cells.num_train} training and {cells.num_val} validation cells, {processor.num_genes} genes, "
@@ -458,11 +534,14 @@ def main(args: TrainingArguments) -> None:
         )
         ema.to(accelerator.device)
 
+    running: list[float] = []  # losses since the last report, part of a checkpoint
+
     # 3. Checkpoints: weights as safetensors, besides what Accelerate saves
     def save_hook(models, weights, output_dir):
         if accelerator.is_main_process:
             processor.save_pretrained(os.path.join(output_dir, "processor"))
             (Path(output_dir) / "arguments.json").write_text(json.dumps(record))
+            (Path(output_dir) / "losses.json").write_text(json.dumps(running))
             for saved in models:
                 accelerator.unwrap_model(saved).save_pretrained(os.path.join(output_dir, "transformer"))
             if ema is not None:  # EMAModel.save_pretrained would lose the buffers of the count head
@@ -480,6 +559,7 @@ def main(args: TrainingArguments) -> None:
         changed = {k: (before[k], v) for k, v in record.items() if k not in CHANGEABLE and before[k] != v}
         if changed:
             raise ValueError(f"Arguments differ from those of {input_dir} (then, now): {changed}.")
+        running[:] = json.loads((Path(input_dir) / "losses.json").read_text())
         while models:  # by file and not from_pretrained, which knows no adapters
             loaded = load_file(os.path.join(input_dir, "transformer", SAFETENSORS_WEIGHTS_NAME))
             accelerator.unwrap_model(models.pop()).load_state_dict(loaded)
@@ -494,7 +574,8 @@ def main(args: TrainingArguments) -> None:
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0)  # sharded already
     val_batch = {name: tensor.to(accelerator.device) for name, tensor in val_batch.items()}
     null_labels = torch.tensor(processor.num_classes, dtype=torch.long, device=accelerator.device)  # (K,)
     if accelerator.is_main_process:
@@ -502,21 +583,37 @@ def main(args: TrainingArguments) -> None:
             name, private = args.hub_model_id or Path(args.output_dir).name, args.hub_private_repo
             repo_id = create_repo(name, private=private, token=args.hub_token, exist_ok=True).repo_id
         os.makedirs(args.output_dir, exist_ok=True)
-        accelerator.init_trackers("scrdit", {k: str(v) for k, v in record.items()})
+        # A run that was killed may have logged steps that come again.
+        tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
+        accelerator.init_trackers("scrdit", {k: str(v) for k, v in record.items()}, tensorboard)
+
+    def joined_losses() -> list[float]:
+        return accelerator.reduce(torch.tensor(running, device=accelerator.device), "mean").tolist()
 
     def save_checkpoint(step: int) -> None:
         path = Path(args.output_dir) / f"checkpoint-{step}"
+        running[:] = joined_losses()
         if accelerator.is_main_process:
-            whole = checkpoints(args.output_dir)
-            for old in whole[: max(0, len(whole) + 1 - (args.checkpoints_total_limit or len(whole) + 1))]:
-                shutil.rmtree(old)
+            for left in [*path.parent.glob("checkpoint-*.tmp"), *path.parent.glob("checkpoint-*.deleted")]:
+                shutil.rmtree(left)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(f"{path}.tmp")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk by RuntimeError
             shutil.rmtree(f"{path}.tmp", ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(f"{path}.tmp")
+            whole = checkpoints(args.output_dir)
+            last = f"{whole[-1]} is whole" if whole else "There is no earlier one"
+            raise OSError(f"Could not write {path}: {error}. {last}; make room, then resume.") from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if path.exists():  # written by a run that went further than the checkpoint it was resumed from
+                delete_checkpoint(path)
             os.replace(f"{path}.tmp", path)
             tqdm.write(f"Saved {path}")
+            whole = [old for old in checkpoints(args.output_dir) if old != path]
+            surplus = len(whole) + 1 - (args.checkpoints_total_limit or len(whole) + 1)
+            for old in whole[: max(0, surplus)]:
+                delete_checkpoint(old)
 
     def trained_model() -> SCRDiTTransformer:
         trained = SCRDiTTransformer.from_config(accelerator.unwrap_model(model).config).to(accelerator.device)
@@ -551,10 +648,9 @@ def main(args: TrainingArguments) -> None:
         return loss
 
     # 4. Train
-    step = 0
+    step = first_step
     if resume_from is not None:
         accelerator.load_state(str(resume_from))
-        step = int(resume_from.name.split("-")[1])
         logger.info(f"Resumed from {resume_from}")
     first_step = step
     signals: list[int] = []
@@ -563,27 +659,36 @@ def main(args: TrainingArguments) -> None:
     stopped = False
     progress = tqdm(total=args.max_train_steps, initial=step, desc="train", disable=not accelerator.is_main_process)
     postfix: dict[str, str] = {}
-    running: list[float] = []
     while step < args.max_train_steps and not stopped:
         epoch, done = divmod(step, updates_per_epoch)
         loader.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, done * args.gradient_accumulation_steps)
         for micro_step, batch in enumerate(batches):
             micro_step %= args.gradient_accumulation_steps
-            generator = seeded_generator(accelerator.device, args.seed, step, micro_step, accelerator.process_index)
-            values = batch["values"]  # (B, G)
+            # All processes draw for the joined batch of all, J cells, and each takes the part of its own B cells.
+            left = cells.cells_per_epoch - (step - epoch * updates_per_epoch) * cells_per_step
+            num_joined = min(joined_size, left - micro_step * joined_size)
+            own = share(num_joined, accelerator.num_processes, accelerator.process_index)
+            scale = accelerator.num_processes * args.gradient_accumulation_steps / min(cells_per_step, left)
+            if own.start == own.stop:  # more processes than cells: this one has a cell that does not count
+                own, scale = slice(0, 1), 0.0
+            generator = seeded_generator(accelerator.device, args.seed, step, micro_step)
             draw = {"generator": generator, "device": accelerator.device}
-            timesteps = torch.randint(min_timestep, args.num_train_timesteps, (len(values),), **draw)  # (B,)
-            noise = torch.randn(values.shape, **draw)  # (B, G)
-            batch["class_labels"] = drop_labels(batch["class_labels"], null_labels, args.class_dropout_prob, generator)
+            timesteps = torch.randint(min_timestep, args.num_train_timesteps, (num_joined,), **draw)[own]  # (B,)
+            noise = torch.randn((num_joined, processor.num_genes), **draw)[own]  # (B, G)
+            labels = null_labels.repeat(num_joined, 1)  # (J, K)
+            labels[own] = batch["class_labels"]
+            batch["class_labels"] = drop_labels(labels, null_labels, args.class_dropout_prob, generator)[own]  # (B, K)
+            torch.manual_seed(mix_seeds(args.seed, step, micro_step, 1 + accelerator.process_index))  # for dropout
             with accelerator.accumulate(model):
                 losses = diffusion_loss(
                     model, noise_scheduler, batch, timesteps, noise, *weights, penalty_weight=penalty_weight
                 )  # (B,)
-                running.append(losses.mean().item())
+                loss = scale * losses.sum()  # its mean over processes and batches of a step is that over its cells
+                running.append(loss.item())
                 if not math.isfinite(running[-1]):
                     raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args)
-                accelerator.backward(losses.mean())
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -597,7 +702,9 @@ def main(args: TrainingArguments) -> None:
             step += 1
             progress.update()
             if step % 10 == 0 or step == args.max_train_steps:
-                train_loss, running = float(np.mean(running)), []
+                num_steps = (step - 1) % 10 + 1
+                train_loss = sum(joined_losses()) / args.gradient_accumulation_steps / num_steps
+                running.clear()
                 accelerator.log({"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
                 rate = (progress.format_dict["rate"] or 0) * cells_per_step
                 postfix |= {"loss": f"{train_loss:.4f}", "cells/s": f"{rate:.0f}"}
