@@ -106,7 +106,7 @@ def diffusion_loss(
         See [`loss_weights`].
     penalty_weight
         Weight of `count_penalty`, see [`SCRDiTTransformerOutput`]: width / (2 s^2 N) for a prior of standard deviation
-        s and N training cells.
+        s and N training cells. Only for a model in training mode.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def diffusion_loss(
         counts = batch["counts"]  # (B, G)
         library_size = counts.sum(dim=1)  # (B,)
         output = model(noisy, timesteps, batch["class_labels"], library_size, counts)
-        return output.count_nll + penalty_weight * output.count_penalty  # (B,)
+        return output.count_nll + (penalty_weight * output.count_penalty if penalty_weight else 0.0)  # (B,)
     prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":

@@ -55,9 +55,10 @@ class SCRDiTTransformerOutput(BaseOutput):
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
     count_penalty
-        Along with `count_nll`, squared log fold change of a gene that the network predicts, averaged over genes, if its
-        inputs were independent; shape (). With a normal prior of standard deviation s for these fold changes, and N
-        training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` / (2 s^2 N).
+        Along with `count_nll` in training mode, squared log fold change of a gene that the network predicts, averaged
+        over genes, if its inputs were independent; shape (). With a normal prior of standard deviation s for these fold
+        changes, and N training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` /
+        (2 s^2 N).
     """
 
     sample: torch.Tensor | None = None
@@ -483,7 +484,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
-                penalty = self._fold_change_penalty(hidden_states)  # ()
+                penalty = self._fold_change_penalty(hidden_states) if self.training else None  # ()
                 output = SCRDiTTransformerOutput(None, log_mean, nll, penalty)
         return output if return_dict else output.to_tuple()
 

@@ -91,7 +91,7 @@ def test_the_penalty_of_fold_changes_is_added_with_its_weight(count_model, adata
     values = torch.from_numpy(processor.transform(adata.X[:3])).float()
     labels = torch.from_numpy(processor.encode_labels(adata.obs[:3]))
     batch = {"values": values, "class_labels": labels, "counts": torch.from_numpy(adata.X[:3].toarray())}
-    arguments = (count_model, noise_scheduler("sample"), batch, torch.full((3,), 500), torch.zeros(3, 23))
+    arguments = (count_model.train(), noise_scheduler("sample"), batch, torch.full((3,), 500), torch.zeros(3, 23))
     noisy = noise_scheduler("sample").add_noise(values, torch.zeros(3, 23), torch.full((3,), 500))
     output = count_model(noisy, 500, labels, batch["counts"].sum(dim=1), batch["counts"])
     assert output.count_penalty > 0

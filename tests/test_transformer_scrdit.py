@@ -317,7 +317,7 @@ def test_penalty_is_the_mean_square_of_log_fold_changes_of_independent_inputs(pa
     model = make_model(patch_embed_type, num_cell_tokens=1, count_bins=[[23, 4]])
     seen = []
     model.dropout_out.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    penalty = model(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
+    penalty = model.train()(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
     tokens = seen[0][None] * torch.randint(0, 2, (20000, 1, *seen[0].shape[1:])).mul(2).sub(1)  # (20000, 4, 6, 16)
     with torch.no_grad():
         bias = model.proj_out.bias.flatten() if patch_embed_type == "per_patch" else model.proj_out.bias.repeat(5)
@@ -330,7 +330,7 @@ def test_penalty_cannot_be_evaded_by_larger_tokens():
     model = make_model(num_cell_tokens=1, count_bins=[[23, 4]])
     model.initialize_weights()
     torch.nn.init.normal_(model.proj_out.weight)
-    before = model(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
+    before = model.train()(**make_inputs(), counts=torch.ones(4, 23)).count_penalty
     with torch.no_grad():
         model.adaln_out.bias[16:] += 1  # scale 2 instead of 1
         model.proj_out.weight /= 2
