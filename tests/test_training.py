@@ -188,11 +188,11 @@ def test_a_killed_run_resumes_to_the_same_result(train_script, train_here, unint
     def train_until_killed():
         calls = {"diffusion_loss": 0}
 
-        def loss(*args, original=train_script.diffusion_loss):
+        def loss(*args, original=train_script.diffusion_loss, **kwargs):
             calls["diffusion_loss"] += 1
             if moment == "step" and calls["diffusion_loss"] == 15:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
+            return original(*args, **kwargs)
 
         def replace(source, target):
             if moment == "checkpoint" and str(target).endswith("checkpoint-15"):
