@@ -55,10 +55,10 @@ class SCRDiTTransformerOutput(BaseOutput):
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
     count_penalty
-        Along with `count_nll` in training mode, squared log fold change of a gene that the network predicts, averaged
-        over genes, if its inputs were independent; shape (). With a normal prior of standard deviation s for these fold
-        changes, and N training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` /
-        (2 s^2 N).
+        Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
+        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s for
+        these fold changes, and N training cells, the negative log-posterior of the weights is `count_nll` +
+        D `count_penalty` / (2 s^2 N).
     """
 
     sample: torch.Tensor | None = None
@@ -484,26 +484,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
-                penalty = self._fold_change_penalty(hidden_states) if self.training else None  # ()
+                penalty = self._fold_change_penalty() if self.training else None  # ()
                 output = SCRDiTTransformerOutput(None, log_mean, nll, penalty)
         return output if return_dict else output.to_tuple()
 
-    def _fold_change_penalty(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Squared log fold changes that the last projections make of tokens (B, C + N, D); see `count_penalty`.
-
-        It weighs the weights by the size of what they multiply, so that a larger input cannot evade it.
-        """
-        num_cell_tokens, num_genes = self.config.num_cell_tokens, self.config.num_genes
-        inputs = hidden_states.float().square().mean(dim=0)  # (C + N, D)
-        weights = self.proj_out.weight.float().square()  # (N, D, P), or (P, D) shared
-        if self.config.patch_embed_type == "per_patch":
-            fold_changes = torch.bmm(inputs[num_cell_tokens:, None], weights)  # (N, 1, P)
-        else:
-            fold_changes = inputs[num_cell_tokens:] @ weights.T  # (N, P)
-        fold_changes = fold_changes.flatten()[:num_genes]  # (G,)
-        if num_cell_tokens:
-            fold_changes = fold_changes + self.cell_out.weight.float().square() @ inputs[:num_cell_tokens].flatten()
-        return fold_changes.mean()
+    def _fold_change_penalty(self) -> torch.Tensor:
+        """Squared log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
+        weights = [self.proj_out.weight] + ([self.cell_out.weight] if self.config.num_cell_tokens else [])
+        return torch.stack([weight.float().square().sum() for weight in weights]).sum() / self.config.num_genes
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

@@ -212,6 +212,7 @@ def test_a_killed_run_resumes_to_the_same_result(train_script, train_here, unint
         train_here(dataset, output_dir, *LOGGED)
 
     assert finish(in_child(train_until_killed)) == -signal.SIGKILL
+    time.sleep(1.1)  # tensorboard orders its files by their second
     left = [path.name for path in train_script.checkpoints(output_dir)]
     expected = {"step": ["9", "12"], "checkpoint": ["9", "12"], "deletion": ["12", "15"]}[moment]
     assert left == [f"checkpoint-{step}" for step in expected]
