@@ -56,7 +56,7 @@ class SCRDiTTransformerOutput(BaseOutput):
         `sample` is then left out.
     count_penalty
         Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
-        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s for
+        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s of
         these fold changes, and N training cells, the negative log-posterior of the weights is `count_nll` +
         D `count_penalty` / (2 s^2 N).
     """
@@ -490,8 +490,12 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
     def _fold_change_penalty(self) -> torch.Tensor:
         """Squared log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
-        weights = [self.proj_out.weight] + ([self.cell_out.weight] if self.config.num_cell_tokens else [])
-        return torch.stack([weight.float().square().sum() for weight in weights]).sum() / self.config.num_genes
+        fold_changes = self.proj_out.weight.float().square().sum()
+        if self.config.patch_embed_type == "shared":
+            fold_changes = fold_changes * self.num_patches
+        if self.config.num_cell_tokens:
+            fold_changes = fold_changes + self.cell_out.weight.float().square().sum()
+        return fold_changes / self.config.num_genes
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

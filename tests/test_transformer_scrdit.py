@@ -311,9 +311,10 @@ def test_cell_tokens_read_the_principal_components_and_reach_all_genes():
     assert (model(**inputs).sample - before).abs().amin() > 0
 
 
-def test_penalty_is_the_mean_square_of_log_fold_changes_of_unit_inputs():
+@pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
+def test_penalty_is_the_mean_square_of_log_fold_changes_of_unit_inputs(patch_embed_type):
     """Oracle: the variance of what the two last layers make of white noise, without their biases."""
-    model = make_model(num_genes=25, num_cell_tokens=1, count_bins=[[25, 4]])
+    model = make_model(patch_embed_type, num_genes=25, num_cell_tokens=1, count_bins=[[25, 4]])
     penalty = model.train()(**make_inputs(num_genes=25), counts=torch.ones(4, 25)).count_penalty
     with torch.no_grad():
         tokens = torch.randn(20000, 6, 16, generator=torch.Generator().manual_seed(0))
