@@ -7,10 +7,20 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .count_head import SCRDiTCountHead, count_bins
-from .data import CellCollator, CellDataset, anndata_to_table, read_cells, save_table, split_cells, table_to_anndata
+from .data import (
+    CellCollator,
+    CellDataset,
+    anndata_to_table,
+    push_table,
+    read_cells,
+    save_table,
+    split_cells,
+    table_to_anndata,
+)
 from .objective import diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput, default_scheduler
 from .processing_scrdit import SCRDiTProcessor
+from .remote_code import push_remote_code
 from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
 
 __version__ = version("scrdit_diffusers")
@@ -29,6 +39,8 @@ __all__ = [
     "default_scheduler",
     "diffusion_loss",
     "drop_labels",
+    "push_remote_code",
+    "push_table",
     "read_cells",
     "save_table",
     "split_cells",

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 
 from .processing_scrdit import SCRDiTProcessor, get_matrix, label_categories
 
@@ -89,13 +90,43 @@ def save_table(adata: ad.AnnData, folder: str | Path, layer: str | None = None) 
     adata.var.rename_axis("var_names").to_parquet(Path(folder) / "var.parquet")
 
 
+def push_table(
+    adata: ad.AnnData,
+    repo_id: str,
+    layer: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Publish cells as a data set on the Hub, with their gene vocabulary, for [`read_cells`] and for streaming.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    repo_id
+        Data set on the Hub, such as "user/pbmc"; made if there is none.
+    layer
+        Layer that holds the values; `None` takes X.
+    private
+        Make a new data set private; `None` takes the account's default.
+    token
+        Token for the Hub; the stored one if `None`.
+    """
+    anndata_to_table(adata, layer).push_to_hub(repo_id, private=private, token=token)
+    vocabulary = adata.var.rename_axis("var_names").to_parquet()
+    HfApi(token=token).upload_file(
+        path_or_fileobj=vocabulary, path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
+    )
+
+
 def read_cells(dataset: str | Path) -> ad.AnnData:
     """Read cells by name.
 
     Parameters
     ----------
     dataset
-        A `.h5ad` file, a `.zarr` store, a folder written by [`save_table`], or the Hub id of such a table.
+        A `.h5ad` file, a `.zarr` store, a folder written by [`save_table`], or the Hub id of a data set
+        published by [`push_table`].
 
     Returns
     -------
@@ -119,8 +150,6 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
         raise ValueError(f"{path} is neither a .h5ad file, nor a .zarr store, nor a folder written by save_table.")
     if path.suffix in (".h5ad", ".zarr") or len(path.parts) != 2:
         raise FileNotFoundError(f"{path} does not exist.")
-    from huggingface_hub import hf_hub_download
-
     var = pd.read_parquet(hf_hub_download(str(dataset), "var.parquet", repo_type="dataset"))
     return table_to_anndata(datasets.load_dataset(str(dataset), split="train"), var)
 

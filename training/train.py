@@ -511,7 +511,8 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
 def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
     """Upload the pipeline folder, without checkpoints and logs, with a model card."""
     description = f"scRDiT trained on `{Path(args.dataset).name}`: generates single cells as AnnData."
-    card = load_or_create_model_card(repo_id, from_training=True, license="apache-2.0", model_description=description)
+    about = {"from_training": True, "license": "apache-2.0", "model_description": description}
+    card = load_or_create_model_card(repo_id, token=args.hub_token, **about)
     card = populate_model_card(card, ["biology", "genomics", "single-cell", "modality:rna"])
     card.save(f"{args.output_dir}/README.md")
     ignored = ["checkpoint-*", "checkpoint-*/*", f"{args.logging_dir}/*"]
