@@ -161,10 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.refuse(401, "Invalid username or password.")
             return self.refuse(403, f"You don't have the rights to write to {id}.")
         self.id, self.repository = id, repository
-        if rev is not None:
-            self.rev, self.sha = rev, repository.find(rev)
-            if self.sha is None:
-                return self.refuse(404, f"Invalid rev id: {rev}", "RevisionNotFound")
+        self.rev = rev or "main"
+        self.sha = repository.find(self.rev)
+        if self.sha is None:
+            return self.refuse(404, f"Invalid rev id: {rev}", "RevisionNotFound")
         function(self, **arguments)
 
 
@@ -195,9 +195,8 @@ def validate_yaml(h):
 
 
 def info(h):
-    sha = getattr(h, "sha", h.repository.branches["main"])
-    siblings = [{"rfilename": path} for path in h.repository.commits[sha]]
-    about = {"_id": "0", "id": h.id, "sha": sha, "siblings": siblings, "private": h.repository.private, "tags": []}
+    siblings = [{"rfilename": path} for path in h.repository.commits[h.sha]]
+    about = {"_id": "0", "id": h.id, "sha": h.sha, "siblings": siblings, "private": h.repository.private, "tags": []}
     h.answer(200, about | {"lastModified": "2026-01-01T00:00:00.000Z", "downloads": 0, "likes": 0})
 
 

@@ -36,8 +36,10 @@ from scrdit_diffusers import (
 )
 from scrdit_diffusers.remote_code import bundle_module
 
-# huggingface_hub itself, when it uploads large files
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub, uploading large files
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),  # diffusers
+]
 
 REPOSITORY = Path(__file__).parents[1]
 REPO = "user/scrdit-pbmc"
