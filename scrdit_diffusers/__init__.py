@@ -16,6 +16,7 @@ from .data import (
     fit_table,
     iterate_rows,
     open_table,
+    push_table,
     read_cells,
     read_labels,
     save_table,
@@ -26,6 +27,7 @@ from .data import (
 from .objective import diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .processing_scrdit import SCRDiTProcessor
+from .remote_code import push_remote_code
 from .schedulers import default_scheduler
 from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
 
@@ -50,6 +52,8 @@ __all__ = [
     "fit_table",
     "iterate_rows",
     "open_table",
+    "push_remote_code",
+    "push_table",
     "read_cells",
     "read_labels",
     "save_table",

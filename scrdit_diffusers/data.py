@@ -24,6 +24,7 @@ import scipy.sparse as sp
 import torch
 from datasets.fingerprint import Hasher
 from filelock import FileLock
+from huggingface_hub import HfApi, hf_hub_download
 
 from . import cell_statistics, processing_scrdit
 from .anndata_builder import (
@@ -198,6 +199,35 @@ def save_table(adata: ad.AnnData, folder: str | Path, layer: str | None = None) 
     adata.var.rename_axis("var_names").to_parquet(Path(folder) / "var.parquet")
 
 
+def push_table(
+    adata: ad.AnnData,
+    repo_id: str,
+    layer: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Publish cells as a data set on the Hub, with their gene vocabulary, for [`read_cells`] and for streaming.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    repo_id
+        Data set on the Hub, such as "user/pbmc"; made if there is none.
+    layer
+        Layer that holds the values; `None` takes X.
+    private
+        Make a new data set private; `None` takes the account's default.
+    token
+        Token for the Hub; the stored one if `None`.
+    """
+    anndata_to_table(adata, layer).push_to_hub(repo_id, private=private, token=token)
+    vocabulary = adata.var.rename_axis("var_names").to_parquet()
+    HfApi(token=token).upload_file(
+        path_or_fileobj=vocabulary, path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
+    )
+
+
 def find_files(dataset: str | Path) -> list[Path]:
     """AnnData files that a name stands for: a file, a folder of them, or a pattern such as `cells/*.h5ad`."""
     path = Path(dataset)
@@ -326,8 +356,6 @@ def _read_vocabulary(dataset: str) -> pd.DataFrame:
         return datasets.load_dataset(dataset, "gene_metadata", split="train").to_pandas()
     if Path(dataset).exists():
         raise ValueError(f"{dataset} has no gene vocabulary: neither var.parquet nor the configuration gene_metadata.")
-    from huggingface_hub import hf_hub_download
-
     return pd.read_parquet(hf_hub_download(dataset, "var.parquet", repo_type="dataset"))
 
 
@@ -348,7 +376,8 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
     Parameters
     ----------
     dataset
-        A `.h5ad` file, a `.zarr` store, a folder written by [`save_table`], or the Hub id of such a table.
+        A `.h5ad` file, a `.zarr` store, a folder written by [`save_table`], or the Hub id of a data set
+        published by [`push_table`].
 
     Returns
     -------

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import anndata as ad
 import numpy as np
@@ -19,6 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
+from .safe_loading import load_safely, saving_folder
 from .schedulers import NOISE_PROCESS, check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
@@ -103,6 +105,50 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
         self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, from safetensors only.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            Folder, or id of a repository on the Hub.
+        **kwargs
+            Those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `local_files_only`, `dtype`, ...
+
+        Raises
+        ------
+        OSError
+            There is no such repository, revision or file, or it cannot be reached; or it holds no safetensors.
+        ValueError
+            `use_safetensors=False` was given.
+        """
+        with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only.
+
+        Parameters
+        ----------
+        save_directory
+            Folder to write. With `push_to_hub=True` its name is that of the repository, unless `repo_id` is given.
+        **kwargs
+            Those of `DiffusionPipeline.save_pretrained`: `push_to_hub`, `repo_id`, `private`, `token`, `variant`, ...
+
+        Raises
+        ------
+        ValueError
+            `safe_serialization=False` was given.
+        """
+        super().save_pretrained(saving_folder(save_directory, kwargs), **kwargs)
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
+        """Read LoRA weights, from safetensors only."""
+        with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
+            return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
     @property
     def guidance_scale(self) -> float:

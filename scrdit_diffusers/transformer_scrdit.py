@@ -4,8 +4,10 @@ A noisy cell (B, G) becomes N tokens of P genes each (B, N, D), passes adaLN-Zer
 timestep and on any number of categorical labels, and becomes a cell again (B, G).
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from .count_head import SCRDiTCountHead
+from .safe_loading import load_safely, saving_folder
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
@@ -334,6 +337,22 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self.dropout_out = nn.Dropout(dropout)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only."""
+        with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the model as `ModelMixin.save_pretrained` does, as safetensors only."""
+        super().save_pretrained(saving_folder(save_directory, kwargs), **kwargs)
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
+        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
+        with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
+            return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
 
     def initialize_weights(self) -> None:
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).

@@ -2,6 +2,9 @@
 
 import os
 
+import hub_server  # before the Hugging Face libraries, which read the address of the Hub at import
+
+# isort: split
 import anndata as ad
 import datasets
 import numpy as np
@@ -102,3 +105,12 @@ def count_pipe(count_model, processor) -> SCRDiTPipeline:
 def generators():
     """Make a list of generators, one per cell, with seeds from `start` on."""
     return lambda n, start=0: [torch.Generator().manual_seed(start + i) for i in range(n)]
+
+
+@pytest.fixture
+def hub():
+    """A Hub on loopback, empty; the libraries of this process know its address."""
+    hub_server.HUB.reset()
+    hub_server.HUB.start()
+    yield hub_server.HUB
+    hub_server.HUB.stop()

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -780,5 +781,5 @@ def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,470 @@
+"""Publishing and loading through the Hub's protocol, with the real client and a server on loopback."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata as ad
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoModel
+from huggingface_hub import HfApi
+from peft.utils import get_peft_model_state_dict
+from test_first_class import add_lora
+from test_training import TINY, load_script
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import (
+    SCRDiTPipeline,
+    SCRDiTProcessor,
+    SCRDiTTransformer,
+    data,
+    push_remote_code,
+    push_table,
+    read_cells,
+)
+from scrdit_diffusers.remote_code import bundle_module
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub, uploading large files
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),  # diffusers
+]
+
+REPOSITORY = Path(__file__).parents[1]
+REPO = "user/scrdit-pbmc"
+USER = "hf_user"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PIPELINE_FILES = {
+    ".gitattributes",
+    "README.md",
+    "model_index.json",
+    "processor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    f"transformer/{WEIGHTS}",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+    hurried = SimpleNamespace(sleep=lambda seconds: None, time=time.time, perf_counter=time.perf_counter)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", hurried)  # no pauses between its retries
+
+
+@pytest.fixture
+def published(hub, count_pipe):
+    """Publish the pipeline as `REPO` and give its commit."""
+    count_pipe.push_to_hub(REPO, token=USER)
+    return hub.repositories["model", REPO].branches["main"]
+
+
+def generate(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(num_cells=3, num_inference_steps=2, conditions={"cell_type": "B", "batch": "b1"})
+    return pipe(**kwargs, generator=torch.manual_seed(0)).adata.X.toarray()
+
+
+def first_weight(model):
+    return model.patch_embed.weight.flatten()[0].item()
+
+
+def run(command, tmp_path, **environment):
+    """Run a command with a cache of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "fresh")} | environment
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+def test_push_and_load(hub, published, count_pipe):
+    assert set(hub.files(REPO)) == PIPELINE_FILES
+    assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO)), generate(count_pipe))
+    assert any("GET /lfs/" in request for request in hub.requests)
+
+
+def test_large_files_go_up_in_parts(hub, count_pipe, tmp_path):
+    hub.part_size = 20_000
+    count_pipe.push_to_hub(REPO, token=USER)
+    count_pipe.save_pretrained(tmp_path)
+    assert any(request.startswith("PUT /lfs/") and request.endswith("/2") for request in hub.requests)
+    assert hub.files(REPO)[f"transformer/{WEIGHTS}"] == (tmp_path / "transformer" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("as_path", [False, True], ids=["str", "Path"])
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def test_save_pretrained_names_the_repository_by_the_folder(hub, count_pipe, tmp_path, part, as_path):
+    folder = tmp_path / "scrdit-pbmc" if as_path else f"{tmp_path}/scrdit-pbmc/"
+    saved = count_pipe if part == "pipeline" else count_pipe.transformer
+    saved.save_pretrained(folder, push_to_hub=True, token=USER)
+    wanted = PIPELINE_FILES if part == "pipeline" else {".gitattributes", "README.md", "config.json", WEIGHTS}
+    assert set(hub.files(REPO)) == wanted
+
+
+def test_pickled_weights_are_not_written(count_pipe, tmp_path):
+    for saved in (count_pipe, count_pipe.transformer):
+        with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+            saved.save_pretrained(tmp_path / "saved", safe_serialization=False)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_revisions(hub, published, count_pipe):
+    api = HfApi(token=USER)
+    api.create_tag(REPO, tag="v1")
+    api.create_branch(REPO, branch="old")
+    before = first_weight(count_pipe.transformer)
+    torch.nn.init.constant_(count_pipe.transformer.patch_embed.weight, 7.0)
+    count_pipe.push_to_hub(REPO, token=USER)
+    for revision in ("v1", "old", published):
+        assert first_weight(SCRDiTPipeline.from_pretrained(REPO, revision=revision).transformer) == before
+    assert first_weight(SCRDiTPipeline.from_pretrained(REPO).transformer) == 7.0
+
+
+def test_cached_pipelines_load_without_the_server(hub, published, count_pipe):
+    SCRDiTPipeline.from_pretrained(REPO)
+    hub.stop()
+    for kwargs in ({"local_files_only": True}, {}):
+        assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO, **kwargs)), generate(count_pipe))
+
+
+def test_private_repositories(hub, count_pipe, monkeypatch):
+    count_pipe.push_to_hub(REPO, token=USER, private=True)
+    assert hub.repositories["model", REPO].private
+    with pytest.raises(OSError, match=f"{REPO}|Repository Not Found"):
+        SCRDiTPipeline.from_pretrained(REPO)
+    assert SCRDiTPipeline.from_pretrained(REPO, token=USER).processor.num_genes == 23
+    monkeypatch.setenv("HF_TOKEN", USER)
+    assert SCRDiTTransformer.from_pretrained(REPO, subfolder="transformer").config.num_genes == 23
+
+
+def test_components_alone(hub, published, count_pipe):
+    weight = first_weight(count_pipe.transformer)
+    assert first_weight(AutoModel.from_pretrained(REPO, subfolder="transformer")) == weight
+    count_pipe.transformer.push_to_hub("user/transformer", token=USER)
+    assert first_weight(SCRDiTTransformer.from_pretrained("user/transformer")) == weight
+    count_pipe.processor.push_to_hub("user/processor", token=USER)
+    processor = SCRDiTProcessor.from_pretrained("user/processor")
+    assert processor.to_json_string() == count_pipe.processor.to_json_string()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "kwargs", "message"),
+    [
+        ("user/missing", {"token": USER}, "user/missing"),
+        ("user/missing", {}, "user/missing"),
+        (REPO, {"revision": "nope"}, "nope"),
+        (REPO, {"token": "hf_bad"}, "scrdit-pbmc"),
+        ("user/private", {}, "user/private"),
+        ("user/private", {"token": "hf_stranger"}, "user/private"),
+        ("a/b/c", {}, "a/b/c"),
+        ("user/empty", {}, "user/empty"),
+        ("user/missing", {"local_files_only": True}, "user/missing"),
+    ],
+)
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def test_what_cannot_be_loaded_is_named(hub, published, repo_id, kwargs, message, part):
+    hub.add("user/private", hub.files(REPO), private=True)
+    hub.add("user/empty", {"README.md": b""})
+    with pytest.raises((OSError, ValueError), match=message):
+        if part == "pipeline":
+            SCRDiTPipeline.from_pretrained(repo_id, **kwargs)
+        else:
+            SCRDiTTransformer.from_pretrained(repo_id, subfolder="transformer", **kwargs)
+
+
+@pytest.mark.slow  # the client tries again for 25 seconds
+def test_no_network(hub):
+    hub.stop()
+    with pytest.raises(OSError, match="user/never-seen.* is there a network"):
+        SCRDiTPipeline.from_pretrained("user/never-seen")
+
+
+def test_truncated_download(hub, published, count_pipe):
+    hub.truncated = {f"transformer/{WEIGHTS}"}
+    with pytest.raises(OSError, match=f"Loading {REPO} broke off .*Load it again"):
+        SCRDiTPipeline.from_pretrained(REPO)
+    with pytest.raises(OSError, match=f"Loading {REPO} broke off .*Load it again"):
+        SCRDiTTransformer.from_pretrained(REPO, subfolder="transformer")
+    hub.truncated = set()
+    assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO)), generate(count_pipe))
+
+
+def test_pushing_without_the_right(hub, count_pipe):
+    with pytest.raises(OSError, match="401"):
+        count_pipe.push_to_hub(REPO)
+    with pytest.raises(OSError, match="namespace 'user'"):
+        count_pipe.push_to_hub(REPO, token="hf_stranger")
+    assert not hub.repositories
+
+
+# -- scripts -----------------------------------------------------------------------------------------------------------
+
+
+def script_main(name, arguments_class, *arguments):
+    script = load_script(name)
+    command = [str(argument) for argument in arguments]
+    script.main(HfArgumentParser(getattr(script, arguments_class)).parse_args_into_dataclasses(command)[0])
+
+
+@pytest.fixture
+def train(adata, tmp_path):
+    """Train in this process on the sixty cells."""
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+
+    def train(output_dir, *arguments):
+        command = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--output_dir", output_dir]
+        script_main("train", "TrainingArguments", *command, *TINY, *arguments)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield train
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_train_pushes_and_generate_loads_in_a_fresh_process(hub, train, tmp_path):
+    train(tmp_path / "model", "--push_to_hub", "--hub_model_id", REPO, "--hub_token", USER, "--hub_private_repo")
+    assert PIPELINE_FILES <= set(hub.files(REPO))
+    assert not [path for path in hub.files(REPO) if path.startswith(("checkpoint-", "logs/"))]
+    assert hub.repositories["model", REPO].private
+    command = [sys.executable, "training/generate.py", "--pipeline", REPO, "--num_cells", "3"]
+    command += ["--num_inference_steps", "2", "--output", str(tmp_path / "new.h5ad")]
+    refused = run(command, tmp_path)
+    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1] and REPO in refused.stderr
+    done = run(command, tmp_path, HF_TOKEN=USER)
+    assert done.returncode == 0, done.stderr
+    assert ad.read_h5ad(tmp_path / "new.h5ad").n_obs == 3
+
+
+def test_evaluate_loads(hub, published, adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    folder = ["--split_dir", tmp_path / "split"]
+    options = [*folder, "--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type"]
+    script_main("evaluate", "EvaluationArguments", *options)
+    quick = ["--n_jobs", 1, "--num_seeds", 1, "--baselines", "none", "--steps_curve", 0, "--num_inference_steps", 2]
+    output = tmp_path / "evaluation"
+    script_main("evaluate", "EvaluationArguments", *folder, "--pipeline", REPO, "--output_dir", output, *quick)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["source"] == f"pipeline {REPO}"
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+
+def test_cells_as_a_data_set(hub, adata, monkeypatch):
+    push_table(adata, "user/cells", layer="counts", token=USER, private=True)
+    monkeypatch.setenv("HF_TOKEN", USER)
+    cells = read_cells("user/cells")
+    assert (cells.X != adata.X).nnz == 0
+    assert list(cells.var_names) == list(adata.var_names)
+    assert list(cells.obs["cell_type"]) == list(adata.obs["cell_type"])
+    rows = list(datasets.load_dataset("user/cells", split="train", streaming=True))
+    assert len(rows) == adata.n_obs
+    assert rows[5]["genes"] == adata.X[5].indices.tolist() and rows[5]["expressions"] == adata.X[5].data.tolist()
+
+
+def test_missing_data_sets_are_named(hub):
+    with pytest.raises(OSError, match="user/missing"):
+        data.read_cells("user/missing")
+    hub.add("user/other", {"README.md": b""}, repo_type="dataset")
+    with pytest.raises(OSError, match="user/other"):
+        data.read_cells("user/other")
+
+
+# -- no pickles --------------------------------------------------------------------------------------------------------
+
+
+class Mark:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """Where unpickling `evil` would leave a mark; none may be there in the end."""
+    pickle.loads(pickle.dumps(Mark(tmp_path / "proof")))
+    assert (tmp_path / "proof").is_dir()
+    yield tmp_path / "mark"
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.fixture
+def pickled_folder(count_pipe, mark, tmp_path):
+    """Pipeline folder whose weights are an evil pickle."""
+    folder = tmp_path / "pickled"
+    count_pipe.save_pretrained(folder)
+    (folder / "transformer" / WEIGHTS).unlink()
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Mark(mark)))
+    return folder
+
+
+def test_pickled_weights_are_refused(pickled_folder):
+    with pytest.raises(OSError, match="because unpickling can run any code"):
+        SCRDiTPipeline.from_pretrained(pickled_folder)
+    with pytest.raises(OSError, match="because unpickling can run any code"):
+        SCRDiTTransformer.from_pretrained(pickled_folder / "transformer")
+    with pytest.raises(OSError, match="because unpickling can run any code"):
+        AutoModel.from_pretrained(str(pickled_folder), subfolder="transformer")
+    with pytest.raises(ValueError, match="use_safetensors=False would unpickle"):
+        SCRDiTPipeline.from_pretrained(pickled_folder, use_safetensors=False)
+
+
+def test_pickled_weights_on_the_hub_are_refused(hub, pickled_folder):
+    paths = [path for path in pickled_folder.rglob("*") if path.is_file()]
+    hub.add(REPO, {str(path.relative_to(pickled_folder)): path.read_bytes() for path in paths})
+    with pytest.raises(OSError, match="because unpickling can run any code"):
+        SCRDiTPipeline.from_pretrained(REPO)
+    with pytest.raises(OSError, match="because unpickling can run any code"):
+        SCRDiTTransformer.from_pretrained(REPO, subfolder="transformer")
+    assert not [request for request in hub.requests if request.startswith("GET /lfs")]
+
+
+def test_pickled_shards_do_not_run(pickled_folder):
+    folder = pickled_folder / "transformer"
+    names = dict.fromkeys(["patch_embed.weight"], "diffusion_pytorch_model.bin")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    with pytest.raises((OSError, ValueError, pickle.UnpicklingError)):
+        SCRDiTTransformer.from_pretrained(folder)
+
+
+def test_pickled_lora_weights_are_refused(count_pipe, mark, tmp_path):
+    (tmp_path / "lora").mkdir()
+    file = tmp_path / "lora" / "pytorch_lora_weights.bin"
+    file.write_bytes(pickle.dumps(Mark(mark)))
+    for load in (count_pipe.load_lora_weights, count_pipe.transformer.load_lora_adapter):
+        with pytest.raises(OSError, match="because unpickling can run any code"):
+            load(tmp_path / "lora")
+        with pytest.raises(ValueError, match="pytorch_lora_weights.bin is a pickled file"):
+            load(tmp_path / "lora", weight_name=file.name)
+        with pytest.raises(ValueError, match="pytorch_lora_weights.bin is a pickled file"):
+            load(file)
+
+
+def test_lora_weights_from_the_hub(hub, count_pipe, tmp_path):
+    add_lora(count_pipe.transformer)
+    layers = get_peft_model_state_dict(count_pipe.transformer)
+    SCRDiTPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    hub.add("user/lora", {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")})
+    count_pipe.unload_lora_weights()
+    count_pipe.load_lora_weights("user/lora")
+    loaded = get_peft_model_state_dict(count_pipe.transformer, adapter_name="default_0")
+    assert loaded.keys() == layers.keys() and all(torch.equal(loaded[name], layers[name]) for name in layers)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+def test_pickled_checkpoints_do_not_run(train, mark, tmp_path, name):
+    train(tmp_path / "model", "--max_train_steps", "3")
+    checkpoint = max((tmp_path / "model").glob("checkpoint-*"))
+    assert (checkpoint / name).is_file()
+    (checkpoint / name).write_bytes(pickle.dumps(Mark(mark), protocol=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if name == "random_states_0.pkl":  # which Accelerate does without: each step seeds its own
+        train(tmp_path / "model", "--resume_from_checkpoint", "latest")
+    else:
+        with pytest.raises(pickle.UnpicklingError):
+            train(tmp_path / "model", "--resume_from_checkpoint", "latest")
+
+
+# -- without the package -----------------------------------------------------------------------------------------------
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["scrdit_diffusers"] = None  # importing it fails as if it were not installed
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code={trust})
+pipe.set_progress_bar_config(disable=True)
+cells = pipe(
+    num_cells=3, num_inference_steps=2, conditions={{"cell_type": "B", "batch": "b1"}}, generator=torch.manual_seed(0)
+).adata
+assert type(pipe).__module__.startswith("diffusers_modules.local"), type(pipe)
+assert sys.modules["scrdit_diffusers"] is None
+print(type(pipe).__name__, cells.X.toarray().astype(int).tolist())
+"""
+
+
+def test_remote_code_loads_without_the_package(hub, published, count_pipe, tmp_path):
+    main = dict(hub.files(REPO))
+    sha = push_remote_code(REPO, token=USER)
+    files = hub.files(REPO, "remote-code")
+    assert hub.files(REPO) == main and not [path for path in main if path.endswith(".py")]
+    code = {"pipeline_scrdit.py", "processor/processing_scrdit.py", "transformer/transformer_scrdit.py"}
+    assert set(files) - set(main) == code
+    assert {path: files[path] for path in main if path != "model_index.json"} == {
+        path: content for path, content in main.items() if path != "model_index.json"
+    }
+    script = WITHOUT_PACKAGE.format(repo=REPO, revision=sha, trust=True)
+    done = run([sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Expected types" not in done.stderr
+    name, cells = done.stdout.strip().split(" ", 1)
+    assert name == "SCRDiTPipeline" and json.loads(cells) == generate(count_pipe).astype(int).tolist()
+
+
+def test_remote_code_needs_trust(hub, published):
+    from diffusers import DiffusionPipeline
+
+    push_remote_code(REPO, token=USER)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(REPO, revision="remote-code")
+    assert SCRDiTPipeline.from_pretrained(REPO).processor.num_genes == 23
+
+
+def test_remote_code_follows_the_weights_when_published_again(hub, published, count_pipe):
+    push_remote_code(REPO, token=USER)
+    torch.nn.init.constant_(count_pipe.transformer.patch_embed.weight, 7.0)
+    count_pipe.push_to_hub(REPO, token=USER)
+    path = f"transformer/{WEIGHTS}"
+    assert hub.files(REPO, "remote-code")[path] != hub.files(REPO)[path]
+    push_remote_code(REPO, token=USER)
+    assert hub.files(REPO, "remote-code")[path] == hub.files(REPO)[path]
+
+
+def test_remote_code_checks_its_arguments(hub, published):
+    with pytest.raises(ValueError, match="branch='main' is what users of the package load"):
+        push_remote_code(REPO, branch="main", token=USER)
+    hub.add("user/other", {"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
+    with pytest.raises(ValueError, match="user/other at main holds a DDPMPipeline"):
+        push_remote_code("user/other", token=USER)
+    assert list(hub.repositories["model", "user/other"].branches) == ["main"]
+
+
+@pytest.mark.parametrize(
+    ("imports", "message"),
+    [
+        ("from . import count_head\n", "line 1: only `from .module import name`"),
+        ("from .count_head import count_bins as bins\n", "line 1: only `from .module import name`"),
+        ("from .count_head import count_bins\nMAX_COUNT = 3\n", "both define MAX_COUNT"),
+    ],
+)
+def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, message):
+    package = Path(data.__file__).parent
+    for name in ("count_head.py", "processing_scrdit.py", "cell_statistics.py", "safe_loading.py"):
+        if (package / name).exists():
+            shutil.copy(package / name, tmp_path)
+    (tmp_path / "module.py").write_text(imports)
+    monkeypatch.setattr("scrdit_diffusers.remote_code.files", lambda name: tmp_path)
+    with pytest.raises(ValueError, match=message):
+        bundle_module("module")
