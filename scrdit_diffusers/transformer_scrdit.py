@@ -59,8 +59,8 @@ class SCRDiTTransformerOutput(BaseOutput):
         `sample` is then left out.
     count_penalty
         Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
-        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s of
-        these fold changes, and N training cells, the negative log-posterior of the weights is `count_nll` +
+        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s
+        of these fold changes, and N training cells, the negative log-posterior of the weights is `count_nll` +
         D `count_penalty` / (2 s^2 N).
     """
 
