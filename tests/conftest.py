@@ -1,6 +1,7 @@
 """Small fixtures that all tests share: cells with two label columns, and a processor, model and pipeline for them."""
 
 import os
+import threading
 
 import hub_server  # before the Hugging Face libraries, which read the address of the Hub at import
 
@@ -12,9 +13,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from tqdm import tqdm
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
 
+tqdm.set_lock(threading.RLock())  # the default one is shared with forked processes; one that is killed keeps it
 torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
 
 CELL_TYPES = ["T", "B", "NK"]  # not sorted: the stored order must be kept

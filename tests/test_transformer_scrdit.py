@@ -328,7 +328,7 @@ def test_penalty_is_the_mean_square_of_log_fold_changes_of_unit_inputs(patch_emb
 
 @pytest.mark.parametrize(("name", "depth"), [("scrdit-paper-d1", 1), ("scrdit-paper-d3", 3)])
 def test_paper_presets(name, depth):
-    """Section 2 of the issue: hidden 768, 8 heads, patches of 10 with shared projections, depth 1 and 3."""
+    """Hidden 768, 8 heads, patches of 10 with shared projections, depth 1 and 3."""
     model = SCRDiTTransformer(num_genes=2000, **SCRDIT_PRESETS[name])
     assert model.num_patches == 200
     assert (len(model.transformer_blocks), model.transformer_blocks[0].attn.heads) == (depth, 8)
