@@ -63,7 +63,7 @@ def main() -> None:
     pipeline_folder = OUTPUT / "pipeline"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     arguments = ["--dataset", str(OUTPUT / "train.h5ad"), "--labels_key", LABELS_KEY]
-    arguments += ["--output_dir", str(pipeline_folder), "--max_train_steps", "1500"]
+    arguments += ["--output_dir", str(pipeline_folder)]
     run(*accelerate, "training/train.py", *arguments)
 
     # 2. Load, and generate as many cells as there are test cells, with their labels

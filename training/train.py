@@ -70,6 +70,7 @@ matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
+DEFAULT_EPOCHS = 150
 MAX_PCA_CELLS = 5000  # of which the principal components are taken that cell tokens start from
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
@@ -137,7 +138,7 @@ class TrainingArguments:
     overwrite_output_dir: bool = arg(False, "Start anew although --output_dir holds checkpoints; they are deleted.")
     seed: int = arg(0, "Seed of everything.")
     train_batch_size: int = arg(128, "Cells per step and process.")
-    max_train_steps: int = arg(2500, "Number of optimiser steps.")
+    max_train_steps: int | None = arg(None, "Optimiser steps; 150 passes, but 300 to 2,500 steps, if not given.")
     num_train_epochs: int | None = arg(None, "Passes over the cells; overrides --max_train_steps.")
     gradient_accumulation_steps: int = arg(1, "Batches per optimiser step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
@@ -480,6 +481,8 @@ def main(args: TrainingArguments) -> None:
     updates_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     if args.num_train_epochs is not None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
+    elif args.max_train_steps is None:  # small sets are learned by heart by more passes
+        args.max_train_steps = min(max(DEFAULT_EPOCHS * updates_per_epoch, 300), 2500)
 
     if args.learning_rate is None:
         args.learning_rate = 3e-3 * 128 / width
