@@ -3,6 +3,10 @@
 import os
 import threading
 
+# The models are tiny: threads would wait for each other. And tests fork, for the seconds of importing everything: a
+# fork of a process whose OpenMP has started threads waits for them for ever. OpenMP reads this when it is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hub_server  # before the Hugging Face libraries, which read the address of the Hub at import
 
 # isort: split
@@ -18,7 +22,6 @@ from tqdm import tqdm
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
 
 tqdm.set_lock(threading.RLock())  # the default one is shared with forked processes; one that is killed keeps it
-torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
 
 CELL_TYPES = ["T", "B", "NK"]  # not sorted: the stored order must be kept
 BATCHES = ["b1", "b2"]

@@ -108,8 +108,7 @@ def test_no_two_cells_share_their_noise(script):
     assert len({generator.initial_seed() % 2**32 for generator in generators}) == 40
 
 
-def test_two_processes_share_the_shards(generate, whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else Accelerate chooses, and warns
+def test_two_processes_share_the_shards(generate, whole, tmp_path):
     arguments = ["--num_cells", 50, "--shard_size", 8, "--output", tmp_path / "cells.zarr"]
     PartialState._reset_state()
     debug_launcher(generate, arguments, num_processes=2)

@@ -83,7 +83,7 @@ def first_weight(model):
 
 def run(command, tmp_path, **environment):
     """Run a command with a cache of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "fresh")} | environment
+    environment = os.environ | {"HF_HOME": str(tmp_path / "fresh")} | environment
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 

@@ -36,7 +36,7 @@ TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to",
 
 
 def run(command, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, **kwargs)
 
 
