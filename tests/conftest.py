@@ -1,11 +1,10 @@
 """Small fixtures that all tests share: cells with two label columns, and a processor, model and pipeline for them."""
 
+import multiprocessing
 import os
 import threading
 
-# The models are tiny: threads would wait for each other. And tests fork, for the seconds of importing everything: a
-# fork of a process whose OpenMP has started threads waits for them for ever. OpenMP reads this when it is loaded.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would wait for each other
 
 import hub_server  # before the Hugging Face libraries, which read the address of the Hub at import
 
@@ -21,7 +20,11 @@ from tqdm import tqdm
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
 
-tqdm.set_lock(threading.RLock())  # the default one is shared with forked processes; one that is killed keeps it
+torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # the default one is shared with other processes; one that is killed keeps it
+# Tests start processes as forks of a server that has imported everything and done nothing. Forks of the process of the
+# tests would wait for its OpenMP threads, which they do not have, for ever.
+multiprocessing.set_forkserver_preload(["accelerate", "anndata", "datasets", "scrdit_diffusers", "transformers"])
 
 CELL_TYPES = ["T", "B", "NK"]  # not sorted: the stored order must be kept
 BATCHES = ["b1", "b2"]

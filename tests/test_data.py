@@ -339,9 +339,7 @@ def test_a_changed_file_is_converted_again(adata, tmp_path):
     assert set(table_to_anndata(table, var).X.data) == {7}
 
 
-def open_elsewhere(path, cache, seconds_per_chunk):
-    """Open a file in another process, slowly; it sends a message for each chunk, and the number of cells at last."""
-    messages, sender = multiprocessing.Pipe(duplex=False)
+def convert_slowly(path, cache, seconds_per_chunk, sender):
     chunks = CellFile.chunks
 
     def slow_chunks(self, layer):
@@ -350,14 +348,17 @@ def open_elsewhere(path, cache, seconds_per_chunk):
             sender.send("converting")
             time.sleep(seconds_per_chunk)
 
-    def convert():
-        anndata_builder.ROWS_PER_CHUNK, CellFile.chunks = 10, slow_chunks
-        sender.send(len(open_table(path, cache_dir=cache)[0]))
+    anndata_builder.ROWS_PER_CHUNK, CellFile.chunks = 10, slow_chunks
+    sender.send(len(open_table(path, cache_dir=cache)[0]))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking while there are threads
-        process = multiprocessing.get_context("fork").Process(target=convert)
-        process.start()
+
+def open_elsewhere(path, cache, seconds_per_chunk):
+    """Open a file in another process, slowly; it sends a message for each chunk, and the number of cells at last."""
+    messages, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=convert_slowly, args=(path, cache, seconds_per_chunk, sender)
+    )
+    process.start()
     sender.close()
     return process, messages
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,22 +15,55 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import PartialState, debug_launcher
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, default_scheduler
 
 SCRIPT = Path(__file__).parents[1] / "training" / "generate.py"
-# Python 3.12 warns of fork in a process with threads, which the tests use to save the seconds of importing everything.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def script():
+def load_script():
     spec = importlib.util.spec_from_file_location("generate", SCRIPT)
     sys.modules["generate"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script()
+
+
+def run_main(script, pipeline, arguments):
+    """Run the script's main in this process."""
+    arguments = ["--pipeline", pipeline, "--num_inference_steps", 3, "--device", "cpu", *arguments]
+    command = [str(argument) for argument in arguments]
+    script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(command)[0])
+
+
+def run_main_elsewhere(pipeline, arguments, environment):
+    """Run it in a process that has just been started."""
+    os.environ.update(environment)
+    run_main(load_script(), pipeline, arguments)
+
+
+@pytest.fixture
+def start(pipeline):
+    """Start the script's main in another process."""
+    started = []
+
+    def start(*arguments, **environment):
+        process = multiprocessing.get_context("forkserver").Process(
+            target=run_main_elsewhere, args=(pipeline, arguments, environment)
+        )
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture
@@ -45,12 +79,7 @@ def pipeline(count_model, processor, tmp_path):
 def generate(script, pipeline):
     """Run the script's main in this process."""
 
-    def generate(*arguments):
-        arguments = ["--pipeline", pipeline, "--num_inference_steps", 3, "--device", "cpu", *arguments]
-        command = [str(argument) for argument in arguments]
-        script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(command)[0])
-
-    yield generate
+    yield lambda *arguments: run_main(script, pipeline, arguments)
     PartialState._reset_state()
 
 
@@ -108,30 +137,33 @@ def test_no_two_cells_share_their_noise(script):
     assert len({generator.initial_seed() % 2**32 for generator in generators}) == 40
 
 
-def test_two_processes_share_the_shards(generate, whole, tmp_path):
+def test_two_processes_share_the_shards(start, whole, tmp_path):
     arguments = ["--num_cells", 50, "--shard_size", 8, "--output", tmp_path / "cells.zarr"]
-    PartialState._reset_state()
-    debug_launcher(generate, arguments, num_processes=2)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    launched = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    processes = [start(*arguments, **launched, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     assert_same_cells(ad.read_zarr(tmp_path / "cells.zarr"), whole)
 
 
-def start_and_kill(function, arguments, parts: Path, num_shards: int) -> None:
-    """Run in another process, and kill it without warning when it has written some shards."""
-    PartialState._reset_state()
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
+def kill_after(process, parts: Path, num_shards: int) -> None:
+    """Kill a process without warning when it has written some shards."""
     while len(list(parts.glob("shard-*.h5ad"))) < num_shards:
         assert process.is_alive()
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_killed_run_goes_on(generate, whole, tmp_path, capsys):
+def test_killed_run_goes_on(generate, start, whole, tmp_path, capsys):
     output = tmp_path / "cells.h5ad"
     arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
-    start_and_kill(generate, arguments, Path(f"{output}.parts"), 3)
+    kill_after(start(*arguments), Path(f"{output}.parts"), 3)
     kept = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").glob("shard-*.h5ad")}
     assert 3 <= len(kept) < 25 and not output.exists()
     unfinished = Path(f"{output}.parts") / "shard-000024.tmp"
@@ -141,20 +173,20 @@ def test_killed_run_goes_on(generate, whole, tmp_path, capsys):
     assert_same_cells(ad.read_h5ad(output), whole)
 
 
-def test_unfinished_run_of_other_arguments_is_not_mixed_in(generate, whole, tmp_path):
+def test_unfinished_run_of_other_arguments_is_not_mixed_in(generate, start, whole, tmp_path):
     output = tmp_path / "cells.h5ad"
     arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
-    start_and_kill(generate, [*arguments, "--seed", 1], Path(f"{output}.parts"), 2)
+    kill_after(start(*arguments, "--seed", 1), Path(f"{output}.parts"), 2)
     with pytest.raises(ValueError, match=r"'seed': \(1, 0\).*--overwrite"):
         generate(*arguments)
     generate(*arguments, "--overwrite")
     assert_same_cells(ad.read_h5ad(output), whole)
 
 
-def test_unfinished_run_of_another_model_is_not_mixed_in(generate, pipeline, tmp_path):
+def test_unfinished_run_of_another_model_is_not_mixed_in(generate, start, pipeline, tmp_path):
     output = tmp_path / "cells.h5ad"
     arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
-    start_and_kill(generate, arguments, Path(f"{output}.parts"), 2)
+    kill_after(start(*arguments), Path(f"{output}.parts"), 2)
     config = json.loads((pipeline / "processor" / "preprocessor_config.json").read_text())
     config["std"][0] *= 2
     (pipeline / "processor" / "preprocessor_config.json").write_text(json.dumps(config))

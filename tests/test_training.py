@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -57,13 +58,17 @@ def train_script():
     return load_script("train")
 
 
+def run_main(train_script, dataset, output_dir, *arguments):
+    command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
+    train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+
+
 @pytest.fixture
 def train_here(train_script):
     """Run the script's main in this process, which saves the seconds of importing everything."""
 
     def train_here(dataset, output_dir, *arguments):
-        command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
-        train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+        run_main(train_script, dataset, output_dir, *arguments)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield train_here
@@ -138,23 +143,22 @@ LOGGED = ["--labels_key", "cell_type", "--max_train_steps", "24", "--report_to",
 LOGGED += ["--resume_from_checkpoint", "latest", "--validation_steps", "100"]
 
 
-def in_child(function):
-    """Start a copy of this process that runs a function; what it prints stays out of sight."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            function()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+def run_quietly(function, arguments):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    function(load_script("train"), *arguments)
 
 
-def finish(pid):
-    """Wait for a child; its exit code, negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def start(function, *arguments):
+    """Start a process that calls a function with the training script and arguments; its progress bars are not shown."""
+    process = multiprocessing.get_context("forkserver").Process(target=run_quietly, args=(function, arguments))
+    process.start()
+    return process
+
+
+def finish(process):
+    """Wait for a process; its exit code, negative if a signal ended it."""
+    process.join()
+    return process.exitcode
 
 
 def files(folder):
@@ -180,38 +184,37 @@ def logged(folder):
     return [(event.step, event.value) for event in events.Scalars("train_loss")]
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def train_until_killed(train_script, moment, dataset, output_dir):
+    calls = {"diffusion_loss": 0}
+
+    def loss(*args, original=train_script.diffusion_loss, **kwargs):
+        calls["diffusion_loss"] += 1
+        if moment == "step" and calls["diffusion_loss"] == 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    def replace(source, target):
+        if moment == "checkpoint" and str(target).endswith("checkpoint-15"):
+            (Path(source) / "optimizer.bin").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename(source, target)
+
+    def rmtree(path, original=shutil.rmtree, **kwargs):
+        if moment == "deletion" and "checkpoint-9" in str(path):
+            (Path(path) / "optimizer.bin").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(path, **kwargs)
+
+    train_script.diffusion_loss = loss
+    train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
+    train_script.shutil = SimpleNamespace(rmtree=rmtree)
+    run_main(train_script, dataset, output_dir, *LOGGED)
+
+
 @pytest.mark.parametrize("moment", ["step", "checkpoint", "deletion"])
 def test_a_killed_run_resumes_to_the_same_result(train_script, train_here, uninterrupted, dataset, tmp_path, moment):
     output_dir = tmp_path / "killed"
-
-    def train_until_killed():
-        calls = {"diffusion_loss": 0}
-
-        def loss(*args, original=train_script.diffusion_loss, **kwargs):
-            calls["diffusion_loss"] += 1
-            if moment == "step" and calls["diffusion_loss"] == 15:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        def replace(source, target):
-            if moment == "checkpoint" and str(target).endswith("checkpoint-15"):
-                (Path(source) / "optimizer.bin").write_bytes(b"half")
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.rename(source, target)
-
-        def rmtree(path, original=shutil.rmtree, **kwargs):
-            if moment == "deletion" and "checkpoint-9" in str(path):
-                (Path(path) / "optimizer.bin").unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(path, **kwargs)
-
-        train_script.diffusion_loss = loss
-        train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
-        train_script.shutil = SimpleNamespace(rmtree=rmtree)
-        train_here(dataset, output_dir, *LOGGED)
-
-    assert finish(in_child(train_until_killed)) == -signal.SIGKILL
+    assert finish(start(train_until_killed, moment, dataset, output_dir)) == -signal.SIGKILL
     time.sleep(1.1)  # tensorboard orders its files by their second
     left = [path.name for path in train_script.checkpoints(output_dir)]
     expected = {"step": ["9", "12"], "checkpoint": ["9", "12"], "deletion": ["12", "15"]}[moment]
@@ -222,7 +225,6 @@ def test_a_killed_run_resumes_to_the_same_result(train_script, train_here, unint
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_runs_killed_at_any_moment_resume_to_the_same_result(
     train_script, train_here, uninterrupted, dataset, tmp_path
 ):
@@ -230,12 +232,12 @@ def test_runs_killed_at_any_moment_resume_to_the_same_result(
     draw, killed, output_dir = random.Random(0), 0, tmp_path / "killed"
     more = [*LOGGED, "--checkpointing_steps", "1"]
     while killed < 10:
-        pid = in_child(lambda: train_here(dataset, output_dir, *more))
+        process = start(run_main, dataset, output_dir, *more)
         while not output_dir.exists():
             time.sleep(0.01)
         time.sleep(draw.uniform(0.1, 1.5))
-        os.kill(pid, signal.SIGKILL)
-        if finish(pid) == 0:  # done before the signal: once more from the beginning
+        process.kill()
+        if finish(process) == 0:  # done before the signal: once more from the beginning
             assert_same_run(output_dir, uninterrupted)
             shutil.rmtree(output_dir)
         else:
@@ -244,25 +246,26 @@ def test_runs_killed_at_any_moment_resume_to_the_same_result(
     assert_same_run(output_dir, uninterrupted)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(train_here, train_script, dataset, tmp_path):
+def train_on_a_full_disk(train_script, dataset, output_dir, message):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
+
+    def replace(source, target):  # from the second checkpoint on no file may be longer than 4 kB
+        os.rename(source, target)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
+    try:
+        run_main(train_script, dataset, output_dir, "--validation_steps", "100")
+    except OSError as error:
+        message.write_text(str(error))
+
+
+def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(train_here, dataset, tmp_path):
+    pytest.importorskip("resource")
     message = tmp_path / "message"
-
-    def train_on_a_full_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
-
-        def replace(source, target):  # from the second checkpoint on no file may be longer than 4 kB
-            os.rename(source, target)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-        train_script.os = SimpleNamespace(**vars(os) | {"replace": replace})
-        try:
-            train_here(dataset, tmp_path / "run", "--validation_steps", "100")
-        except OSError as error:
-            message.write_text(str(error))
-
-    resource = pytest.importorskip("resource")
-    assert finish(in_child(train_on_a_full_disk)) == 0
+    assert finish(start(train_on_a_full_disk, dataset, tmp_path / "run", message)) == 0
     assert re.search(r"Could not write .*checkpoint-6: .*checkpoint-3 is whole; make room", message.read_text())
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     train_here(dataset, tmp_path / "run", "--resume_from_checkpoint", "latest")
