@@ -83,10 +83,15 @@ class SCRDiTCountHead(nn.Module):
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
     h(k) = Gamma(k + theta) / (Gamma(theta) k!).
 
+    mu starts from the profile of the cell's labels; theta depends on the gene and the labels. With several conditions
+    log mu and log theta are sums over them, and so is the part of log h(k) that differs from that of no labels.
+
     Parameters
     ----------
     bins
         Pairs (number of genes, bins per gene), from [`count_bins`].
+    num_classes
+        Number of categories of each condition.
     num_train_timesteps
         Number of diffusion timesteps T.
     beta_schedule
@@ -100,7 +105,7 @@ class SCRDiTCountHead(nn.Module):
     value: torch.Tensor
     log_library_size: torch.Tensor
 
-    def __init__(self, bins: list[list[int]], num_train_timesteps: int, beta_schedule: str):
+    def __init__(self, bins: list[list[int]], num_classes: list[int], num_train_timesteps: int, beta_schedule: str):
         super().__init__()
         self.groups: list[tuple[slice, slice, tuple[int, int]]] = []  # genes, their bins, and the shape (genes, bins)
         num_genes = num_bins = 0
@@ -120,12 +125,16 @@ class SCRDiTCountHead(nn.Module):
         self.register_buffer("log_library_size", torch.tensor([0.0, 1.0]))  # mean and standard deviation
         self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
         self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
+        # What each label of each condition, one after the other, adds to these.
+        self.num_classes = list(num_classes)
+        self.class_log_mean = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
+        self.class_log_dispersion = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
 
     def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
-        Dispersions are moment estimates around means that are proportional to the library size within each combination
-        of labels. Training alone moves them too slowly.
+        Means are the profiles of the labels; dispersions are moment estimates around means that are proportional to the
+        library size within each combination of labels. Training alone moves them too slowly.
 
         Parameters
         ----------
@@ -177,6 +186,8 @@ class SCRDiTCountHead(nn.Module):
             "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
             "log_mean": np.log(np.maximum(typical, 1e-4)),
             "log_dispersion": np.log(statistics.inverse_dispersion()),
+            "class_log_mean": np.concatenate(statistics.log_fold_changes(self.num_classes)),
+            "class_log_dispersion": np.zeros(self.class_log_dispersion.shape),
         }
         self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
 
@@ -202,18 +213,32 @@ class SCRDiTCountHead(nn.Module):
         return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
 
     @_inside_forward
-    def predict_log_mean(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
+    def predict_log_mean(
+        self, shift: torch.Tensor, standardized_library_size: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
 
         Parameters
         ----------
         shift
-            The network's part, shape (B, G): zero gives every cell the average profile times its library size.
+            The network's part, shape (B, G): zero gives every cell the profile of its labels times its library size.
         standardized_library_size
             Shape (B,).
+        class_labels
+            Codes, shape (B, K).
         """
         log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
-        return self.log_mean.float() + log_size[:, None] + shift.float()
+        of_labels = F.pad(self.class_log_mean.float(), (0, 0, 0, 1))[self._rows(class_labels)]  # (B, K, G)
+        return self.log_mean.float() + of_labels.sum(dim=1) + log_size[:, None] + shift.float()
+
+    def _rows(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """Rows of the labels (B, K) in the tables of all labels; of no label it is the row after the last."""
+        ends = np.cumsum([0, *self.num_classes])
+        rows = [
+            torch.where(codes < n, codes + int(start), int(ends[-1]))
+            for codes, n, start in zip(class_labels.unbind(dim=1), self.num_classes, ends, strict=False)
+        ]
+        return torch.stack(rows, dim=1) if rows else class_labels
 
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
         """Cumulative product of alphas at timesteps (B,), linear between the integers."""
@@ -223,22 +248,27 @@ class SCRDiTCountHead(nn.Module):
         above = timestep.ceil().long()
         return torch.lerp(alphas_cumprod[below], alphas_cumprod[above], timestep - below).clamp(1e-8, 1 - 1e-5)
 
-    def _logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
+    def _logits(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
-        log_dispersion = self.log_dispersion.float()  # (G,)
+        rows = self._rows(class_labels)  # (B, K)
+        of_label = F.pad(self.class_log_dispersion.float(), (0, 0, 0, 1))  # (labels + 1, G), zero without a label
+        log_dispersion = self.log_dispersion.float() + of_label[rows].sum(dim=1)  # (B, G)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
         quadratic = -alpha_bar / (1 - alpha_bar) / 2  # (B, 1)
         log_odds, linear = (of_gene.T[self.gene_order, :, None] for of_gene in (log_odds, linear))  # (G, B, 1)
-        dispersion = log_dispersion.exp()[self.gene_order, None]  # (G, 1)
+        dispersion = (self.log_dispersion.float() + of_label).exp().T[self.gene_order, :, None]  # (G, labels + 1, 1)
         logits = []
         for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
-            count, theta = _midpoint(lower, upper), dispersion[genes]
-            log_base = torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
-            log_base = (log_base + (upper - lower).clamp(min=1).log()).masked_fill(upper == lower, -1e9)
+            count, value = _midpoint(lower, upper)[:, None], value[:, None]  # (genes, 1, bins)
+            log_base = _log_base(count, dispersion[genes])  # (genes, labels + 1, bins)
+            change = (log_base - log_base[:, -1:])[:, rows].sum(dim=2)  # (genes, B, bins)
+            inside = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
+            log_base = change + (log_base[:, -1] + inside)[:, None]  # (genes, B, bins)
             # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
-            count, value, log_base = count[:, None], value[:, None], log_base[:, None]  # (genes, 1, bins)
             logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
             logits.append(torch.addcmul(logit, linear[genes] + quadratic * value, value))
         return logits
@@ -255,7 +285,9 @@ class SCRDiTCountHead(nn.Module):
         return list(zip(lower, upper, value, strict=True))
 
     @_inside_forward
-    def denoise(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def denoise(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         """Posterior mean of the clean cell in model space.
 
         Parameters
@@ -266,12 +298,14 @@ class SCRDiTCountHead(nn.Module):
             Noisy cells in model space, shape (B, G).
         timestep
             Shape (B,); need not be integers.
+        class_labels
+            Codes, shape (B, K).
 
         Returns
         -------
         Shape (B, G).
         """
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, class_labels)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
                 torch.bmm(posterior.softmax(dim=-1), value[..., None])[..., 0]  # (genes, B)
@@ -286,6 +320,7 @@ class SCRDiTCountHead(nn.Module):
         log_mean: torch.Tensor,
         noisy: torch.Tensor,
         timestep: torch.Tensor,
+        class_labels: torch.Tensor,
     ) -> torch.Tensor:
         """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `denoise`.
 
@@ -293,7 +328,7 @@ class SCRDiTCountHead(nn.Module):
         """
         counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, class_labels)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             last = (upper > lower).sum(dim=1, keepdim=True) - 1  # (genes, 1)
             target = torch.searchsorted(upper.contiguous(), counts[genes], right=True).minimum(last)  # (genes, B)
@@ -307,20 +342,21 @@ class SCRDiTCountHead(nn.Module):
         log_mean: torch.Tensor,
         noisy: torch.Tensor,
         timestep: torch.Tensor,
+        class_labels: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         """Draw counts (B, G) from the posterior by inverting its distribution function.
 
         Parameters
         ----------
-        log_mean, noisy, timestep
+        log_mean, noisy, timestep, class_labels
             As in `denoise`.
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
         uniform = uniform[:, self.gene_order].T[..., None]  # (G, B, 1)
         drawn = []
-        logits = self._logits(log_mean, noisy, timestep)
+        logits = self._logits(log_mean, noisy, timestep, class_labels)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             probability = posterior.softmax(dim=-1)  # (genes, B, bins)
             cumulative = probability.cumsum(dim=-1)
@@ -336,6 +372,11 @@ class SCRDiTCountHead(nn.Module):
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:
         """Bring values (G, B) from the order of the groups to (B, G) in that of the model."""
         return torch.empty_like(values).index_copy(0, self.gene_order, values).T
+
+
+def _log_base(count: torch.Tensor, dispersion: torch.Tensor) -> torch.Tensor:
+    """Log of h(k) of the negative binomial."""
+    return torch.lgamma(count + dispersion) - torch.lgamma(dispersion) - torch.lgamma(count + 1)
 
 
 def _midpoint(lower, upper):

@@ -575,7 +575,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
                     noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
                     values = self.transformer.count_head.sample(
-                        log_mean, noisy, t.expand(len(noisy)), uniform
+                        log_mean, noisy, t.expand(len(noisy)), chunk_labels[-len(noisy) :], uniform
                     )  # (B, G)
                     values = values.cpu().numpy()
                 batches.append(sp.csr_matrix(values))

@@ -28,6 +28,7 @@ from .safe_loading import load_safely, saving_folder
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
+LABEL_PRIOR = 5  # standard deviation of a label's log fold changes, over that of the last projections
 _PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
 _PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
@@ -59,8 +60,9 @@ class SCRDiTTransformerOutput(BaseOutput):
         `sample` is then left out.
     count_penalty
         Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
-        independent inputs of unit variance, averaged over genes; shape (). With a normal prior of standard deviation s
-        of these fold changes, and N training cells, the negative log-posterior of the weights is `count_nll` +
+        independent inputs of unit variance, averaged over genes; shape (). To it come the squares of what the labels
+        change in means and dispersions, over 25 D. With a normal prior of standard deviation s of the fold changes (5 s
+        for labels), and N training cells, the negative log-posterior of the weights is `count_nll` +
         D `count_penalty` / (2 s^2 N).
     """
 
@@ -322,7 +324,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         if count_bins is not None:
             if sum(genes for genes, _ in count_bins) != num_genes:
                 raise ValueError(f"count_bins has {sum(g for g, _ in count_bins)} genes, the model {num_genes}.")
-            self.count_head = SCRDiTCountHead(count_bins, num_train_timesteps, beta_schedule)
+            self.count_head = SCRDiTCountHead(count_bins, num_classes or [], num_train_timesteps, beta_schedule)
             self.library_size_embed = TimestepEmbedding(1, dim)
 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -396,8 +398,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         """Codes that mean "no label", one for each condition; shape (K,)."""
         return torch.tensor(self.config.num_classes or [], dtype=torch.long, device=self.device)
 
-    def embed_labels(self, class_labels: torch.Tensor | None, batch_size: int) -> list[torch.Tensor]:
-        """Look up the label embeddings; K tensors of shape (B, D), and of the null entries where no label is given."""
+    def check_labels(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Bring labels into the shape (B, K); null codes where none are given."""
         num_conditions = len(self.class_embed)
         if class_labels is None:
             class_labels = self.null_labels.expand(batch_size, -1)  # (B, K)
@@ -408,7 +410,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 f"class_labels has shape {tuple(class_labels.shape)}, expected ({batch_size}, "
                 f"{num_conditions}): one code for each cell and condition."
             )
-        return [embed(class_labels[:, k]) for k, embed in enumerate(self.class_embed)]
+        return class_labels
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -463,8 +465,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 1. Condition: timestep + labels + library size
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)  # (B,)
         temb = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))  # (B, D)
-        for label_embedding in self.embed_labels(class_labels, batch_size):
-            temb = temb + label_embedding  # (B, D)
+        class_labels = self.check_labels(class_labels, batch_size)  # (B, K)
+        for k, embed in enumerate(self.class_embed):
+            temb = temb + embed(class_labels[:, k])  # (B, D)
         if self.count_head is not None:
             depth = self.count_head.standardize_library_size(library_size, like=hidden_states)  # (B,)
             temb = temb + self.library_size_embed(depth[:, None].to(temb.dtype))  # (B, D)
@@ -497,24 +500,29 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
+            log_mean = self.count_head.predict_log_mean(sample, depth, class_labels)  # (B, G)
             if counts is None:
-                sample = self.count_head.denoise(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
+                sample = self.count_head.denoise(log_mean, noisy, timestep, class_labels).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
-                nll = self.count_head.nll(counts, log_mean, noisy, timestep)  # (B,)
+                nll = self.count_head.nll(counts, log_mean, noisy, timestep, class_labels)  # (B,)
                 penalty = self._fold_change_penalty() if self.training else None  # ()
                 output = SCRDiTTransformerOutput(None, log_mean, nll, penalty)
         return output if return_dict else output.to_tuple()
 
     def _fold_change_penalty(self) -> torch.Tensor:
         """Squared log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
+        assert self.count_head is not None
         fold_changes = self.proj_out.weight.float().square().sum()
         if self.config.patch_embed_type == "shared":
             fold_changes = fold_changes * self.num_patches
         if self.config.num_cell_tokens:
             fold_changes = fold_changes + self.cell_out.weight.float().square().sum()
-        return fold_changes / self.config.num_genes
+        # Labels are known without noise, and differ more from each other than cells of one label do.
+        effects = self.count_head.class_log_mean, self.count_head.class_log_dispersion
+        of_labels = sum(effect.float().square().sum() for effect in effects) / LABEL_PRIOR**2
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        return (fold_changes + of_labels / width) / self.config.num_genes
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

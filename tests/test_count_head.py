@@ -9,12 +9,16 @@ from scipy.stats import nbinom, norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
+from scrdit_diffusers.cell_statistics import FOLD_CHANGE_PRIOR
 from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
 from scrdit_diffusers.processing_scrdit import MAX_COUNT
 
 SCHEDULE = "squaredcos_cap_v2"
 LAST = 999
 LARGEST = [8, 1, 3, 8, 0, 5, 2]  # not sorted, so that the order of genes matters; all counts have exact bins
+
+
+NO_LABELS = torch.zeros(1, 0, dtype=torch.long)
 
 
 def random_counts(largest=LARGEST, num_cells=50, seed=0):
@@ -31,8 +35,9 @@ def standardisation(counts):
 
 
 def make_head(counts, labels=None, schedule=SCHEDULE):
-    head = SCRDiTCountHead(count_bins(sp.csr_matrix(counts)), LAST + 1, schedule)
     labels = np.empty((len(counts), 0), dtype=np.int64) if labels is None else labels
+    num_classes = [int(codes.max()) + 1 for codes in labels.T]
+    head = SCRDiTCountHead(count_bins(sp.csr_matrix(counts)), num_classes, LAST + 1, schedule)
     head.initialize(sp.csr_matrix(counts), labels, *standardisation(counts))
     return head.requires_grad_(False)
 
@@ -50,8 +55,11 @@ class Case:
     def __init__(self, timestep, num_cells=6):
         counts = random_counts()
         rng = np.random.default_rng(1)
-        self.head = make_head(counts)
+        self.head = make_head(counts, rng.integers(0, 2, (len(counts), 1)))
         self.head.log_dispersion.copy_(torch.from_numpy(rng.normal(1, 1, len(LARGEST))))
+        of_label = torch.from_numpy(rng.normal(0, 1, (2, len(LARGEST))))
+        self.head.class_log_dispersion.copy_(of_label)
+        self.class_labels = torch.arange(num_cells)[:, None] % 3  # 2 means no label
         self.counts = counts[:num_cells]
         self.timestep = torch.full((num_cells,), timestep)
         self.alpha_bar = DDPMScheduler(beta_schedule=SCHEDULE).alphas_cumprod[timestep].double().item()
@@ -63,11 +71,13 @@ class Case:
         noisy = np.sqrt(self.alpha_bar) * clean + np.sqrt(1 - self.alpha_bar) * noise
         log_mean = rng.normal(0, 1, clean.shape)
         self.noisy, self.log_mean = torch.from_numpy(noisy).float(), torch.from_numpy(log_mean).float()
-        self.arguments = (self.log_mean, self.noisy, self.timestep)
+        self.arguments = (self.log_mean, self.noisy, self.timestep, self.class_labels)
 
     def posterior(self, cell, gene):
         """p(k | x_t) of one gene of one cell, in float64."""
-        mean, theta = np.exp(self.log_mean[cell, gene].item()), np.exp(self.head.log_dispersion[gene].item())
+        label = self.class_labels[cell, 0]
+        of_label = self.head.class_log_dispersion[label, gene].item() if label < 2 else 0
+        mean, theta = np.exp(self.log_mean[cell, gene].item()), np.exp(self.head.log_dispersion[gene].item() + of_label)
         location, scale = np.sqrt(self.alpha_bar) * self.values[gene], np.sqrt(1 - self.alpha_bar)
         log_p = nbinom.logpmf(self.support[gene], theta, theta / (theta + mean))
         log_p += norm.logpdf(self.noisy[cell, gene].item(), location, scale)
@@ -127,10 +137,10 @@ def test_order_of_genes_does_not_matter():
     timestep = torch.full((4,), 600)
     results = []
     for head, genes in zip(heads, (np.arange(len(LARGEST)), order), strict=True):
-        inputs = log_mean[:, genes], noisy[:, genes], timestep
+        inputs = log_mean[:, genes], noisy[:, genes], timestep, NO_LABELS.expand(4, 0)
         nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
         drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4))
+        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4), NO_LABELS.expand(4, 0))
         results.append((head.denoise(*inputs), drawn, prior, nll))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
@@ -144,7 +154,8 @@ def prior_of_one_gene(mean, theta, rows, largest=5000):
     """A head for one gene, and inputs by which nothing but the negative binomial is known."""
     head = make_head(random_counts([largest]))
     head.log_dispersion.fill_(np.log(theta))
-    return head, (torch.full((rows, 1), np.log(mean)), torch.zeros(rows, 1), torch.full((rows,), LAST))
+    inputs = torch.full((rows, 1), np.log(mean)), torch.zeros(rows, 1), torch.full((rows,), LAST)
+    return head, (*inputs, NO_LABELS.expand(rows, 0))
 
 
 def test_without_signal_the_posterior_is_the_negative_binomial():
@@ -229,13 +240,46 @@ def test_dispersions_are_moment_estimates():
     np.testing.assert_allclose(dispersion, np.clip(numerator / denominator, 0.1, 200), rtol=1e-4)
 
 
+def log_mean_at_start(head, sizes, labels):
+    sizes = head.standardize_library_size(sizes, like=torch.zeros(len(sizes), 1))
+    return head.predict_log_mean(torch.zeros(len(sizes), len(head.log_mean)), sizes, labels)
+
+
+def test_means_start_at_the_profiles_of_the_labels():
+    """Two conditions that multiply, the second one seen only after the first is known."""
+    rng = np.random.default_rng(0)
+    labels = np.column_stack([np.repeat([0, 0, 0, 1], 3000), np.tile([0, 1, 1, 2], 3000)])
+    profile, first = rng.dirichlet(np.full(30, 5)), rng.lognormal(0, 0.5, (2, 30))
+    second = np.ones((3, 30))
+    second[1, :3], second[2, 3:6] = 3, 0.2
+    means = profile * first[labels[:, 0]] * second[labels[:, 1]]
+    counts = rng.poisson(2000 * means / means.sum(axis=1, keepdims=True))
+    head = make_head(counts, labels)
+    for combination in np.unique(labels, axis=0):
+        cells = counts[(labels == combination).all(axis=1)]
+        size = torch.tensor([1000.0])
+        log_mean = log_mean_at_start(head, size, torch.from_numpy(combination)[None])
+        np.testing.assert_allclose(log_mean[0].exp(), 1000 * cells.sum(axis=0) / cells.sum(), rtol=0.1)
+    unlabelled = log_mean_at_start(head, torch.tensor([1000.0]), torch.tensor([[2, 3]]))
+    np.testing.assert_allclose(unlabelled[0].exp(), 1000 * counts.sum(axis=0) / counts.sum(), rtol=1e-4)
+
+
+def test_fold_changes_of_few_counts_are_small():
+    counts = np.ones((40, 2))
+    counts[:4, 0] = [3, 0, 0, 0]
+    counts[4:, 0] = np.arange(36) < 4
+    labels = (np.arange(40) >= 4).astype(int)[:, None]
+    share = 7 / counts.sum()
+    expected = (3 + FOLD_CHANGE_PRIOR) / (np.maximum(counts[:4].sum(axis=1), 1).sum() * share + FOLD_CHANGE_PRIOR)
+    fold_change = make_head(counts, labels).class_log_mean.exp()
+    assert fold_change[0, 0].item() == pytest.approx(expected, rel=1e-5) and expected < 3 / 0.7 / 2
+
+
 def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    log_mean = head.predict_log_mean(
-        torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1))
-    )
+    log_mean = log_mean_at_start(head, sizes, NO_LABELS.expand(3, 0))
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile
@@ -279,8 +323,9 @@ def test_timesteps_beyond_the_ends_are_those_of_the_ends():
 def test_dtype_of_timesteps_does_not_matter(timestep):
     case = Case(700)
     dtypes = [torch.float32, torch.float64] + [torch.int64] * (timestep == 700)
-    log_mean, noisy, _ = case.arguments
-    results = [case.head.denoise(log_mean, noisy, torch.full((6,), timestep, dtype=dtype)) for dtype in dtypes]
+    log_mean, noisy, _, labels = case.arguments
+    timesteps = [torch.full((6,), timestep, dtype=dtype) for dtype in dtypes]
+    results = [case.head.denoise(log_mean, noisy, timestep, labels) for timestep in timesteps]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -83,7 +83,7 @@ def test_the_loss_of_counts_is_their_nll_given_the_noisy_cell_and_the_library_si
     alpha_bar = noise_scheduler("sample").alphas_cumprod[timesteps][:, None]
     noisy = alpha_bar.sqrt() * values + (1 - alpha_bar).sqrt() * noise
     output = count_model(noisy, timesteps, labels, library_size=counts.sum(dim=1))
-    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps)
+    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps, labels)
     torch.testing.assert_close(loss, expected)
 
 
