@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
 ROWS_PER_CHUNK = 10_000  # keeps the int32 offsets of a chunk's lists far from overflow
-FOLD_CHANGE_PRIOR = 2.0  # counts that a label is thought to have besides the observed ones, as the others have them
 MAX_PENDING = 2**20  # library sizes to collect before equal ones are joined
 
 Chunks = Callable[[], Iterator[tuple[sp.csr_matrix, pd.DataFrame]]]
@@ -289,25 +288,6 @@ class CellStatistics:
         """Share of each gene in the counts of all cells, shape (G,)."""
         _, size, number = self.library_sizes()
         return self.count_sum.sum(axis=0) / (np.maximum(size, 1) * number).sum()
-
-    def log_fold_changes(self, num_classes: Sequence[int]) -> list[np.ndarray]:
-        """Log fold change that each label of a condition makes, shape (`num_classes[k]`, G) for each of K conditions.
-
-        Those of one condition are relative to what the conditions before it predict. They are shrunk: posterior means
-        under a Gamma prior of mean 1 and variance 1 / FOLD_CHANGE_PRIOR.
-        """
-        combination, size, number = self.library_sizes()
-        size_sum = np.bincount(combination, np.maximum(size, 1) * number)[:, None]  # (combinations, 1)
-        expected = size_sum * self.mean_profile()  # (combinations, G)
-        log_fold_changes = [np.empty((0, expected.shape[1]))]
-        for codes, num_labels in zip(self.combinations.T, num_classes, strict=True):
-            observed_of_label, expected_of_label = np.zeros((2, num_labels, expected.shape[1]))
-            np.add.at(observed_of_label, codes, self.count_sum)
-            np.add.at(expected_of_label, codes, expected)
-            fold_change = (observed_of_label + FOLD_CHANGE_PRIOR) / (expected_of_label + FOLD_CHANGE_PRIOR)
-            expected *= fold_change[codes]
-            log_fold_changes.append(np.log(fold_change))
-        return log_fold_changes
 
     def inverse_dispersion(self) -> np.ndarray:
         """Moment estimate of each gene's inverse dispersion, shape (G,).

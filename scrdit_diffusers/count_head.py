@@ -83,8 +83,8 @@ class SCRDiTCountHead(nn.Module):
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
     h(k) = Gamma(k + theta) / (Gamma(theta) k!).
 
-    mu starts from the profile of the cell's labels; theta depends on the gene and the labels. With several conditions
-    log mu and log theta are sums over them, and so is the part of log h(k) that differs from that of no labels.
+    theta depends on the gene and the labels. With several conditions log theta is a sum over them, and so is the part
+    of log h(k) that differs from that of no labels.
 
     Parameters
     ----------
@@ -125,16 +125,15 @@ class SCRDiTCountHead(nn.Module):
         self.register_buffer("log_library_size", torch.tensor([0.0, 1.0]))  # mean and standard deviation
         self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
         self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
-        # What each label of each condition, one after the other, adds to these.
+        # What each label of each condition, one after the other, adds to the latter.
         self.num_classes = list(num_classes)
-        self.class_log_mean = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
         self.class_log_dispersion = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
 
     def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
-        Means are the profiles of the labels; dispersions are moment estimates around means that are proportional to the
-        library size within each combination of labels. Training alone moves them too slowly.
+        Dispersions are moment estimates around means that are proportional to the library size within each combination
+        of labels. Training alone moves them too slowly. Those of labels start equal.
 
         Parameters
         ----------
@@ -186,7 +185,6 @@ class SCRDiTCountHead(nn.Module):
             "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
             "log_mean": np.log(np.maximum(typical, 1e-4)),
             "log_dispersion": np.log(statistics.inverse_dispersion()),
-            "class_log_mean": np.concatenate(statistics.log_fold_changes(self.num_classes)),
             "class_log_dispersion": np.zeros(self.class_log_dispersion.shape),
         }
         self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
@@ -213,26 +211,21 @@ class SCRDiTCountHead(nn.Module):
         return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
 
     @_inside_forward
-    def predict_log_mean(
-        self, shift: torch.Tensor, standardized_library_size: torch.Tensor, class_labels: torch.Tensor
-    ) -> torch.Tensor:
+    def predict_log_mean(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
         """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
 
         Parameters
         ----------
         shift
-            The network's part, shape (B, G): zero gives every cell the profile of its labels times its library size.
+            The network's part, shape (B, G): zero gives every cell the average profile times its library size.
         standardized_library_size
             Shape (B,).
-        class_labels
-            Codes, shape (B, K).
         """
         log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
-        of_labels = F.pad(self.class_log_mean.float(), (0, 0, 0, 1))[self._rows(class_labels)]  # (B, K, G)
-        return self.log_mean.float() + of_labels.sum(dim=1) + log_size[:, None] + shift.float()
+        return self.log_mean.float() + log_size[:, None] + shift.float()
 
     def _rows(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """Rows of the labels (B, K) in the tables of all labels; of no label it is the row after the last."""
+        """Rows of the labels (B, K) in the table of all labels; of no label it is the row after the last."""
         ends = np.cumsum([0, *self.num_classes])
         rows = [
             torch.where(codes < n, codes + int(start), int(ends[-1]))

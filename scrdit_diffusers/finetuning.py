@@ -314,11 +314,10 @@ def transfer_weights(
             state[name][known] = old[name][source]
             new[name][~known] = True
 
-    # Labels; the last entry of a table is the null label's. What a label changes in the counts of a gene is known where
-    # both are; else it is what the new cells show.
-    in_head = ["count_head.class_log_mean", "count_head.class_log_dispersion"] if model.count_head is not None else []
-    for table in in_head:
-        new[table][:] = True
+    # Labels; the last entry of a table is the null label's.
+    in_head = "count_head.class_log_dispersion"
+    if model.count_head is not None:
+        new[in_head][:] = True
     for k, (key, names) in enumerate(after.conditions.items()):
         name = f"class_embed.{k}.weight"
         new[name][:] = True
@@ -332,9 +331,9 @@ def transfer_weights(
             new[name][-1] = False
             row = torch.nonzero(code >= 0) + sum(after.num_classes[:k])  # (labels, 1)
             row_before = code[code >= 0][:, None] + sum(before.num_classes[:place_before])
-            for table_of_head in in_head:
-                state[table_of_head][row, torch.nonzero(known).T] = old[table_of_head][row_before, source]
-                new[table_of_head][row, torch.nonzero(known).T] = False
+            if model.count_head is not None:
+                state[in_head][row, torch.nonzero(known).T] = old[in_head][row_before, source]
+                new[in_head][row, torch.nonzero(known).T] = False
     for k, key in enumerate(before.condition_keys):
         if key not in after.conditions:
             state["time_embed.linear_2.bias"] += old[f"class_embed.{k}.weight"][-1]

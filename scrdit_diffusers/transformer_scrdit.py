@@ -28,7 +28,7 @@ from .safe_loading import load_safely, saving_folder
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
-LABEL_PRIOR = 5  # standard deviation of a label's log fold changes, over that of the last projections
+DISPERSION_PRIOR = 5  # standard deviation of what labels change in log dispersions, over that of log fold changes
 _PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
 _PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
@@ -60,9 +60,9 @@ class SCRDiTTransformerOutput(BaseOutput):
         `sample` is then left out.
     count_penalty
         Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
-        independent inputs of unit variance, averaged over genes; shape (). To it come the squares of what the labels
-        change in means and dispersions, over 25 D. With a normal prior of standard deviation s of the fold changes (5 s
-        for labels), and N training cells, the negative log-posterior of the weights is `count_nll` +
+        independent inputs of unit variance, averaged over genes; shape (). To it come the squares of what labels
+        change in log dispersions, over 25 D. With a normal prior of standard deviation s of the fold changes, 5 s of
+        the dispersions, and N training cells, the negative log-posterior of the weights is `count_nll` +
         D `count_penalty` / (2 s^2 N).
     """
 
@@ -500,7 +500,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head.predict_log_mean(sample, depth, class_labels)  # (B, G)
+            log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
             if counts is None:
                 sample = self.count_head.denoise(log_mean, noisy, timestep, class_labels).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean)
@@ -518,11 +518,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             fold_changes = fold_changes * self.num_patches
         if self.config.num_cell_tokens:
             fold_changes = fold_changes + self.cell_out.weight.float().square().sum()
-        # Labels are known without noise, and differ more from each other than cells of one label do.
-        effects = self.count_head.class_log_mean, self.count_head.class_log_dispersion
-        of_labels = sum(effect.float().square().sum() for effect in effects) / LABEL_PRIOR**2
+        dispersions = self.count_head.class_log_dispersion.float().square().sum() / DISPERSION_PRIOR**2
         width = self.config.num_attention_heads * self.config.attention_head_dim
-        return (fold_changes + of_labels / width) / self.config.num_genes
+        return (fold_changes + dispersions / width) / self.config.num_genes
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

@@ -9,7 +9,6 @@ from scipy.stats import nbinom, norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
-from scrdit_diffusers.cell_statistics import FOLD_CHANGE_PRIOR
 from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
 from scrdit_diffusers.processing_scrdit import MAX_COUNT
 
@@ -140,7 +139,7 @@ def test_order_of_genes_does_not_matter():
         inputs = log_mean[:, genes], noisy[:, genes], timestep, NO_LABELS.expand(4, 0)
         nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
         drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4), NO_LABELS.expand(4, 0))
+        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4))
         results.append((head.denoise(*inputs), drawn, prior, nll))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
@@ -240,46 +239,13 @@ def test_dispersions_are_moment_estimates():
     np.testing.assert_allclose(dispersion, np.clip(numerator / denominator, 0.1, 200), rtol=1e-4)
 
 
-def log_mean_at_start(head, sizes, labels):
-    sizes = head.standardize_library_size(sizes, like=torch.zeros(len(sizes), 1))
-    return head.predict_log_mean(torch.zeros(len(sizes), len(head.log_mean)), sizes, labels)
-
-
-def test_means_start_at_the_profiles_of_the_labels():
-    """Two conditions that multiply, the second one seen only after the first is known."""
-    rng = np.random.default_rng(0)
-    labels = np.column_stack([np.repeat([0, 0, 0, 1], 3000), np.tile([0, 1, 1, 2], 3000)])
-    profile, first = rng.dirichlet(np.full(30, 5)), rng.lognormal(0, 0.5, (2, 30))
-    second = np.ones((3, 30))
-    second[1, :3], second[2, 3:6] = 3, 0.2
-    means = profile * first[labels[:, 0]] * second[labels[:, 1]]
-    counts = rng.poisson(2000 * means / means.sum(axis=1, keepdims=True))
-    head = make_head(counts, labels)
-    for combination in np.unique(labels, axis=0):
-        cells = counts[(labels == combination).all(axis=1)]
-        size = torch.tensor([1000.0])
-        log_mean = log_mean_at_start(head, size, torch.from_numpy(combination)[None])
-        np.testing.assert_allclose(log_mean[0].exp(), 1000 * cells.sum(axis=0) / cells.sum(), rtol=0.1)
-    unlabelled = log_mean_at_start(head, torch.tensor([1000.0]), torch.tensor([[2, 3]]))
-    np.testing.assert_allclose(unlabelled[0].exp(), 1000 * counts.sum(axis=0) / counts.sum(), rtol=1e-4)
-
-
-def test_fold_changes_of_few_counts_are_small():
-    counts = np.ones((40, 2))
-    counts[:4, 0] = [3, 0, 0, 0]
-    counts[4:, 0] = np.arange(36) < 4
-    labels = (np.arange(40) >= 4).astype(int)[:, None]
-    share = 7 / counts.sum()
-    expected = (3 + FOLD_CHANGE_PRIOR) / (np.maximum(counts[:4].sum(axis=1), 1).sum() * share + FOLD_CHANGE_PRIOR)
-    fold_change = make_head(counts, labels).class_log_mean.exp()
-    assert fold_change[0, 0].item() == pytest.approx(expected, rel=1e-5) and expected < 3 / 0.7 / 2
-
-
 def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    log_mean = log_mean_at_start(head, sizes, NO_LABELS.expand(3, 0))
+    log_mean = head.predict_log_mean(
+        torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1))
+    )
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile

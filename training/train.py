@@ -516,12 +516,11 @@ def main(args: TrainingArguments) -> None:
     # The dispersions of the counts are single numbers on a log scale that may have far to go. What LoRA trains of the
     # model itself shares its tensors with what is frozen, which must not decay.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    dispersions = [trained.pop(name) for name in list(trained) if "log_dispersion" in name]
-    undecayed = [trained.pop(name) for name in list(trained) if "class_log_mean" in name]
-    undecayed += [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
+    dispersions = [trained.pop(name) for name in list(trained) if name.endswith("log_dispersion")]
+    partly = [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
     groups = [{"params": list(trained.values())}]
-    if undecayed:
-        groups.append({"params": undecayed, "weight_decay": 0.0})
+    if partly:
+        groups.append({"params": partly, "weight_decay": 0.0})
     if dispersions:
         groups.append({"params": dispersions, "lr": DISPERSION_RATE * args.learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
