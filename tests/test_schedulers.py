@@ -246,7 +246,7 @@ def test_every_scheduler_hands_the_cell_to_the_head_as_it_was_noised(count_pipe,
     sample = head.sample
     monkeypatch.setattr(head, "sample", lambda *args: seen.append(args) or sample(*args))
     count_pipe(num_cells=200, num_inference_steps=10, decode_timestep=500, generator=seeded())
-    _, noisy, timestep, _ = seen[0]
+    _, noisy, timestep, *_ = seen[0]
     assert timestep.shape == (200,)
     alpha_bar = head.alpha_bar(timestep)[0]
     assert ((noisy.mean(0) - alpha_bar.sqrt() * clean[0]).abs() < 6 * ((1 - alpha_bar) / 200).sqrt()).all()
