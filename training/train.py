@@ -92,7 +92,7 @@ class TrainingArguments:
     streaming: bool = arg(False, "Read a data set while training instead of downloading it; one process.")
     join: str = arg("inner", "Genes of several files: those that all have, or all.", choices=["inner", "outer"])
     gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
-    preprocessing_num_workers: int | None = arg(None, "Processes that convert several files.")
+    preprocessing_num_workers: int | None = arg(None, "Processes that convert files and learn the genes.")
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str = arg("counts", "What is modelled.", choices=["counts", "log_normalized"])
@@ -371,7 +371,7 @@ def open_cells(
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "n_top_genes", "flavor"]
     names += ["standardize"]
     options = {name: getattr(args, name) for name in names}
-    options["name"] = str(args.dataset)
+    options |= {"name": str(args.dataset), "num_proc": args.preprocessing_num_workers}
     genes = Path(args.genes).read_text().split() if args.genes else None
     if pretrained is not None:
         known = pretrained.processor.var_names
