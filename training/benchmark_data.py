@@ -236,10 +236,9 @@ def main() -> None:
                 row["annbatch"] = json.loads(process.stdout.splitlines()[-1])
             if args.processes > 1:
                 started = [run("read", *common, "--way", "table", "--seed", i) for i in range(args.processes)]
-                rates = [result(process)["cells_per_second"] for process in started]
+                rates = [result(process) for process in started]
                 row["processes"] = {
-                    "cells_per_second": sum(rates),
-                    "ratio": sum(rates) / row["table"]["cells_per_second"],
+                    name: sum(rate[name] for rate in rates) for name in ("cells_per_second", "cells_per_cpu_second")
                 }
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -264,7 +263,9 @@ def main() -> None:
             rates = row["annbatch"]
             print(f"{'':18}  annbatch: {rates['cells_per_second']:,.0f}, conversion {rates['convert']:,.0f}")
         if "processes" in row:
-            print(f"{'':18}  {args.processes} processes read {row['processes']['ratio']:.2f} times as fast as one")
+            names = {"cells_per_second": "second", "cells_per_cpu_second": "CPU second"}
+            times = [f"{row['processes'][name] / row['table'][name]:.2f} per {of}" for name, of in names.items()]
+            print(f"{'':18}  {args.processes} processes, rate over that of one: {', '.join(times)}")
     Path(args.output).write_text(json.dumps({"machine": machine, "training": model, "rows": rows}, indent=2))
     print(f"Wrote {args.output}")
 
