@@ -635,12 +635,16 @@ def test_a_streamed_data_set_trains(train_here, parquet_folder, tmp_path):
     assert sum(number for *_, number in SCRDiTPipeline.from_pretrained(tmp_path).processor.composition) == 81
 
 
-def test_resuming_a_streamed_run_is_refused(train_here, trained, parquet_folder, tmp_path):
-    """Its weights would differ from those of the uninterrupted run."""
-    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
-    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match="with --streaming cannot be resumed"):
-        train_here(parquet_folder, tmp_path, *arguments)
+@pytest.mark.parametrize("step", [3, 6], ids=["first epoch", "second epoch"])
+def test_a_streamed_run_resumes_to_the_same_result(train_here, parquet_folder, tmp_path, step):
+    """Five steps are an epoch; with dropout, and validation on the way."""
+    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--dropout", "0.1"]
+    train_here(parquet_folder, tmp_path / "whole", *arguments, "--checkpoints_total_limit", "9")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
+    train_here(parquet_folder, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", "latest")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], tensor), name
 
 
 def test_several_files_train(train_here, dataset, tmp_path):

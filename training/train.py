@@ -228,8 +228,6 @@ def check_args(args: TrainingArguments) -> None:
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
-    if args.streaming and args.resume_from_checkpoint:
-        raise ValueError("A run with --streaming cannot be resumed to the same result; leave one of the two out.")
     if len(set(args.labels_key)) < len(args.labels_key):
         raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
     used = checkpoints(args.output_dir) or (Path(args.output_dir) / "model_index.json").exists()
