@@ -2,12 +2,16 @@
 
 All are sums over chunks of rows, so that memory grows with the number of genes, not with that of cells. The first pass
 gives the moments from which genes are chosen; library sizes are those over the chosen genes and need a second one. The
-flavor "seurat_v3" needs one more in between, for variances of clipped counts.
+flavor "seurat_v3" needs one more in between, for variances of clipped counts. A pass may be spread over processes, see
+[`take_in`].
 """
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,26 +21,80 @@ logger = logging.getLogger(__name__)
 
 GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
 ROWS_PER_CHUNK = 10_000  # keeps the int32 offsets of a chunk's lists far from overflow
+ROWS_PER_UPDATE = 1000  # of which the temporary arrays fit a processor's cache
 MAX_PENDING = 2**20  # library sizes to collect before equal ones are joined
 
 Chunks = Callable[[], Iterator[tuple[sp.csr_matrix, pd.DataFrame]]]
 """Starts a pass over the cells: yields values (cells, n_vars) and obs (cells, columns) of some rows at a time."""
 
 
-def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
-    """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
+class Sums(Protocol):
+    """What a pass gathers."""
+
+    def update(self, matrix: sp.csr_matrix, obs: Any, /) -> None:
+        """Take in more cells."""
+
+    def merge(self, other: Self, /) -> None:
+        """Take in what another one has gathered of later cells."""
+
+
+S = TypeVar("S", bound=Sums)
+
+
+def take_in(sums: S, parts: Sequence[Chunks], map_parts: Callable[..., Iterable[Any]] = map) -> S:
+    """Go through all cells once.
+
+    A copy of `sums` takes in each part; the copies are merged in the order of the parts, so that the result does not
+    depend on who has gone through them.
+
+    Parameters
+    ----------
+    sums
+        Gathers.
+    parts
+        Each starts a pass over its part of the cells.
+    map_parts
+        `map`, or that of a `concurrent.futures` executor, which spreads the parts over its processes.
+
+    Returns
+    -------
+    `sums`, of all cells.
+    """
+    start = copy.deepcopy(sums)  # `map` takes the next part only after the last was merged
+    for of_part in map_parts(partial(_take_in_part, start), parts):
+        sums.merge(of_part)
+    return sums
+
+
+def _take_in_part(start: S, chunks: Chunks) -> S:
+    sums = copy.deepcopy(start)
+    for matrix, obs in chunks():
+        sums.update(matrix, obs)
+    return sums
+
+
+def normalize_total(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
+    """Scale counts to one library size: `counts / library size x target_sum`, the library size over all columns."""
     library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     scale = target_sum / np.where(library_size > 0, library_size, 1.0)
-    return sp.csr_matrix(sp.diags(scale) @ counts.astype(np.float64)).log1p()
+    values = counts.data * np.repeat(scale, np.diff(counts.indptr))
+    return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+
+
+def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
+    """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
+    return normalize_total(sp.csr_matrix(counts), target_sum).log1p()
 
 
 def gene_moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of each column, in two passes: E[x^2] - E[x]^2 would take rounding for variance."""
-    matrix = sp.csr_matrix(matrix, dtype=np.float64, copy=True)
-    mean = np.asarray(matrix.mean(axis=0)).ravel()
-    zeros = matrix.shape[0] - matrix.getnnz(axis=0)
-    matrix.data = (matrix.data - mean[matrix.indices]) ** 2
-    return mean, (np.asarray(matrix.sum(axis=0)).ravel() + zeros * mean**2) / matrix.shape[0]
+    matrix = sp.csr_matrix(matrix)
+    num_cells, num_vars = matrix.shape
+    columns = matrix.indices.astype(np.intp)  # once, else each of the next lines would
+    mean = np.bincount(columns, matrix.data, num_vars) / num_cells
+    zeros = num_cells - np.bincount(columns, minlength=num_vars)
+    squares = np.bincount(columns, (matrix.data - mean[columns]) ** 2, num_vars)
+    return mean, (squares + zeros * mean**2) / num_cells
 
 
 class GeneMoments:
@@ -57,10 +115,17 @@ class GeneMoments:
     def update(self, matrix: sp.csr_matrix) -> None:
         """Take in more cells, shape (cells, n_vars)."""
         mean, variance = gene_moments(matrix)
-        new, total = matrix.shape[0], self.num_cells + matrix.shape[0]
-        distance = mean - self.mean
+        self._join(matrix.shape[0], mean, variance * matrix.shape[0])
+
+    def merge(self, other: "GeneMoments") -> None:
+        """Take in the cells of another one."""
+        if other.num_cells:
+            self._join(other.num_cells, other.mean, other.squares)
+
+    def _join(self, new: int, mean: np.ndarray, squares: np.ndarray) -> None:
+        total, distance = self.num_cells + new, mean - self.mean
         self.mean = self.mean + distance * (new / total)
-        self.squares = self.squares + variance * new + distance**2 * (self.num_cells * new / total)
+        self.squares = self.squares + squares + distance**2 * (self.num_cells * new / total)
         self.num_cells = total
 
     def variance(self, ddof: int = 0) -> np.ndarray:
@@ -109,14 +174,20 @@ class GeneChoice:
     def update(self, matrix: sp.csr_matrix) -> None:
         """Take in more cells, shape (cells, n_vars)."""
         self.num_expressing += matrix.getnnz(axis=0) if (matrix.data > 0).all() else (matrix > 0).sum(axis=0).A1
-        if self.flavor in ("seurat", "cell_ranger"):
-            log_values = normalize_log1p(matrix, 1e4) if self.counts else matrix.astype(np.float64)
-            self.moments.update(log_values.expm1() if self.flavor == "seurat" else log_values)
+        if self.flavor == "seurat":
+            self.moments.update(normalize_total(matrix, 1e4) if self.counts else matrix.astype(np.float64).expm1())
+        elif self.flavor == "cell_ranger":
+            self.moments.update(normalize_log1p(matrix, 1e4) if self.counts else matrix)
         elif self.flavor != "all":
             self.moments.update(matrix)
 
-    def choose(self, chunks: Chunks) -> np.ndarray:
-        """Positions of the chosen genes; "seurat_v3" takes another pass over the cells."""
+    def merge(self, other: "GeneChoice") -> None:
+        """Take in the cells of another one."""
+        self.num_expressing += other.num_expressing
+        self.moments.merge(other.moments)
+
+    def choose(self, parts: Sequence[Chunks], map_parts: Callable[..., Iterable[Any]] = map) -> np.ndarray:
+        """Positions of the chosen genes; "seurat_v3" takes another pass over the cells, see [`take_in`]."""
         expressed = np.flatnonzero(self.num_expressing)
         if self.flavor == "all" or len(expressed) <= self.n_top_genes:
             if self.flavor != "all" and len(expressed) < self.n_top_genes:
@@ -128,12 +199,12 @@ class GeneChoice:
             smallest = np.sort(score[~np.isnan(score)])[-self.n_top_genes :][0]
             return expressed[np.nan_to_num(score, nan=-np.inf) >= smallest]
         if self.flavor == "seurat_v3":
-            score = self._clipped_variance(expressed, mean, variance, chunks)
+            score = self._clipped_variance(expressed, mean, variance, parts, map_parts)
         else:
             score = np.sqrt(self.moments.variance()[expressed]) / mean
         return np.sort(expressed[np.argsort(-score, kind="stable")[: self.n_top_genes]])
 
-    def _clipped_variance(self, columns, mean, variance, chunks: Chunks) -> np.ndarray:
+    def _clipped_variance(self, columns, mean, variance, parts, map_parts) -> np.ndarray:
         """Variance of the standardised counts, those beyond sqrt(cells) standard deviations clipped.
 
         The standard deviation of a gene is what a local regression on the mean expects.
@@ -147,15 +218,38 @@ class GeneChoice:
         expected[varies] = model.outputs.fitted_values
         std = np.sqrt(10**expected)
         num_cells = self.moments.num_cells
-        largest = std * np.sqrt(num_cells) + mean
-        sums, squares = np.zeros(len(columns)), np.zeros(len(columns))
-        for matrix, _ in chunks():
-            clipped = matrix[:, columns].astype(np.float64)
-            clipped.data = np.minimum(clipped.data, largest[clipped.indices])
-            sums += clipped.sum(axis=0).A1
-            clipped.data **= 2
-            squares += clipped.sum(axis=0).A1
-        return (num_cells * mean**2 + squares - 2 * sums * mean) / ((num_cells - 1) * std**2)
+        clipped = take_in(ClippedSums(columns, std * np.sqrt(num_cells) + mean), parts, map_parts)
+        squares = clipped.squares - 2 * clipped.sums * mean
+        return (num_cells * mean**2 + squares) / ((num_cells - 1) * std**2)
+
+
+class ClippedSums:
+    """Sums of values, and of their squares, of which none is above its gene's largest.
+
+    Parameters
+    ----------
+    columns
+        Positions of genes.
+    largest
+        Largest value of each of these genes.
+    """
+
+    def __init__(self, columns: np.ndarray, largest: np.ndarray):
+        self.columns, self.largest = columns, largest
+        self.sums, self.squares = np.zeros(len(columns)), np.zeros(len(columns))
+
+    def update(self, matrix: sp.csr_matrix, obs: Any = None) -> None:
+        """Take in more cells, shape (cells, n_vars)."""
+        matrix = matrix[:, self.columns]
+        columns = matrix.indices.astype(np.intp)
+        values = np.minimum(matrix.data, self.largest[columns])
+        self.sums += np.bincount(columns, values, len(self.sums))
+        self.squares += np.bincount(columns, values**2, len(self.sums))
+
+    def merge(self, other: "ClippedSums") -> None:
+        """Take in the cells of another one."""
+        self.sums += other.sums
+        self.squares += other.squares
 
 
 def _normalized_dispersion(mean: np.ndarray, variance: np.ndarray, flavor: str) -> np.ndarray:
@@ -211,8 +305,8 @@ class CellStatistics:
         """Of counts (cells, G) and codes (cells, K) in memory."""
         class_labels = np.asarray(class_labels).astype(np.int64)
         statistics = cls(np.unique(class_labels, axis=0), counts.shape[1])
-        for start in range(0, counts.shape[0], ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
+        for start in range(0, counts.shape[0], ROWS_PER_UPDATE):
+            rows = slice(start, start + ROWS_PER_UPDATE)
             statistics.update(counts[rows], class_labels[rows])
         return statistics
 
@@ -254,14 +348,29 @@ class CellStatistics:
         for total, weight in ((self.count_sum, np.ones(len(size))), (self.weighted_sum, np.maximum(size, 1))):
             members = sp.csr_matrix((weight, (of_present.ravel(), cells)), shape=(len(present), len(size)))
             total[present] += (members @ counts).toarray()
-        self.count_max = np.maximum(self.count_max, counts.max(axis=0).toarray().ravel())
-        self.square_sum += counts.power(2).sum(axis=0).A1
+        columns = counts.indices.astype(np.intp)
+        np.maximum.at(self.count_max, columns, counts.data)
+        self.square_sum += np.bincount(columns, counts.data**2, len(self.square_sum))
+
+    def merge(self, other: "CellStatistics") -> None:
+        """Take in the cells of another one of the same combinations of labels."""
+        self.num_cells += other.num_cells
+        if not self.counts:
+            return
+        for name in ("count_sum", "weighted_sum", "square_sum"):
+            getattr(self, name).__iadd__(getattr(other, name))
+        np.maximum(self.count_max, other.count_max, out=self.count_max)
+        other._join_sizes()
+        self._merge_sizes(other._sizes, other._numbers)
 
     def _join_sizes(self) -> None:
-        sizes = np.concatenate([self._sizes, *self._pending])
-        numbers = np.concatenate([self._numbers, *(np.ones(len(new), dtype=np.int64) for new in self._pending)])
+        pending = np.concatenate([self._sizes[:0], *self._pending])
         self._pending = []
-        self._sizes, place = np.unique(sizes, return_inverse=True)
+        self._merge_sizes(pending, np.ones(len(pending), dtype=np.int64))
+
+    def _merge_sizes(self, sizes: np.ndarray, numbers: np.ndarray) -> None:
+        self._sizes, place = np.unique(np.concatenate([self._sizes, sizes]), return_inverse=True)
+        numbers = np.concatenate([self._numbers, numbers])
         self._numbers = np.bincount(place.ravel(), weights=numbers).astype(np.int64)
 
     def library_sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

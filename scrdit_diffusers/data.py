@@ -11,7 +11,10 @@ needs all cells in memory but what is called AnnData, and nothing but [`CellColl
 
 import glob
 import logging
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,13 +39,14 @@ from .anndata_builder import (
     table_features,
     values_to_arrow,
 )
-from .cell_statistics import ROWS_PER_CHUNK, CellStatistics
+from .cell_statistics import ROWS_PER_CHUNK, ROWS_PER_UPDATE, CellStatistics
 from .processing_scrdit import SCRDiTProcessor, _check_label, get_matrix, label_categories
 
 logger = logging.getLogger(__name__)
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 VALUE_COLUMNS = ["genes", "expressions"]
+ROWS_PER_PART = 10**6  # of a table, whose parts are gone through separately to learn from them
 ANNDATA_SUFFIXES = (".h5ad", ".zarr")
 
 
@@ -398,13 +402,32 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
     return table_to_anndata(*_open_dataset(str(dataset), None, False, None, None, None))
 
 
+@dataclass(frozen=True)
+class TableChunks:
+    """Starts a pass over some rows of a table, see [`SCRDiTProcessor.from_chunks`]; can be sent to another process."""
+
+    table: Table
+    num_vars: int
+    positions: np.ndarray | None
+    labels_key: tuple[str, ...]
+
+    def __call__(self) -> Iterator[tuple[sp.csr_matrix, pd.DataFrame]]:
+        """Values and labels of some rows at a time."""
+        for rows in iterate_rows(self.table, ROWS_PER_UPDATE, [*VALUE_COLUMNS, *self.labels_key]):
+            yield rows_to_matrix(rows, self.num_vars, self.positions), rows_to_obs(rows, self.labels_key)
+
+
 def fit_table(
-    table: Table, var: pd.DataFrame, labels_key: str | Sequence[str] = (), **options: Any
+    table: Table,
+    var: pd.DataFrame,
+    labels_key: str | Sequence[str] = (),
+    num_proc: int | None = None,
+    **options: Any,
 ) -> tuple[SCRDiTProcessor, CellStatistics]:
     """Learn genes, transform and labels from a table, in two passes over it ("seurat_v3": three).
 
     What was learned from a table on disk is kept in the cache of `datasets`, where other processes and resumed runs
-    find it.
+    find it. It does not depend on the number of processes.
 
     Parameters
     ----------
@@ -414,6 +437,8 @@ def fit_table(
         Its gene vocabulary.
     labels_key
         Column(s) that condition the model.
+    num_proc
+        Processes that go through a table on disk, each its share of parts of a million cells.
     **options
         As for [`SCRDiTProcessor.from_anndata`].
 
@@ -432,12 +457,15 @@ def fit_table(
         for key in labels_key:
             _check_label(pd.DataFrame(columns=[key for key in features if key not in VALUE_COLUMNS]), key)
 
-    def chunks() -> Iterator[tuple[sp.csr_matrix, pd.DataFrame]]:
-        for rows in iterate_rows(table, ROWS_PER_CHUNK, [*VALUE_COLUMNS, *labels_key]):
-            yield rows_to_matrix(rows, len(var), positions), rows_to_obs(rows, labels_key)
-
     def fit() -> tuple[SCRDiTProcessor, CellStatistics]:
-        return SCRDiTProcessor.from_chunks(chunks, var, labels_key, **options)
+        parts = [TableChunks(part, len(var), positions, tuple(labels_key)) for part in _parts(table)]
+        if num_proc is None or num_proc == 1 or len(parts) == 1:
+            return SCRDiTProcessor.from_chunks(parts, var, labels_key, **options)
+        # A fork of this process could wait for its threads for ever.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        workers = min(num_proc, len(parts))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as executor:
+            return SCRDiTProcessor.from_chunks(parts, var, labels_key, map_parts=executor.map, **options)
 
     if isinstance(table, datasets.IterableDataset) or not table.cache_files:
         return fit()
@@ -453,6 +481,14 @@ def fit_table(
             statistics.save(unfinished / "statistics.npz")
             unfinished.rename(folder)
     return SCRDiTProcessor.from_pretrained(folder), CellStatistics.load(folder / "statistics.npz")
+
+
+def _parts(table: Table) -> list[Table]:
+    """Parts of a table that are gone through separately; a stream is one."""
+    if isinstance(table, datasets.IterableDataset):
+        return [table]
+    starts = range(0, max(1, len(table)), ROWS_PER_PART)
+    return [table.select(range(start, min(start + ROWS_PER_PART, len(table)))) for start in starts]
 
 
 def read_labels(table: datasets.Dataset, columns: Sequence[str]) -> pd.DataFrame:

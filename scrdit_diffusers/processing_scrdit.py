@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import anndata as ad
@@ -12,13 +12,14 @@ import scipy.sparse as sp
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .cell_statistics import (
-    ROWS_PER_CHUNK,
+    ROWS_PER_UPDATE,
     CellStatistics,
     Chunks,
     GeneChoice,
     GeneMoments,
     check_genes,
     normalize_log1p,
+    take_in,
 )
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ VALUE_SPACES = ("counts", "log_normalized")
 LIBRARY_SIZE_QUANTILES = 21
 RARE_LABEL_CELLS = 30  # of labels with fewer training cells little is to be expected
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
+MISTAKEN: Any = {"over": "ignore", "invalid": "ignore"}  # of counts taken for logarithms, which are refused at the end
 MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
 
 
@@ -291,8 +293,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         matrix = get_matrix(adata, layer, counts=value_space == "counts" or target_sum is not None)
 
         def chunks() -> Iterator[tuple[sp.csr_matrix, pd.DataFrame]]:
-            for start in range(0, adata.n_obs, ROWS_PER_CHUNK):
-                yield matrix[start : start + ROWS_PER_CHUNK], adata.obs.iloc[start : start + ROWS_PER_CHUNK]
+            for start in range(0, adata.n_obs, ROWS_PER_UPDATE):
+                yield matrix[start : start + ROWS_PER_UPDATE], adata.obs.iloc[start : start + ROWS_PER_UPDATE]
 
         return cls.from_chunks(
             chunks,
@@ -315,7 +317,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     @classmethod
     def from_chunks(
         cls,
-        chunks: Chunks,
+        chunks: Chunks | Sequence[Chunks],
         var: pd.DataFrame,
         labels_key: str | Sequence[str] | None = None,
         name: str = "the data",
@@ -330,6 +332,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         genes: Sequence[str] | None = None,
         gene_ids_key: str | None = None,
         standardize: bool = True,
+        map_parts: Callable[..., Iterable[Any]] = map,
     ) -> tuple[Self, CellStatistics]:
         """[`from_anndata`] for cells that come in chunks, of which only one is in memory.
 
@@ -338,7 +341,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Parameters
         ----------
         chunks
-            Starts a pass: yields the values of some cells over all genes, and their rows of obs.
+            Starts a pass: yields the values of some cells over all genes, and their rows of obs. Or several of these,
+            one for each part of the cells.
         var
             Genes of the data.
         labels_key, value_space, target_sum, zero_negation, zero_value, zero_threshold, min_std
@@ -347,6 +351,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             As in [`from_anndata`].
         name
             What to call the values in messages.
+        map_parts
+            `map`, or that of a `concurrent.futures` executor, which spreads the parts over its processes. The result
+            depends on the parts only.
 
         Returns
         -------
@@ -376,28 +383,21 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             zero_threshold=zero_threshold,
         )
 
-        moments = GeneMoments(len(var_names))
-        seen: list[pd.DataFrame] = []  # the combinations of labels
-        integers = True
-        for matrix, obs in chunks():
-            check_values(matrix, name, counts)
-            integers = integers and looks_like_counts(matrix)
-            with np.errstate(over="ignore", invalid="ignore"):  # counts taken for logarithms, which are refused below
-                choice.update(matrix)
-            moments.update(processor._offset(matrix))
-            for key in labels_key:
-                _check_label(obs, key)
-            seen = [pd.concat([*seen, obs[labels_key].drop_duplicates()]).drop_duplicates()]
+        parts = [chunks] if callable(chunks) else list(chunks)
+        seen = take_in(_FirstPass(processor, choice, name, counts, labels_key), parts, map_parts)
+        choice, moments = seen.choice, seen.moments
         if moments.num_cells < 2:
             raise ValueError(f"{name} has {moments.num_cells} cells; at least 2 are needed.")
-        if not counts and integers:
+        if not counts and seen.integers:
             raise ValueError(
                 f"{name} was taken as log-normalised values but holds only integers: give "
                 'target_sum=1e4 to log-normalise counts, or use value_space="counts".'
             )
         if genes is None and not choice.num_expressing.any():
             raise ValueError("All genes are zero in every training cell: there is nothing to learn.")
-        columns = choice.choose(chunks) if genes is None else check_genes(genes, var_names, choice.num_expressing)
+        columns = (
+            choice.choose(parts, map_parts) if genes is None else check_genes(genes, var_names, choice.num_expressing)
+        )
         variance = moments.variance()[columns]
         std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))  # 1 for a gene that does not vary
         processor = cls(
@@ -411,14 +411,12 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             zero_threshold=zero_threshold,
             gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
             condition_keys=labels_key,
-            condition_categories=[label_categories(seen[0], key, moments.num_cells) for key in labels_key],
+            condition_categories=[label_categories(seen.labels, key, moments.num_cells) for key in labels_key],
         )
-        combinations = np.unique(processor.encode_labels(seen[0]), axis=0)
+        combinations = np.unique(processor.encode_labels(seen.labels), axis=0)
         combinations = combinations if labels_key else np.zeros((1, 0), dtype=np.int64)
         statistics = CellStatistics(combinations, len(columns) if value_space == "counts" else None)
-        for matrix, obs in chunks():
-            counts_of_genes = matrix[:, columns] if value_space == "counts" else None
-            statistics.update(counts_of_genes, processor.encode_labels(obs))
+        statistics = take_in(_SecondPass(processor, columns, statistics), parts, map_parts).statistics
         processor.composition = np.column_stack([combinations, statistics.num_cells]).tolist()
         if value_space == "counts":
             quantiles = statistics.library_size_quantiles(LIBRARY_SIZE_QUANTILES)
@@ -571,10 +569,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def _offset(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
         """Values before standardisation minus that of zero, hence still sparse."""
         offset = normalize_log1p(matrix, self.target_sum) if self.target_sum is not None else matrix
-        offset = sp.csr_matrix(offset, dtype=np.float64, copy=True)
-        offset.eliminate_zeros()
-        offset.data = self._forward(offset.data) - self._zero
-        return offset
+        if not offset.data.all():
+            offset = offset.copy()
+            offset.eliminate_zeros()
+        values = self._forward(offset.data) - self._zero
+        return sp.csr_matrix((values, offset.indices, offset.indptr), shape=offset.shape)
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
@@ -726,6 +725,58 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             rows = (codes == combination).all(axis=1)
             log_sizes[rows] = np.interp(quantiles[rows], levels, log_size)
         return np.exp(log_sizes)
+
+
+class _FirstPass:
+    """What [`SCRDiTProcessor.from_chunks`] wants to know before it knows the genes and labels: checks as it goes."""
+
+    def __init__(
+        self, processor: SCRDiTProcessor, choice: GeneChoice, name: str, counts: bool, labels_key: Sequence[str]
+    ):
+        self.processor, self.choice, self.name, self.counts = processor, choice, name, counts
+        self.moments = GeneMoments(len(choice.num_expressing))  # of the values before standardisation
+        self.labels_key = list(labels_key)
+        self.labels = pd.DataFrame(columns=self.labels_key)  # the combinations that occur
+        self.integers = True
+
+    def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
+        """Take in more cells."""
+        check_values(matrix, self.name, self.counts)
+        self.integers = self.integers and looks_like_counts(matrix)
+        with np.errstate(**MISTAKEN):
+            self.choice.update(matrix)
+        self.moments.update(self.processor._offset(matrix))
+        for key in self.labels_key:
+            _check_label(obs, key)
+        self._add_labels(obs[self.labels_key].drop_duplicates())
+
+    def merge(self, other: "_FirstPass") -> None:
+        """Take in the cells of another one."""
+        with np.errstate(**MISTAKEN):
+            self.choice.merge(other.choice)
+        self.moments.merge(other.moments)
+        self.integers = self.integers and other.integers
+        self._add_labels(other.labels)
+
+    def _add_labels(self, labels: pd.DataFrame) -> None:
+        known = [of_some for of_some in (self.labels, labels) if len(of_some)]
+        self.labels = pd.concat(known).drop_duplicates() if known else self.labels
+
+
+class _SecondPass:
+    """The statistics of the chosen genes."""
+
+    def __init__(self, processor: SCRDiTProcessor, columns: np.ndarray, statistics: CellStatistics):
+        self.processor, self.columns, self.statistics = processor, columns, statistics
+
+    def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
+        """Take in more cells."""
+        counts = matrix[:, self.columns] if self.statistics.counts else None
+        self.statistics.update(counts, self.processor.encode_labels(obs))
+
+    def merge(self, other: "_SecondPass") -> None:
+        """Take in the cells of another one."""
+        self.statistics.merge(other.statistics)
 
 
 def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 
 from scrdit_diffusers import CellStatistics, SCRDiTProcessor, SCRDiTTransformer, cell_statistics, count_bins
-from scrdit_diffusers.cell_statistics import GeneMoments, normalize_log1p
+from scrdit_diffusers.cell_statistics import GeneMoments, normalize_log1p, take_in
 
 NUM_CELLS, NUM_GENES = 211, 120
 
@@ -111,6 +111,39 @@ def test_library_sizes_are_numpys(statistics, counts, obs):
     expected = [np.quantile(log_size[cells], np.linspace(0, 1, 21)) for cells in groups(obs)]
     np.testing.assert_allclose(statistics.library_size_quantiles(21), expected, rtol=1e-9)
     assert statistics.num_cells.tolist() == [len(cells) for cells in groups(obs)]
+
+
+@pytest.mark.parametrize("flavor", ["seurat", "seurat_v3", "cv"])
+def test_parts_give_what_the_whole_gives(counts, obs, flavor):
+    """Also a part without cells, and one without any of the labels."""
+    starts = [0, 80, 80, 81, 200]
+    parts = [chunked(counts[a:b], obs.iloc[a:b], 17) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    arguments = pd.DataFrame(index=names()), ["cell_type", "batch"]
+    options = {"flavor": flavor, "n_top_genes": 40}
+    whole, statistics = SCRDiTProcessor.from_chunks(chunked(counts, obs, 17), *arguments, **options)
+    joined, of_parts = SCRDiTProcessor.from_chunks(parts, *arguments, **options)
+    assert joined.var_names == whole.var_names
+    assert joined.condition_categories == whole.condition_categories
+    assert joined.composition == whole.composition
+    assert joined.log_library_sizes == whole.log_library_sizes
+    np.testing.assert_allclose(joined.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(joined.std, whole.std, rtol=1e-12)
+    for name in ("num_cells", "count_max", "square_sum", "count_sum", "weighted_sum"):
+        np.testing.assert_array_equal(getattr(of_parts, name), getattr(statistics, name))  # sums of integers
+
+
+def test_the_order_of_parts_is_kept_whoever_is_first(counts, obs):
+    class Seen:
+        rows: list[int] = []
+
+        def update(self, matrix, obs):
+            self.rows = [*self.rows, *obs.index]
+
+        def merge(self, other):
+            self.rows = [*self.rows, *other.rows]
+
+    parts = [chunked(counts[a : a + 50], obs.iloc[a : a + 50], 17) for a in range(0, NUM_CELLS, 50)]
+    assert take_in(Seen(), parts).rows == list(range(NUM_CELLS))
 
 
 def test_dispersions_are_moment_estimates(statistics, counts, obs):

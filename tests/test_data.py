@@ -541,6 +541,32 @@ def test_what_was_learned_is_kept(adata, tmp_path, monkeypatch):
     assert other.to_json_string() != first.to_json_string()
 
 
+@pytest.mark.parametrize("flavor", ["seurat", "seurat_v3"])
+def test_what_was_learned_does_not_depend_on_the_number_of_processes(adata, tmp_path, monkeypatch, flavor):
+    """Real processes, which are sent parts of a selection of rows of the table on disk."""
+    monkeypatch.setattr(data, "ROWS_PER_PART", 16)
+    table, var = open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    table = table.select(list(range(0, 60, 2)) + list(range(1, 60, 4)))
+    options = {"labels_key": ["cell_type", "batch"], "flavor": flavor, "n_top_genes": 10}
+    learned = []
+    for num_proc in (1, 2):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(num_proc))
+        learned.append(fit_table(table, var, num_proc=num_proc, **options))
+    (alone, statistics), (shared, of_two) = learned
+    assert alone.to_json_string() == shared.to_json_string()
+    for name, array in vars(statistics).items():
+        np.testing.assert_array_equal(getattr(of_two, name), array)
+
+
+def test_a_refusal_in_another_process_is_told_as_in_this_one(adata, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    adata.X.data[-1] = 0.5
+    table, var = open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="^some file was taken as counts but holds non-integers such as 0.5"):
+        fit_table(table, var, num_proc=2, name="some file")
+
+
 def test_split_of_a_stream(adata, monkeypatch):
     monkeypatch.setattr(data, "ROWS_PER_CHUNK", 16)
     adata.obs["number"] = np.arange(60)

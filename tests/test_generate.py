@@ -250,6 +250,34 @@ def test_file_is_not_replaced_unasked(generate, tmp_path):
     assert ad.read_h5ad(tmp_path / "cells.h5ad").n_obs == 1
 
 
+def test_store_is_replaced_only_once_the_new_one_is_whole(generate, script, whole, tmp_path, monkeypatch):
+    output = tmp_path / "cells.zarr"
+    generate("--num_cells", 3, "--seed", 1, "--output", output)
+    old = ad.read_zarr(output)
+    again = ["--num_cells", 50, "--shard_size", 16, "--output", output, "--overwrite"]
+    replace = os.replace
+
+    def stopped(source, target):
+        if Path(target) == output:
+            raise OSError("stopped")
+        replace(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(script, "join_shards", lambda *args: stopped(None, output))
+        with pytest.raises(OSError, match="stopped"):
+            generate(*again)
+    assert_same_cells(ad.read_zarr(output), old)
+    with monkeypatch.context() as context:  # at the worst moment, none has the name and both are whole
+        context.setattr(os, "replace", stopped)
+        with pytest.raises(OSError, match="stopped"):
+            generate(*again)
+    assert_same_cells(ad.read_zarr(tmp_path / "cells.zarr.parts" / "replaced.zarr"), old)
+    assert_same_cells(ad.read_zarr(tmp_path / "cells.zarr.parts" / "joined.zarr"), whole)
+    generate(*again[:-1])
+    assert_same_cells(ad.read_zarr(output), whole)
+    assert not Path(f"{output}.parts").exists()
+
+
 def test_float_values_are_joined(generate, script, pipe, processor, pipeline, adata, tmp_path):
     """A model of log-normalised values, which has no layer."""
     log = type(processor).from_anndata(adata, ["cell_type", "batch"], "lognorm", "log_normalized", flavor="all")

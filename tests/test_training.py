@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
@@ -324,6 +329,129 @@ def test_two_processes_train_as_one_does_on_the_joined_batch(train_here, dataset
     np.testing.assert_allclose(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-5)
 
 
+CONFIGS = REPOSITORY / "training" / "configs"
+
+
+def launch_environment(config):
+    """What `accelerate launch` hands to its processes for a configuration file."""
+    command = ["--config_file", str(CONFIGS / config), "training/train.py"]
+    arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+        return prepare_deepspeed_cmd_env(arguments)[1]
+    return prepare_multi_gpu_env(arguments)
+
+
+def train_sharded(rank, port, environment, dataset, output_dir, arguments):
+    """Train as one of two processes with FSDP, which Accelerate itself allows on GPUs only."""
+    os.environ.update(environment, ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    script = load_script("train")
+    plugin = FullyShardedDataParallelPlugin()  # reads the environment
+
+    def accelerator(**kwargs):
+        made = Accelerator(**kwargs)
+        PartialState._shared_state["distributed_type"] = made.state.distributed_type = DistributedType.FSDP
+        made.state.fsdp_plugin = plugin
+        return made
+
+    script.Accelerator = accelerator
+    run_main(script, dataset, output_dir, *arguments)
+
+
+def launch_sharded(dataset, output_dir, *arguments, **environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = launch_environment("fsdp2.yaml") | environment
+    context = multiprocessing.get_context("forkserver")
+    arguments = [*TWO, "--train_batch_size", "8", "--mixed_precision", "no", *arguments]
+    processes = [
+        context.Process(target=train_sharded, args=(rank, port, environment, dataset, output_dir, arguments))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def sharded(dataset, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("sharded")
+    assert launch_sharded(dataset, output_dir) == [0, 0]
+    return output_dir
+
+
+def test_two_sharded_processes_train_as_one_does(train_here, sharded, dataset, tmp_path):
+    train_here(dataset, tmp_path, *TWO)
+    for folder in ("", "checkpoint-12", "checkpoint-9"):
+        for subfolder in ("transformer", "transformer_ema")[: 2 if folder else 1]:
+            two, one = weights(sharded / folder, subfolder), weights(tmp_path / folder, subfolder)
+            assert two.keys() == one.keys()
+            for name, tensor in one.items():
+                rtol = 1e-3 if name.endswith("log_dispersion") else 1e-4
+                torch.testing.assert_close(two[name], tensor, rtol=rtol, atol=1e-5)
+    assert (sharded / "checkpoint-9" / "pytorch_model_fsdp.bin").exists()  # it was FSDP that saved it
+
+
+def test_a_sharded_run_resumes_to_the_same_result(sharded, dataset, tmp_path):
+    shutil.copytree(sharded / "checkpoint-9", tmp_path / "checkpoint-9")
+    assert launch_sharded(dataset, tmp_path, "--resume_from_checkpoint", "latest") == [0, 0]
+    for folder, subfolder in (("", "transformer"), ("checkpoint-12", "transformer_ema")):
+        for name, tensor in weights(sharded / folder, subfolder).items():
+            assert torch.equal(weights(tmp_path / folder, subfolder)[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("ddp.yaml", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        ("fsdp2.yaml", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        ("deepspeed_zero2.yaml", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    ],
+)
+def test_accelerate_understands_the_configurations(config, expected):
+    environment = launch_environment(config)
+    assert {name: environment.get(name) for name in expected} == expected
+    others = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} - expected.keys()
+    assert not [name for name in others if environment.get(name) == "true"]
+
+
+def made_accelerator(kind, **state):
+    return SimpleNamespace(distributed_type=kind, num_processes=2, **state)
+
+
+NOT_SUPPORTED = {
+    "FSDP on CPUs": (
+        made_accelerator(DistributedType.MULTI_CPU),
+        [],
+        "FSDP was asked for, but Accelerate .* MULTI_CPU",
+    ),
+    "FSDP 1": (made_accelerator(DistributedType.FSDP, is_fsdp2=False), [], "fsdp_version: 2"),
+    "FSDP of adapters": (made_accelerator(DistributedType.FSDP, is_fsdp2=True), ["--lora_rank", "2"], "lora_rank"),
+    "ZeRO-3": (
+        made_accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+        [],
+        "stages 1 and 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_what_does_not_work_with_several_processes_is_refused(train_script, monkeypatch, name):
+    accelerator, arguments, message = NOT_SUPPORTED[name]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    kind = "DEEPSPEED" if name == "ZeRO-3" else "FSDP"
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    args = HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(arguments)[0]
+    with pytest.raises(ValueError, match=message):
+        train_script.check_processes(args, accelerator)
+
+
 def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):
     averaged, saved = weights(trained / "checkpoint-8", "transformer_ema"), weights(trained)
     assert averaged.keys() == saved.keys() and "count_head.value" in saved
@@ -426,6 +554,18 @@ def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
         train_here(dataset, tmp_path, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "steps"), [(16, 900), (81, 300), (4, 2500)], ids=["150 passes", "at least 300", "at most 2,500"]
+)
+@pytest.mark.usefixtures("train_here")  # which cleans up
+def test_default_number_of_steps(train_script, dataset, tmp_path, capsys, batch_size, steps):
+    """81 training cells: 6, 1 and 21 steps a pass."""
+    size = dict(n_top_genes=30, patch_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    output = dict(output_dir=str(tmp_path / "model"), report_to="none", dry_run=True)
+    train_script.main(train_script.TrainingArguments(str(dataset), train_batch_size=batch_size, **size, **output))
+    assert json.loads(capsys.readouterr().out)["arguments"]["max_train_steps"] == steps
+
+
 BAD_ARGUMENTS = {
     "no such file": (["--dataset", "nowhere.h5ad"], "does not exist"),
     "unknown label column": (["--labels_key", "celltype"], "did you mean 'cell_type'"),
@@ -495,12 +635,16 @@ def test_a_streamed_data_set_trains(train_here, parquet_folder, tmp_path):
     assert sum(number for *_, number in SCRDiTPipeline.from_pretrained(tmp_path).processor.composition) == 81
 
 
-def test_resuming_a_streamed_run_is_refused(train_here, trained, parquet_folder, tmp_path):
-    """Its weights would differ from those of the uninterrupted run."""
-    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
-    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match="with --streaming cannot be resumed"):
-        train_here(parquet_folder, tmp_path, *arguments)
+@pytest.mark.parametrize("step", [3, 6], ids=["first epoch", "second epoch"])
+def test_a_streamed_run_resumes_to_the_same_result(train_here, parquet_folder, tmp_path, step):
+    """Five steps are an epoch; with dropout, and validation on the way."""
+    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--dropout", "0.1"]
+    train_here(parquet_folder, tmp_path / "whole", *arguments, "--checkpoints_total_limit", "9")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
+    train_here(parquet_folder, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", "latest")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], tensor), name
 
 
 def test_several_files_train(train_here, dataset, tmp_path):

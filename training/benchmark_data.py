@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--source", default="cells.h5ad", help="real cells to draw from, with obs['cell_type']")
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--genes", type=int, nargs="+", default=[2000])
-    parser.add_argument("--folder", default="outputs/benchmark_data", help="for files, kept, and tables")
+    parser.add_argument("--folder", default="outputs/benchmark_data", help="for files, kept, and tables, deleted")
     parser.add_argument("--seconds", type=float, default=5, help="for each way to read")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=1, help="also read with so many processes at once")
@@ -212,6 +213,7 @@ def main() -> None:
 
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     rows = []
     for num_genes in args.genes:
         for num_cells in args.cells:
@@ -234,13 +236,15 @@ def main() -> None:
                 row["annbatch"] = json.loads(process.stdout.splitlines()[-1])
             if args.processes > 1:
                 started = [run("read", *common, "--way", "table", "--seed", i) for i in range(args.processes)]
-                rates = [result(process)["cells_per_second"] for process in started]
+                rates = [result(process) for process in started]
                 row["processes"] = {
-                    "cells_per_second": sum(rates),
-                    "ratio": sum(rates) / row["table"]["cells_per_second"],
+                    name: sum(rate[name] for rate in rates) for name in ("cells_per_second", "cells_per_cpu_second")
                 }
             rows.append(row)
             print(json.dumps(row), flush=True)
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
+            shutil.rmtree(cache)
 
     from benchmark import DEFAULT, train_rate  # beside this file
 
@@ -259,9 +263,9 @@ def main() -> None:
             rates = row["annbatch"]
             print(f"{'':18}  annbatch: {rates['cells_per_second']:,.0f}, conversion {rates['convert']:,.0f}")
         if "processes" in row:
-            print(f"{'':18}  {args.processes} processes read {row['processes']['ratio']:.2f} times as fast as one")
-    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            names = {"cells_per_second": "second", "cells_per_cpu_second": "CPU second"}
+            times = [f"{row['processes'][name] / row['table'][name]:.2f} per {of}" for name, of in names.items()]
+            print(f"{'':18}  {args.processes} processes, rate over that of one: {', '.join(times)}")
     Path(args.output).write_text(json.dumps({"machine": machine, "training": model, "rows": rows}, indent=2))
     print(f"Wrote {args.output}")
 

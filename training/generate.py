@@ -223,6 +223,16 @@ def join_shards(shards: list[Path], temporary: Path) -> None:
         group.close()
 
 
+def replace(joined: Path, output: Path) -> None:
+    """Give the whole file or store its name; a store of that name is moved aside until then, for it is no one file."""
+    old = joined.with_name(f"replaced{output.suffix}")
+    if old.exists():  # a run was killed between the two moves, or while it deleted
+        shutil.rmtree(old)
+    if output.is_dir():
+        os.replace(output, old)
+    os.replace(joined, output)
+
+
 def main(args: GenerationArguments) -> None:
     """Generate in shards, each process its share of them, then join them."""
     check_args(args)
@@ -259,9 +269,7 @@ def main(args: GenerationArguments) -> None:
     if state.is_main_process:
         joined = parts / f"joined{output.suffix}"
         join_shards(shards, joined)
-        if output.is_dir():
-            shutil.rmtree(output)
-        os.replace(joined, output)
+        replace(joined, output)
         shutil.rmtree(parts)
         print(f"Wrote {num_cells} cells x {pipe.processor.num_genes} genes to {output}")
     state.destroy_process_group()

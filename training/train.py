@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -37,6 +37,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -92,7 +93,7 @@ class TrainingArguments:
     streaming: bool = arg(False, "Read a data set while training instead of downloading it; one process.")
     join: str = arg("inner", "Genes of several files: those that all have, or all.", choices=["inner", "outer"])
     gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
-    preprocessing_num_workers: int | None = arg(None, "Processes that convert several files.")
+    preprocessing_num_workers: int | None = arg(None, "Processes that convert files and learn the genes.")
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str = arg("counts", "What is modelled.", choices=["counts", "log_normalized"])
@@ -227,8 +228,6 @@ def check_args(args: TrainingArguments) -> None:
         )
     if args.genes and not Path(args.genes).is_file():
         raise ValueError(f"--genes {args.genes} is no file; it should hold one gene name per line.")
-    if args.streaming and args.resume_from_checkpoint:
-        raise ValueError("A run with --streaming cannot be resumed to the same result; leave one of the two out.")
     if len(set(args.labels_key)) < len(args.labels_key):
         raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
     used = checkpoints(args.output_dir) or (Path(args.output_dir) / "model_index.json").exists()
@@ -237,6 +236,28 @@ def check_args(args: TrainingArguments) -> None:
             f"{args.output_dir} holds an earlier run: give --resume_from_checkpoint latest to go on "
             "with it, --overwrite_output_dir to delete them, or another --output_dir."
         )
+
+
+def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raise ValueError for processes that would not train as they were launched to."""
+    launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        raise ValueError(
+            f"{launched} processes were launched, but each finds {accelerator.num_processes}: on CPUs set "
+            "ACCELERATE_USE_CPU=true, or launch one process."
+        )
+    for name in ("FSDP", "DEEPSPEED"):  # where Accelerate cannot, it says nothing and keeps the model whole
+        if launched > 1 and parse_flag_from_env(f"ACCELERATE_USE_{name}") and kind != DistributedType[name]:
+            raise ValueError(f"{name} was asked for, but Accelerate has chosen {kind.value}: {name} needs GPUs.")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("Of FSDP only version 2 is supported: set fsdp_version: 2, as in training/configs/fsdp2.yaml.")
+    if kind == DistributedType.DEEPSPEED:
+        if accelerator.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("Of DeepSpeed stages 1 and 2 are supported, not 3; use training/configs/fsdp2.yaml.")
+        logger.warning("This script was never run with DeepSpeed: compare a short run with one of DDP first.")
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.lora_rank:
+        raise ValueError(f"--lora_rank does not work with {kind.value}: what is frozen would move. Use DDP.")
 
 
 def checkpoints(output_dir: str) -> list[Path]:
@@ -371,7 +392,7 @@ def open_cells(
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "n_top_genes", "flavor"]
     names += ["standardize"]
     options = {name: getattr(args, name) for name in names}
-    options["name"] = str(args.dataset)
+    options |= {"name": str(args.dataset), "num_proc": args.preprocessing_num_workers}
     genes = Path(args.genes).read_text().split() if args.genes else None
     if pretrained is not None:
         known = pretrained.processor.var_names
@@ -437,12 +458,7 @@ def main(args: TrainingArguments) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        raise ValueError(
-            f"{launched} processes were launched, but each finds {accelerator.num_processes}: on CPUs set "
-            "ACCELERATE_USE_CPU=true, or launch one process."
-        )
+    check_processes(args, accelerator)
     if accelerator.is_main_process and args.overwrite_output_dir and not args.dry_run:
         for path in checkpoints(args.output_dir):
             delete_checkpoint(path)
@@ -530,29 +546,21 @@ def main(args: TrainingArguments) -> None:
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
-    ema = None
-    if args.use_ema:
-        warmup = {"decay": args.ema_decay, "use_ema_warmup": True, "power": 3 / 4}
-        ema = EMAModel(
-            model.parameters(), **warmup, foreach=True, model_cls=SCRDiTTransformer, model_config=model.config
-        )
-        ema.to(accelerator.device)
-
+    config = model.config
     running: list[float] = []  # losses since the last report, part of a checkpoint
 
     # 3. Checkpoints: weights as safetensors, besides what Accelerate saves
     def save_hook(models, weights, output_dir):
+        current, averaged = gather_weights(accelerator.unwrap_model(model), ema)
         if accelerator.is_main_process:
             processor.save_pretrained(os.path.join(output_dir, "processor"))
             (Path(output_dir) / "arguments.json").write_text(json.dumps(record))
             (Path(output_dir) / "losses.json").write_text(json.dumps(running))
-            for saved in models:
-                accelerator.unwrap_model(saved).save_pretrained(os.path.join(output_dir, "transformer"))
+            whole_model(current).save_pretrained(os.path.join(output_dir, "transformer"))
             if ema is not None:  # EMAModel.save_pretrained would lose the buffers of the count head
-                averaged = trained_model()
-                state = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
-                averaged.register_to_config(**state)
-                averaged.save_pretrained(os.path.join(output_dir, "transformer_ema"))
+                saved = whole_model(averaged)
+                saved.register_to_config(**{k: v for k, v in ema.state_dict().items() if k != "shadow_params"})
+                saved.save_pretrained(os.path.join(output_dir, "transformer_ema"))
         weights.clear()
 
     def load_hook(models, input_dir):
@@ -573,12 +581,18 @@ def main(args: TrainingArguments) -> None:
             names = [name for name, _ in accelerator.unwrap_model(model).named_parameters()]
             state = SCRDiTTransformer.load_config(folder)
             state = {name: state[name] for name in ema.state_dict() if name != "shadow_params"}
-            ema.load_state_dict(state | {"shadow_params": [averaged[name] for name in names]})
+            shadows = [shard_like(averaged[name], now) for name, now in zip(names, ema.shadow_params, strict=True)]
+            ema.load_state_dict(state | {"shadow_params": shadows})
             ema.to(accelerator.device)
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    ema = None
+    if args.use_ema:  # of the prepared parameters, which may be parts of the whole ones
+        warmup = {"decay": args.ema_decay, "use_ema_warmup": True, "power": 3 / 4}
+        ema = EMAModel(model.parameters(), **warmup, foreach=True, model_cls=SCRDiTTransformer, model_config=config)
+        ema.to(accelerator.device)
     loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0)  # sharded already
     val_batch = {name: tensor.to(accelerator.device) for name, tensor in val_batch.items()}
     null_labels = torch.tensor(processor.num_classes, dtype=torch.long, device=accelerator.device)  # (K,)
@@ -619,17 +633,14 @@ def main(args: TrainingArguments) -> None:
             for old in whole[: max(0, surplus)]:
                 delete_checkpoint(old)
 
-    def trained_model() -> SCRDiTTransformer:
-        trained = SCRDiTTransformer.from_config(accelerator.unwrap_model(model).config).to(accelerator.device)
+    def whole_model(state: dict[str, torch.Tensor]) -> SCRDiTTransformer:
+        plain = SCRDiTTransformer.from_config(config).to(accelerator.device)
         if args.lora_rank:
-            finetuning.add_lora(trained, args.lora_rank, {})
-        trained.load_state_dict(accelerator.unwrap_model(model).state_dict())
-        if ema is not None:
-            ema.copy_to(trained.parameters())
-        return trained.eval()
+            finetuning.add_lora(plain, args.lora_rank, {})
+        plain.load_state_dict(state)
+        return plain.eval()
 
-    def validate(step: int) -> float:
-        trained = trained_model()
+    def validate(trained: SCRDiTTransformer, step: int) -> float:
         count = len(val_batch["values"])
         timesteps = torch.linspace(min_timestep, args.num_train_timesteps - 1, count).to(accelerator.device, torch.long)
         generator = seeded_generator(accelerator.device, args.seed)
@@ -716,8 +727,9 @@ def main(args: TrainingArguments) -> None:
             if step == args.max_train_steps:
                 save_checkpoint(step)
             if step % args.validation_steps == 0 or step == args.max_train_steps:
+                _, averaged = gather_weights(accelerator.unwrap_model(model), ema)
                 if accelerator.is_main_process:
-                    val_loss = validate(step)
+                    val_loss = validate(whole_model(averaged), step)
                     accelerator.log({"val_loss": val_loss}, step=step)
                     postfix["val_loss"] = f"{val_loss:.4f}"
                     progress.set_postfix(postfix)
@@ -738,9 +750,9 @@ def main(args: TrainingArguments) -> None:
         sys.exit(128 + signals[0] if signals else 1)
 
     # 5. Save the pipeline
-    accelerator.wait_for_everyone()
+    _, averaged = gather_weights(accelerator.unwrap_model(model), ema)
     if accelerator.is_main_process:
-        pipe = SCRDiTPipeline(trained_model().cpu(), scheduler, processor, **pipeline_config)
+        pipe = SCRDiTPipeline(whole_model(averaged).cpu(), scheduler, processor, **pipeline_config)
         if args.lora_rank:
             finetuning.save_lora(pipe, args.output_dir, changes["adapter_only"])
         else:
@@ -758,6 +770,26 @@ def main(args: TrainingArguments) -> None:
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()
+
+
+def gather_weights(model: torch.nn.Module, ema: EMAModel | None) -> tuple[dict[str, torch.Tensor], ...]:
+    """Gather current and averaged weights; all processes call it, for with FSDP each holds parts of them."""
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    current = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    if ema is None:
+        return current, current
+    names = [name for name, _ in model.named_parameters()]
+    return current, current | dict(zip(names, map(whole, ema.shadow_params), strict=True))
+
+
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Part of a tensor that this process holds of another one, which may be whole."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
 def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) -> None:
