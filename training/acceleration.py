@@ -37,7 +37,7 @@ from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics
 from scrdit_diffusers.processing_scrdit import get_matrix, label_categories, looks_like_counts, normalize_log1p
 
 matplotlib.use("Agg")
-TRAINING = Path(__file__).parent
+TRAINING = Path(__file__).resolve().parent
 METHODS = {"paper": f"{PAPER}, as published", "default": f"{DEFAULT}, this package"}
 FULL_SIZE_CALLS = {"paper": 4, "default": 25}  # calls of the network that are timed at full size; more are scaled
 FULL_SIZE_CELLS = {"paper": 64, "default": 512}
