@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata as ad
 import diffusers
@@ -106,6 +107,19 @@ def test_recipe_has_the_published_settings(tmp_path):
     snr = torch.tensor([1e-5, 1.0, 1e4])  # the noise has the same weight everywhere
     weights = loss_weights(snr, "epsilon", arguments["loss_weighting"], arguments["max_loss_weight"])
     assert weights.tolist() == [1, 1, 1]
+
+
+def test_recipe_runs_to_its_end(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    command = [str(RECIPE), str(tmp_path / "cells.h5ad"), str(tmp_path / "model"), "--target_sum", "1e4"]
+    command += ["--n_top_genes", "20", "--attention_head_dim", "4", "--num_train_epochs", "1", "--report_to", "none"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pipe = SCRDiTPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.processor.zero_negation and pipe.processor.num_genes == 20 and not pipe.processor.conditions
+    assert (tmp_path / "model/README.md").exists()
 
 
 TYPES = ["T", "B"]

@@ -1,5 +1,6 @@
 """The converter of published checkpoints against a plain DiT, written here from the description of the DiT paper."""
 
+import io
 import math
 
 import pytest
@@ -188,6 +189,8 @@ def broken(**changes):
 BAD_CHECKPOINTS = {
     "code": ({"model": Harmful()}, "holds more than weights"),
     "nested": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "'epoch': 'int'.*save that alone"),
+    "no names": ({0: torch.ones(1)}, "expected only dense tensors by name"),
+    "sparse": (broken(**{"final_layer.linear.bias": torch.ones(10).to_sparse()}), "expected only dense tensors"),
     "no dict": ([torch.ones(1)], "holds a list"),
     "another model": ({"weight": torch.ones(2, 2)}, "x_embedder.proj.weight is missing"),
     "labels": (broken(**{"y_embedder.embedding_table.weight": torch.ones(3, 32)}), "has besides .*y_embedder"),
@@ -205,6 +208,29 @@ def test_other_checkpoints_are_refused(run, tmp_path, capsys, name):
     with pytest.raises(ValueError, match=message):
         run("--checkpoint", tmp_path / "published.pt", "--output_dir", tmp_path / "pipe")
     assert "must not run" not in capsys.readouterr().out and not (tmp_path / "pipe").exists()
+
+
+def half_of_a_checkpoint():
+    buffer = io.BytesIO()
+    torch.save(plain().state_dict(), buffer)
+    return buffer.getvalue()[: buffer.tell() // 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", "no whole file of torch.save"),
+        (b"", "no whole file of torch.save"),
+        (half_of_a_checkpoint(), "no whole file of torch.save"),
+        (None, "is no file"),
+    ],
+    ids=["text", "empty", "cut off", "absent"],
+)
+def test_files_that_are_no_checkpoint_are_refused(run, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "published.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run("--checkpoint", tmp_path / "published.pt", "--output_dir", tmp_path / "pipe")
 
 
 def test_wrong_number_of_genes_is_refused(run, tmp_path):

@@ -37,9 +37,9 @@ from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics
 from scrdit_diffusers.processing_scrdit import get_matrix, label_categories, looks_like_counts, normalize_log1p
 
 matplotlib.use("Agg")
-TRAINING = Path(__file__).parent
+TRAINING = Path(__file__).resolve().parent
 METHODS = {"paper": f"{PAPER}, as published", "default": f"{DEFAULT}, this package"}
-FULL_SIZE_CALLS = {"paper": 4, "default": 100}  # calls of the network that are timed at full size; more are scaled
+FULL_SIZE_CALLS = {"paper": 4, "default": 25}  # calls of the network that are timed at full size; more are scaled
 FULL_SIZE_CELLS = {"paper": 64, "default": 512}
 # Shown in the printed table; acceleration.json has all.
 SHOWN = {
@@ -98,7 +98,9 @@ class AccelerationArguments:
     n_top_genes: int = field(default=500, metadata={"help": "Highly variable genes that both methods model."})
     paper_attention_head_dim: int = field(default=16, metadata={"help": "Width of the paper's 8 heads (paper: 96)."})
     paper_num_train_epochs: int = field(default=150, metadata={"help": "Epochs of the paper's recipe (paper: 1,600)."})
-    max_train_steps: int = field(default=4500, metadata={"help": "Steps of the default recipe."})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the default recipe; as many as train.py chooses if not given."}
+    )
     num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and judge; the table shows means."})
     batch_size: int = field(default=512, metadata={"help": "Cells generated at a time."})
     full_size: bool = field(default=True, metadata={"help": "Also time the models at full size."})
@@ -148,7 +150,8 @@ def train_models(args: AccelerationArguments, folder: Path, labels: list[str], c
     }
     commands["default"] = ["accelerate", "launch", "--num_processes", "1", str(TRAINING / "train.py"), *common]
     commands["default"] += ["--dataset", str(folder / "cells/train.h5ad"), "--output_dir", str(folder / "default")]
-    commands["default"] += ["--labels_key", args.labels_key, "--max_train_steps", str(args.max_train_steps)]
+    commands["default"] += ["--labels_key", args.labels_key]
+    commands["default"] += ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
     commands["default"] += [] if counts else ["--value_space", "log_normalized"]
     for name, command in commands.items():
         if not (folder / name / "model_index.json").exists():

@@ -10,7 +10,6 @@ the genes are numbered. The way back needs a model of the published kind: one sh
 
 import logging
 import os
-import pickle
 import re
 import sys
 from collections.abc import Mapping
@@ -56,19 +55,26 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Raises
     ------
     ValueError
-        The file holds anything but tensors by name. It is loaded with `weights_only`, so that no code in it runs.
+        The file holds anything but dense tensors by name. It is loaded with `weights_only`, so that no code in it runs.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"--checkpoint {path} is no file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} holds more than weights, or is no file of torch.save ({reason}).") from error
+        raise ValueError(f"{path} holds more than weights, or is no whole file of torch.save ({reason}).") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: tensors by name.")
-    others = {str(key): type(value).__name__ for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    others = {
+        str(key): type(value).__name__
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided)
+    }
     if others:
         raise ValueError(
-            f"{path} holds {others}, expected only tensors; if one of them is the model's state dict, save that alone."
+            f"{path} holds {others}, expected only dense tensors by name; if one of them is the model's state dict, "
+            "save that alone."
         )
     return state
 

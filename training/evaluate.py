@@ -41,7 +41,7 @@ from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, re
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
-CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
 PARTS = ("train", "control", "test")
 PACKAGES = {"scrdit_diffusers": "scrdit-diffusers", "sklearn": "scikit-learn", "ot": "POT", "scvi": "scvi-tools"}
 PACKAGES |= {"scib_metrics": "scib-metrics"}

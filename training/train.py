@@ -70,7 +70,7 @@ from scrdit_diffusers import (
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
-CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "template.md"
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
 DEFAULT_EPOCHS = 150
 MAX_PCA_CELLS = 5000  # of which the principal components are taken that cell tokens start from
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest

@@ -1,0 +1,165 @@
+"""What each choice of the defaults is worth: one change of train.py at a time, every model judged alike.
+
+    python training/ablations.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type
+
+Cells are split 60 / 20 / 20 into train, control and test. Each row of `ROWS` trains with the same passes over the same
+cells and genes, generates the labels of the test cells, and is judged in log1p of counts per 10,000 over these genes,
+where models of counts and of log-normalised values can be compared. The second row is the first with another seed of
+training: differences of that size mean nothing. Results are written as they come, and the same command goes on where
+it stopped.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+from acceleration import TRAINING, Sampler, Trained, log_normalized, prepare_cells
+from transformers import HfArgumentParser
+
+from scrdit_diffusers import metrics
+
+LOG = "--value_space log_normalized --target_sum 1e4"
+# What changes: flags of train.py. Rounded and log-normalised rows are to be read against the first of their kind.
+ROWS = {
+    "default": "",
+    "another seed of training": "--seed 1",
+    "no prior of the log fold changes": "--prior_std 1000",
+    "no token that reads all genes": "--num_cell_tokens 0",
+    "two tokens that read all genes": "--num_cell_tokens 2",
+    "50 genes in a token": "--patch_size 50",
+    "200 genes in a token": "--patch_size 200",
+    "shared embedding": "--patch_embed_type shared",
+    "counts rounded": "--decode round",
+    "counts rounded, zero negation": "--decode round --zero_negation True",
+    "counts rounded, v prediction": "--decode round --prediction_type v_prediction",
+    "counts rounded, epsilon prediction": "--decode round --prediction_type epsilon",
+    "log-normalised": LOG,
+    "log-normalised, zero negation": f"{LOG} --zero_negation True",
+    "log-normalised, zero negation, not scaled": f"{LOG} --zero_negation True --standardize False",
+    "one model per label": "",
+}
+PER_LABEL = "one model per label"
+SHOWN = {
+    "classifier_genes_auroc": "genes",
+    "classifier_pcs_auroc": "PCs",
+    "nearest_neighbor_accuracy": "1-NN",
+    "w2": "W2",
+    "gene_zero_fraction_mae": "zero fraction error",
+    "genes_detected_ks": "genes detected, KS",
+    "gene_gene_r": "gene-gene r",
+    "label_accuracy": "label accuracy",
+    "share_nearer_to_train": "nearer to train",
+}
+
+
+@dataclass
+class AblationArguments:
+    """Command-line arguments."""
+
+    dataset: str = field(metadata={"help": "Cells with counts: .h5ad, .zarr, table folder or Hub id."})
+    labels_key: str = field(metadata={"help": "Column of obs with the cell types."})
+    labels: list[str] = field(default_factory=list, metadata={"help": "Cell types to use; all if not given."})
+    layer: str | None = field(default=None, metadata={"help": "Layer that holds the counts; X if not given."})
+    n_top_genes: int = field(default=500, metadata={"help": "Highly variable genes that all models have."})
+    num_train_epochs: int = field(default=50, metadata={"help": "Passes over the cells, of each row."})
+    lr_warmup_steps: int = field(default=50, metadata={"help": "Warm-up steps, of each row."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Network calls per cell."})
+    num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and judge; the table shows means."})
+    seed: int = field(default=0, metadata={"help": "Seed of split and training, and the first of the others."})
+    rows: list[str] = field(default_factory=list, metadata={"help": "Rows to run; all if not given.", "choices": ROWS})
+    output_dir: str = field(default="outputs/ablations", metadata={"help": "Folder of cells and results."})
+
+
+def train_model(args: AblationArguments, name: str, cells: Path, labels: list[str], output_dir: Path) -> Trained:
+    """Train a row by the commands that a user would give."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["accelerate", "launch", "--num_processes", "1", str(TRAINING / "train.py")]
+    command += ["--genes", str(cells / "genes.txt"), "--num_train_epochs", str(args.num_train_epochs)]
+    command += ["--lr_warmup_steps", str(args.lr_warmup_steps), "--validation_steps", "1000000"]
+    command += ["--report_to", "none", "--seed", str(args.seed), *ROWS[name].split()]  # the last of two seeds counts
+    if name == PER_LABEL:
+        runs = {label: ["--dataset", str(cells / f"train-{i}.h5ad")] for i, label in enumerate(labels)}
+    else:
+        runs = {None: ["--dataset", str(cells / "train.h5ad"), "--labels_key", args.labels_key]}
+    folders = {label: output_dir / str(i) for i, label in enumerate(runs)}
+    for label, arguments in runs.items():
+        subprocess.run([*command, *arguments, "--output_dir", str(folders[label])], check=True, env=environment)
+    return Trained.load(folders)
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """Format the means over seeds; real cells first, then the rows in their order."""
+    table = pd.json_normalize(rows).groupby("name").mean(numeric_only=True)
+    lines = ["| | change | " + " | ".join(SHOWN.values()) + " |", "| --- " * (2 + len(SHOWN)) + "|"]
+    for name in ("real cells", *ROWS):
+        if name in table.index:
+            figures = [f"{table.loc[name, f'metrics.{metric}']:.3g}" for metric in SHOWN]
+            change = f"`{ROWS[name]}`" if ROWS.get(name) else ""
+            lines.append(f"| {name} | {change} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def main(args: AblationArguments) -> None:
+    """Train and judge what is missing, print the table."""
+    folder = Path(args.output_dir)
+    results_path = folder / "ablations.json"
+    record: dict[str, Any] = {"arguments": asdict(args), "rows": []}
+    if results_path.exists():
+        record = json.loads(results_path.read_text())
+        changed = {
+            name: value
+            for name, value in record["arguments"].items()
+            if name not in ("rows", "output_dir") and getattr(args, name) != value
+        }
+        if changed:
+            raise ValueError(f"{results_path} is of other arguments: {changed}; give another --output_dir.")
+    if not (folder / "cells").exists():
+        prepare_cells(args, folder / "cells.tmp")
+        os.replace(folder / "cells.tmp", folder / "cells")
+    labels = json.loads((folder / "cells/labels.json").read_text())
+    parts = {name: ad.read_h5ad(folder / f"cells/{name}.h5ad") for name in ("train", "control", "test")}
+    judged = {name: log_normalized(part) for name, part in parts.items()}
+    done = {row["name"] for row in record["rows"]}
+
+    def judge(name: str, seed: int, cells: ad.AnnData) -> dict[str, Any]:
+        options = {"labels_key": args.labels_key, "value_space": "log_normalized", "seed": seed}
+        options["min_label_cells"] = sys.maxsize  # no figures of single labels, which take most of the time
+        table = metrics.compare(judged["test"], cells, judged["train"], **options)
+        figures = table.set_index("metric")["value"].dropna().to_dict()
+        print(f"{name}, seed {seed}: {figures['classifier_genes_auroc']:.3f}", flush=True)
+        return {"name": name, "seed": seed, "metrics": figures}
+
+    for name in ("real cells", *(args.rows or ROWS)):
+        if name in done:
+            continue
+        seeds = range(args.seed, args.seed + args.num_seeds)
+        if name == "real cells":
+            record["rows"] += [judge(name, seed, judged["control"]) for seed in seeds]
+        else:
+            shutil.rmtree(folder / "model", ignore_errors=True)  # of a row that was interrupted
+            trained = train_model(args, name, folder / "cells", labels, folder / "model")
+            sampler = Sampler("default", "UniPC", "UniPCMultistepScheduler", ())
+            options = (args.num_inference_steps, parts["test"].obs, args.labels_key, 512)
+            for seed in seeds:
+                cells, _ = trained.generate(sampler, *options, seed)
+                record["rows"].append(judge(name, seed, cells))
+        temporary = results_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2))
+        os.replace(temporary, results_path)
+    print(to_markdown(record["rows"]))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        main(HfArgumentParser(AblationArguments).parse_args_into_dataclasses()[0])
+    except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")
