@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import sys
@@ -34,7 +35,6 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
@@ -57,6 +57,7 @@ from scrdit_diffusers import (
     drop_labels,
     finetuning,
     fit_table,
+    hub,
     iterate_rows,
     model_card,
     open_table,
@@ -585,7 +586,7 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         if args.push_to_hub:  # before training, so that a wrong name or token costs nothing
             name, private = args.hub_model_id or Path(args.output_dir).name, args.hub_private_repo
-            repo_id = create_repo(name, private=private, token=args.hub_token, exist_ok=True).repo_id
+            repo_id = hub.prepare_repository(name, private, args.hub_token)
         os.makedirs(args.output_dir, exist_ok=True)
         # A run that was killed may have logged steps that come again.
         tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
@@ -753,10 +754,13 @@ def main(args: TrainingArguments) -> None:
         (Path(args.output_dir) / "train_config.json").write_text(json.dumps(record, indent=2))
         about = dataclasses.asdict(args) | {"model_id": repo_id if args.push_to_hub else args.hub_model_id}
         model_card.write_facts(pipe, record, about, args.output_dir)
-        model_card.write_card(args.output_dir, CARD_TEMPLATE)
+        model_card.write_card(args.output_dir)
         logger.info(f"Saved the pipeline to {args.output_dir}")
         if args.push_to_hub:
-            push_to_hub(args, repo_id)
+            without = ["--exclude", "checkpoint-*", "--exclude", f"{args.logging_dir}/*"]
+            command = shlex.join(["hf", "upload", repo_id, args.output_dir, *without])
+            with hub.explain_push(repo_id, f"The pipeline is whole in {args.output_dir}; upload it by `{command}`."):
+                hub.upload_pipeline(args.output_dir, repo_id, args.hub_token, logging_dir=args.logging_dir)
     accelerator.end_training()
 
 
@@ -773,12 +777,6 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
         f"The loss is not finite at step {step} (epoch {epoch}, batch {micro_step}, cells {bad[:10]} "
         f"of it at timesteps {timesteps[bad[:10]].tolist()}). Likely cause: {cause}. Checkpoints stay intact."
     )
-
-
-def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
-    """Upload the pipeline folder with its model card, without checkpoints and logs."""
-    ignored = ["checkpoint-*", "checkpoint-*/*", f"{args.logging_dir}/*"]
-    upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token)
 
 
 if __name__ == "__main__":
