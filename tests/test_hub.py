@@ -304,6 +304,9 @@ def test_train_pushes_and_generate_loads_in_a_fresh_process(hub, train, tmp_path
     assert PIPELINE_FILES <= set(hub.files(REPO))
     assert not [path for path in hub.files(REPO) if path.startswith(("checkpoint-", "logs/"))]
     assert hub.repositories["model", REPO].private
+    assert USER.encode() not in hub.files(REPO)["train_config.json"]
+    card = hub.files(REPO)["README.md"]
+    assert b"single-cell" in card and b"8 steps of 16 cells" in card
     command = [sys.executable, "training/generate.py", "--pipeline", REPO, "--num_cells", "3"]
     command += ["--num_inference_steps", "2", "--output", str(tmp_path / "new.h5ad")]
     refused = run(command, tmp_path)
