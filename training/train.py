@@ -144,7 +144,7 @@ class TrainingArguments:
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
     learning_rate: float | None = arg(None, "Peak learning rate; 3e-3 x 128 / width of the model if not given.")
     lr_scheduler: str = arg("cosine", "Learning-rate schedule of diffusers.optimization.get_scheduler.")
-    lr_warmup_steps: int | None = arg(None, "Warm-up steps; 200, but at most a tenth of all, if not given.")
+    lr_warmup_steps: int | None = arg(None, "Warm-up steps; 200, but in fine-tuning at most a tenth, if not given.")
     adam_beta1: float = arg(0.9, "AdamW beta 1.")
     adam_beta2: float = arg(0.99, "AdamW beta 2.")
     adam_weight_decay: float = arg(0.1, "AdamW weight decay.")
@@ -486,7 +486,7 @@ def main(args: TrainingArguments) -> None:
         args.max_train_steps = min(max(DEFAULT_EPOCHS * updates_per_epoch, 300), 2500)
 
     if args.lr_warmup_steps is None:
-        args.lr_warmup_steps = min(200, args.max_train_steps // 10)
+        args.lr_warmup_steps = 200 if pretrained is None else min(200, args.max_train_steps // 10)
     if args.learning_rate is None:
         args.learning_rate = 3e-3 * 128 / width
 
