@@ -388,6 +388,8 @@ def start_new_labels(
     noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
     num_timesteps = noise_scheduler.config.num_train_timesteps
     generator = torch.Generator().manual_seed(0)
+    position = torch.as_tensor(pd.Index(before.var_names).get_indexer(pd.Index(processor.var_names)))  # (G,), -1: new
+    same = position >= 0
     training, started = model.training, dict[str, dict[str, str]]()
     model.eval()
     for k, (key, names) in enumerate(processor.conditions.items()):
@@ -396,11 +398,9 @@ def start_new_labels(
         known, codes = before.conditions[key], cells["class_labels"][:, k]
         cells_of = {code: torch.where(codes == code)[0][:max_cells] for code in range(len(names))}  # of new labels
         cells_of = {code: rows for code, rows in cells_of.items() if names[code] not in known and len(rows)}
-        tables = [
-            transformer.get_submodule(f"class_embed.{i}")
-            for transformer, i in ((pretrained.transformer, before.condition_keys.index(key)), (model, k))
-        ]
-        embeddings, table = (module.get_parameter("weight") for module in tables)
+        place_before = before.condition_keys.index(key)
+        embeddings = pretrained.transformer.get_parameter(f"class_embed.{place_before}.weight")  # (labels + 1, D)
+        table = model.get_parameter(f"class_embed.{k}.weight")
         start = table.clone()
         for code, rows in cells_of.items():
             batch = {name: tensor[rows] for name, tensor in cells.items()}
@@ -414,8 +414,13 @@ def start_new_labels(
                 losses.append(diffusion_loss(model, noise_scheduler, batch, timesteps, noise).mean().item())
             best = int(np.argmin(losses))
             start[code] = embeddings[best]
-            if best < len(known):
-                started.setdefault(key, {})[names[code]] = known[best]
+            if best == len(known):
+                continue
+            started.setdefault(key, {})[names[code]] = known[best]
+            if model.count_head is not None and pretrained.transformer.count_head is not None:
+                row, row_before = sum(processor.num_classes[:k]) + code, sum(before.num_classes[:place_before]) + best
+                dispersions = pretrained.transformer.count_head.class_log_dispersion[row_before]  # (G before,)
+                model.count_head.class_log_dispersion[row, same] = dispersions[position[same]]
         table.copy_(start)
     model.train(training)
     return started

@@ -215,6 +215,20 @@ def test_new_labels_start_as_the_known_one_that_fits_their_cells(pipe, label):
     assert torch.equal(after, before[[code, -1]])
 
 
+def test_new_labels_have_the_dispersions_of_the_known_one(count_pipe):
+    dispersions = count_pipe.transformer.count_head.class_log_dispersion
+    torch.nn.init.normal_(dispersions, generator=torch.Generator().manual_seed(0))
+    adata = other_cells(cell_types=["Mono"])
+    processor, model, _ = adapt(count_pipe, adata)
+    counts = torch.tensor(processor.get_values(adata).toarray())
+    cells = {"values": torch.tensor(processor.transform(processor.get_values(adata))).float(), "counts": counts}
+    cells["class_labels"] = torch.tensor(processor.encode_labels(adata.obs))
+    started = finetuning.start_new_labels(count_pipe, model, processor, cells)["cell_type"]["Mono"]
+    row = count_pipe.processor.conditions["cell_type"].index(started)
+    assert torch.equal(model.count_head.class_log_dispersion[0, :20], dispersions[row, :20])
+    assert not model.count_head.class_log_dispersion[0, 20:].any()
+
+
 def test_a_condition_that_is_left_out_is_one_without_label(pipe, noisy):
     adata = other_cells(ALL_GENES, ("B",))
     adata.obs["donor"] = "d1"
