@@ -40,6 +40,7 @@ from .anndata_builder import (
     values_to_arrow,
 )
 from .cell_statistics import ROWS_PER_CHUNK, ROWS_PER_UPDATE, CellStatistics
+from .hub import explain_push
 from .processing_scrdit import SCRDiTProcessor, _check_label, get_matrix, label_categories
 
 logger = logging.getLogger(__name__)
@@ -224,12 +225,19 @@ def push_table(
         Make a new data set private; `None` takes the account's default.
     token
         Token for the Hub; the stored one if `None`.
+
+    Raises
+    ------
+    OSError
+        The Hub refused, or cannot be reached, with what to do.
     """
-    anndata_to_table(adata, layer).push_to_hub(repo_id, private=private, token=token)
+    table = anndata_to_table(adata, layer)
     vocabulary = adata.var.rename_axis("var_names").to_parquet()
-    HfApi(token=token).upload_file(
-        path_or_fileobj=vocabulary, path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
-    )
+    with explain_push(repo_id):
+        table.push_to_hub(repo_id, private=private, token=token)
+        HfApi(token=token).upload_file(
+            path_or_fileobj=vocabulary, path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
+        )
 
 
 def find_files(dataset: str | Path) -> list[Path]:

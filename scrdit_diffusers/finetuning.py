@@ -1,8 +1,8 @@
 """A pretrained pipeline on cells with other genes and labels: what is kept, what is new, and LoRA.
 
 Known genes keep their place, hence their weights, and their mean and standard deviation; the places of genes that the
-new cells lack go to new genes. Whatever is new starts neutral, so that training starts from what the pretrained model
-says of the known genes.
+new cells lack go to new genes. Whatever else is new starts neutral, so that training starts from what the pretrained
+model says of the known genes; a new label starts as the known one that fits its cells best.
 """
 
 import copy
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import DDPMScheduler
 
 from .cell_statistics import CellStatistics
 from .count_head import count_bins
+from .objective import diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
@@ -189,6 +191,7 @@ def adapt_transformer(
     statistics: CellStatistics | None,
     dropout: float = 0.0,
     lora_rank: int | None = None,
+    cells: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[SCRDiTTransformer, dict[str, Any]]:
     """Make the transformer to fine-tune.
 
@@ -205,11 +208,15 @@ def adapt_transformer(
         Dropout probability of the training.
     lora_rank
         Rank of the adapters to train; `None` trains all weights.
+    cells
+        Training cells, as [`CellCollator`] gives them: new labels start from the known ones that fit them best
+        ([`start_new_labels`]). `None`: new labels start as no label.
 
     Returns
     -------
     The transformer, and the report of [`compare_processors`] with `adapter_only`: whether an adapter alone suffices,
-    because genes and labels are the pretrained ones. The model is then the pretrained one, its bins included.
+    because genes and labels are the pretrained ones; the model is then the pretrained one, its bins included. And with
+    `new_labels_start_as`, the output of [`start_new_labels`].
     """
     before, source = pretrained.processor, pretrained.transformer
     adapter_only = lora_rank is not None and same_genes_and_labels(before, processor)
@@ -231,6 +238,8 @@ def adapt_transformer(
         if statistics is not None:
             model.count_head.initialize_from_statistics(statistics, processor.mean, processor.std, at_least=bins)
         new = transfer_weights(source, before, model, processor)
+        if cells is not None:
+            report["new_labels_start_as"] = start_new_labels(pretrained, model, processor, cells)
     if lora_rank is not None:
         add_lora(model, lora_rank, new)
     return model, report
@@ -338,6 +347,83 @@ def transfer_weights(
         if key not in after.conditions:
             state["time_embed.linear_2.bias"] += old[f"class_embed.{k}.weight"][-1]
     return {name: mask for name, mask in new.items() if mask.any()}
+
+
+@torch.no_grad()
+def start_new_labels(
+    pretrained: SCRDiTPipeline,
+    model: SCRDiTTransformer,
+    processor: SCRDiTProcessor,
+    cells: Mapping[str, torch.Tensor],
+    max_cells: int = 32,
+) -> dict[str, dict[str, str]]:
+    """Give each new label the embedding of the known one under which its cells are likeliest (diffusion classifier).
+
+    A label of the new cells is mostly a known type of cell under another name, or a relative of one; from no label, its
+    embedding would have to be learned from nothing.
+
+    Parameters
+    ----------
+    pretrained
+        The pretrained pipeline.
+    model
+        Output of [`transfer_weights`]; the embeddings of new labels are changed.
+    processor
+        Output of [`adapt_processor`].
+    cells
+        Training cells: `values` (N, G), `class_labels` (N, K), and for a model with a count head `counts` (N, G).
+    max_cells
+        Cells of a label that are looked at.
+
+    Returns
+    -------
+    By condition that the pretrained model has, too: the known label by new label. It is missing for a label whose cells
+    are likeliest without a label.
+
+    References
+    ----------
+    Li et al. 2023, arXiv 2303.16203.
+    """
+    before = pretrained.processor
+    noise_scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    generator = torch.Generator().manual_seed(0)
+    position = torch.as_tensor(pd.Index(before.var_names).get_indexer(pd.Index(processor.var_names)))  # (G,), -1: new
+    same = position >= 0
+    training, started = model.training, dict[str, dict[str, str]]()
+    model.eval()
+    for k, (key, names) in enumerate(processor.conditions.items()):
+        if key not in before.conditions:
+            continue
+        known, codes = before.conditions[key], cells["class_labels"][:, k]
+        cells_of = {code: torch.where(codes == code)[0][:max_cells] for code in range(len(names))}  # of new labels
+        cells_of = {code: rows for code, rows in cells_of.items() if names[code] not in known and len(rows)}
+        place_before = before.condition_keys.index(key)
+        embeddings = pretrained.transformer.get_parameter(f"class_embed.{place_before}.weight")  # (labels + 1, D)
+        table = model.get_parameter(f"class_embed.{k}.weight")
+        start = table.clone()
+        for code, rows in cells_of.items():
+            batch = {name: tensor[rows] for name, tensor in cells.items()}
+            # Mid to high noise, where the cell itself does not yet tell its label; the same draws for each known one.
+            low, high = int(0.4 * num_timesteps), int(0.9 * num_timesteps)
+            timesteps = torch.randint(low, high, (len(rows),), generator=generator)
+            noise = torch.randn(batch["values"].shape, generator=generator)
+            losses = []
+            for embedding in embeddings:  # the last is that of no label
+                table[code] = embedding
+                losses.append(diffusion_loss(model, noise_scheduler, batch, timesteps, noise).mean().item())
+            best = int(np.argmin(losses))
+            start[code] = embeddings[best]
+            if best == len(known):
+                continue
+            started.setdefault(key, {})[names[code]] = known[best]
+            if model.count_head is not None and pretrained.transformer.count_head is not None:
+                row, row_before = sum(processor.num_classes[:k]) + code, sum(before.num_classes[:place_before]) + best
+                dispersions = pretrained.transformer.count_head.class_log_dispersion[row_before]  # (G before,)
+                model.count_head.class_log_dispersion[row, same] = dispersions[position[same]]
+        table.copy_(start)
+    model.train(training)
+    return started
 
 
 def add_lora(model: SCRDiTTransformer, rank: int, new: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Model cards: what a pipeline folder holds, how it was trained and judged, rendered from a template.
 
-    python -m scrdit_diffusers.model_card FOLDER --template hub_cards/template.md
+    python -m scrdit_diffusers.model_card FOLDER
 
 writes `FOLDER/README.md` anew from its `card.json`, its `metrics.json` and the pictures in `figures`.
 """
@@ -10,18 +10,20 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib.pyplot as plt
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import RARE_LABEL_CELLS
-from .report import FLOOR_NAMES, METRIC_NAMES, Picture, format_figure
+from .report import FLOOR_NAMES, METRIC_NAMES, Picture, draw_steps_curve, format_figure
 
 NOT_STATED = "not stated"
 # The id on the Hub, the licence of the weights, and where the training cells come from.
@@ -29,7 +31,9 @@ ABOUT = ("model_id", "license", "dataset_accession", "dataset_license", "dataset
 FIGURES = {"umap-by-origin": "UMAP by origin", "genes": "Genes", "quality-against-steps": "Quality against steps"}
 
 
-def describe_pipeline(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def describe_pipeline(
+    pipe: SCRDiTPipeline, record: Mapping[str, Any] | None, about: Mapping[str, Any]
+) -> dict[str, Any]:
     """Collect what a card says of a model, besides its evaluation.
 
     Parameters
@@ -37,7 +41,7 @@ def describe_pipeline(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Ma
     pipe
         The trained pipeline.
     record
-        What `training/train.py` writes as train_config.json.
+        What `training/train.py` writes as train_config.json; `None`: how it was trained is not stated.
     about
         What nobody but the author knows, of [`ABOUT`]; what is left out is not stated.
 
@@ -50,10 +54,12 @@ def describe_pipeline(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Ma
     config.pop("count_bins", None)
     names: tuple[str, ...] = ("dataset", "max_train_steps", "train_batch_size", "learning_rate", "seed", "train_cells")
     names += ("val_cells", "commit", "hardware", "seconds", "resumed_from_step", "versions", "finetuning", "lora_rank")
+    record = record or {}
     recipe = {name: record.get(name) for name in names}
-    recipe["dataset"] = Path(record["dataset"]).name if Path(record["dataset"]).exists() else record["dataset"]
-    recipe["dataset_on_hub"] = not Path(record["dataset"]).exists()
-    recipe["command"] = shlex.join(record["command"])
+    dataset = record.get("dataset") or ""
+    recipe["dataset"] = (Path(dataset).name if Path(dataset).exists() else dataset) or None
+    recipe["dataset_on_hub"] = bool(dataset) and not Path(dataset).exists()
+    recipe["command"] = shlex.join(record.get("command") or []) or None
     start = record.get("pretrained_model_name_or_path") or ""
     recipe["base_model"] = (Path(start).name if Path(start).exists() else start) or None
     recipe["base_model_on_hub"] = bool(start) and not Path(start).exists()
@@ -78,12 +84,18 @@ def save_figures(pictures: Sequence[Picture], folder: str | Path) -> None:
             figure.savefig(Path(folder) / "figures" / f"{titles[title]}.png", dpi=80, facecolor="white")
 
 
+def find_template() -> Path:
+    """Find `hub_cards/template.md`, which stands beside the package in a checkout and inside where it is installed."""
+    paths = [folder / "hub_cards" / "template.md" for folder in Path(__file__).parents[:2]]
+    return next(path for path in paths if path.is_file())
+
+
 def build_card(
     facts: Mapping[str, Any],
     metrics: Mapping[str, Any] | None,
     figures: Sequence[str],
-    template: str | Path,
     name: str,
+    template: str | Path | None = None,
 ) -> ModelCard:
     """Render a card.
 
@@ -95,10 +107,10 @@ def build_card(
         What `training/evaluate.py` writes as metrics.json; `None` for a model that was not judged.
     figures
         Names of the pictures in `figures`, without `.png`.
-    template
-        The Jinja template, `hub_cards/template.md`.
     name
         What to call a model whose id on the Hub is not stated, such as its folder.
+    template
+        The Jinja template; `hub_cards/template.md` if `None`.
 
     Returns
     -------
@@ -113,7 +125,7 @@ def build_card(
     rows = [row for row in (metrics or {}).get("rows", []) if row["group"] == "all" and "legacy" not in row["metric"]]
     source = about["model_id"] or name
     name = source.split("/")[-1]
-    dataset = recipe["dataset"]
+    dataset = recipe["dataset"] or NOT_STATED
     tags = ["biology", "genomics", "single-cell", "scRNA-seq", "modality:rna", "scrdit"]
     tags += [f"tissue:{about['tissue']}"] if about.get("tissue") else []
     tags += [f"organism:{about['organism']}"] if about.get("organism") else []
@@ -145,7 +157,7 @@ def build_card(
         cells.append("–" if row["met"] is None else "yes" if row["met"] else "no")
     # ModelCard.from_template would keep the lines of Jinja's own tags, which break tables.
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    content = environment.from_string(Path(template).read_text(encoding="utf-8")).render(
+    content = environment.from_string(Path(template or find_template()).read_text(encoding="utf-8")).render(
         card_data=ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml(),
         name=name,
         source=source,
@@ -189,14 +201,53 @@ def write_facts(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[
     (Path(folder) / "card.json").write_text(text + "\n", encoding="utf-8")
 
 
-def write_card(folder: str | Path, template: str | Path) -> None:
-    """Write `folder/README.md` from card.json, and from metrics.json and `figures` where they are."""
+def write_card(folder: str | Path, template: str | Path | None = None) -> None:
+    """Write `folder/README.md` from card.json, and from metrics.json and `figures` where they are.
+
+    Quality against steps is drawn anew where metrics.json has it.
+    """
     folder = Path(folder)
     facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     path = folder / "metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if metrics and metrics["steps_curve"]:
+        picture = draw_steps_curve(metrics)
+        save_figures([picture], folder)
+        plt.close(picture.figure)
     figures = [name for name in FIGURES if (folder / "figures" / f"{name}.png").is_file()]
-    build_card(facts, metrics, figures, template, folder.resolve().name).save(folder / "README.md")
+    build_card(facts, metrics, figures, folder.resolve().name, template).save(folder / "README.md")
+
+
+def write_card_of(pipe: SCRDiTPipeline, folder: str | Path, repo_id: str, from_scratch: bool = True) -> None:
+    """Write the card of a pipeline that is about to be published.
+
+    Parameters
+    ----------
+    pipe
+        The pipeline. Where the folder from which it was loaded has a card.json, card and figures are made of that.
+    folder
+        Where to write.
+    repo_id
+        What the card calls the model.
+    from_scratch
+        Without that card.json, write a card that says what the pipeline itself knows; else none.
+    """
+    source, folder = Path(pipe.config.get("_name_or_path") or ""), Path(folder)
+    if (source / "card.json").is_file():
+        facts = json.loads((source / "card.json").read_text(encoding="utf-8"))
+        files = ["metrics.json", "train_config.json", *(f"figures/{name}.png" for name in FIGURES)]
+        files += ["pytorch_lora_weights.safetensors"]
+        for file in files:
+            if (source / file).is_file() and not (folder / file).exists():
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / file, folder / file)
+    elif from_scratch:
+        facts = describe_pipeline(pipe, None, {})
+    else:
+        return
+    facts["about"]["model_id"] = repo_id
+    (folder / "card.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_card(folder)
 
 
 def provenance() -> dict[str, str | None]:
@@ -216,6 +267,6 @@ def provenance() -> dict[str, str | None]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write FOLDER/README.md anew from card.json and metrics.json.")
     parser.add_argument("folder")
-    parser.add_argument("--template", default="hub_cards/template.md")
+    parser.add_argument("--template", help="another Jinja template")
     arguments = parser.parse_args()
     write_card(arguments.folder, arguments.template)

@@ -1,8 +1,10 @@
 """The pipeline: labels -> noise -> denoise -> cells."""
 
 import bisect
+import importlib
 import inspect
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +20,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 
+from .hub import explain_push, upload_pipeline
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
 from .safe_loading import load_safely, saving_folder
 from .schedulers import NOISE_PROCESS, check_scheduler
@@ -127,22 +131,105 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only.
 
         Parameters
         ----------
         save_directory
-            Folder to write. With `push_to_hub=True` its name is that of the repository, unless `repo_id` is given.
+            Folder to write.
+        push_to_hub
+            Upload the folder as well, with a card if it has none: [`SCRDiTPipeline.push_to_hub`].
         **kwargs
-            Those of `DiffusionPipeline.save_pretrained`: `push_to_hub`, `repo_id`, `private`, `token`, `variant`, ...
+            Those of `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...) and for pushing `repo_id`
+            (the name of the folder if not given), `commit_message`, `private`, `token`, `create_pr`.
 
         Raises
         ------
         ValueError
             `safe_serialization=False` was given.
+        OSError
+            The upload was refused or broke off; the folder is written.
         """
-        super().save_pretrained(saving_folder(save_directory, kwargs), **kwargs)
+        folder = saving_folder(save_directory, kwargs)
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        super().save_pretrained(folder, **kwargs)
+        if push_to_hub:
+            repo_id = options.pop("repo_id", Path(folder).name)
+            with explain_push(repo_id, f"The pipeline is saved in {folder}."):
+                self._upload(folder, repo_id, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Upload the pipeline as `DiffusionPipeline.push_to_hub` does, with a model card that fits cells.
+
+        The card is that of the folder from which the pipeline was loaded, with its figures. Without one, a repository
+        keeps the card that it has, and one that has none gets a card that says what the pipeline itself knows.
+
+        Parameters
+        ----------
+        repo_id
+            Repository, such as "user/scrdit-pbmc"; made if there is none.
+        commit_message
+            Of the commit; "Upload SCRDiTPipeline" if `None`.
+        private
+            Make a new repository private; `None` takes the account's default.
+        token
+            Token for the Hub; the stored one if `None`.
+        create_pr
+            Open a pull request instead of a commit to the main branch.
+        safe_serialization
+            Nothing but `True` is possible.
+        variant
+            Such as "fp16": part of the names of the files with the weights.
+        subfolder
+            Folder of the repository to write to; no card is written then.
+
+        Returns
+        -------
+        Address of the commit.
+
+        Raises
+        ------
+        OSError
+            The Hub refused, or cannot be reached, with what to do.
+        """
+        with tempfile.TemporaryDirectory() as folder, explain_push(repo_id):
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return self._upload(folder, repo_id, commit_message, private, token, create_pr, subfolder)
+
+    def _upload(
+        self,
+        folder: str,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> str:
+        """Upload a folder to which the pipeline was saved, with a card."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not subfolder and not (Path(folder) / "README.md").is_file():
+            try:  # not at the top of the file: cards need matplotlib and Jinja, and the code on the Hub has none
+                cards = importlib.import_module("scrdit_diffusers.model_card")
+            except ImportError as error:
+                logger.warning("No model card is written (%s): pip install 'scrdit-diffusers[train]'.", error)
+            else:
+                has_card = api.file_exists(repo_id, "README.md")
+                cards.write_card_of(self, folder, repo_id, from_scratch=not has_card)
+        return upload_pipeline(folder, repo_id, token, commit_message or "Upload SCRDiTPipeline", create_pr, subfolder)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):

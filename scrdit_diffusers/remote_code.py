@@ -7,7 +7,10 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from .hub import explain_push
 
 # The pipeline names the classes of its components in annotations, against which diffusers checks them. They come from
 # files of their own, so that here their base classes stand for them.
@@ -93,8 +96,9 @@ def push_remote_code(
     `DiffusionPipeline.from_pretrained(repo_id, revision="remote-code", trust_remote_code=True)` then loads it. The
     branch is `revision` and, in one commit, three generated files (`pipeline_scrdit.py`,
     `transformer/transformer_scrdit.py`, `processor/processing_scrdit.py`) and a `model_index.json` that names them.
-    It follows neither later weights nor later versions of this package: call this again after either. An existing
-    branch is replaced. `revision` itself stays free of code, which would force `trust_remote_code` on everybody.
+    It follows neither later weights nor later versions of this package: call this again after either. One commit then
+    replaces all that the branch holds, so that whoever loads it meanwhile gets the old or the new. `revision` itself
+    stays free of code, which would force `trust_remote_code` on everybody.
 
     Parameters
     ----------
@@ -115,22 +119,36 @@ def push_remote_code(
     ------
     ValueError
         The repository holds no scRDiT pipeline, or `branch` is the one that users of this package load from.
+    OSError
+        The Hub refused, or cannot be reached, with what to do.
     """
     api = HfApi(token=token)
     if branch in (revision, "main"):
         raise ValueError(
             f"branch={branch!r} is what users of the package load, and code would stop them; name another."
         )
-    sha = api.model_info(repo_id, revision=revision).sha
-    index = json.loads(Path(api.hf_hub_download(repo_id, "model_index.json", revision=sha)).read_text("utf-8"))
+    with explain_push(repo_id):
+        sha = api.model_info(repo_id, revision=revision).sha
+        index = json.loads(Path(api.hf_hub_download(repo_id, "model_index.json", revision=sha)).read_text("utf-8"))
     if index.get("_class_name") != PIPELINE[1]:
         raise ValueError(f"{repo_id} at {revision} holds a {index.get('_class_name')}, not a {PIPELINE[1]}.")
     code = {f"{PIPELINE[0]}.py": bundle_module(PIPELINE[0], STAND_INS)}
     code |= {f"{folder}/{name}.py": bundle_module(name) for folder, (name, _) in COMPONENTS.items()}
     code["model_index.json"] = json.dumps(index | COMPONENTS | {"_class_name": PIPELINE}, indent=2) + "\n"
-    if branch in [ref.name for ref in api.list_repo_refs(repo_id).branches]:
-        api.delete_branch(repo_id, branch=branch)
-    api.create_branch(repo_id, branch=branch, revision=sha)
-    operations = [CommitOperationAdd(path, content.encode()) for path, content in code.items()]
     message = f"Code of scrdit_diffusers {version('scrdit_diffusers')} for {sha}"
-    return api.create_commit(repo_id, operations, commit_message=message, revision=branch).oid
+    with explain_push(repo_id):
+        api.create_branch(repo_id, branch=branch, revision=sha, exist_ok=True)
+        before, wanted = (
+            {
+                entry.path: entry.blob_id
+                for entry in api.list_repo_tree(repo_id, recursive=True, revision=name)
+                if isinstance(entry, RepoFile)
+            }
+            for name in (branch, sha)
+        )
+        surplus = before.keys() - wanted.keys() - code.keys()
+        operations: list = [CommitOperationDelete(path) for path in sorted(surplus)]
+        changed = [path for path in wanted.keys() - code.keys() if wanted[path] != before.get(path)]
+        operations += [CommitOperationCopy(path, path, src_revision=sha) for path in sorted(changed)]
+        operations += [CommitOperationAdd(path, content.encode()) for path, content in code.items()]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=branch).oid

@@ -96,17 +96,24 @@ def draw_pictures(
         dots = plotting.marker_dotplot(real, synthetic, train, key, value_space=value_space)
         add("Marker genes", "Each dot should have the same size and colour on both sides.", dots)
     if record["steps_curve"]:
-        curve = pd.DataFrame(record["steps_curve"]).set_index("num_inference_steps")[list(STEP_METRICS[:4])]
-        overall = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
-        titles = {"ceiling": "real cells"} | {name: FLOOR_NAMES[name] for name in record["floors"]}
-        references = {
-            title: pd.Series({METRIC_NAMES[metric]: overall[metric][name] for metric in STEP_METRICS[:4]})
-            for name, title in titles.items()
-        }
-        panels = plt.subplots(2, 2, figsize=(9.6, 7.6), layout="constrained")[1].ravel()
-        plotting.quality_against_steps(curve.rename(columns=METRIC_NAMES), references, panels)
-        add("Quality against steps", "The line should reach that of real cells with few calls.", panels)
+        pictures.append(draw_steps_curve(record))
     return pictures
+
+
+def draw_steps_curve(record: dict[str, Any]) -> Picture:
+    """Draw the quality against steps of metrics.json, beside other real cells and the floors."""
+    curve = pd.DataFrame(record["steps_curve"]).set_index("num_inference_steps")[list(STEP_METRICS[:4])]
+    overall = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
+    titles = {"ceiling": "real cells"} | {name: FLOOR_NAMES[name] for name in record["floors"]}
+    references = {
+        title: pd.Series({METRIC_NAMES[metric]: overall[metric][name] for metric in STEP_METRICS[:4]})
+        for name, title in titles.items()
+    }
+    panels = plt.subplots(2, 2, figsize=(9.6, 7.6), layout="constrained")[1].ravel()
+    plotting.quality_against_steps(curve.rename(columns=METRIC_NAMES), references, panels)
+    return Picture(
+        "Quality against steps", "The line should reach that of real cells with few calls.", panels[0].figure
+    )
 
 
 def render_report(record: dict[str, Any], pictures: Sequence[Picture]) -> str:

@@ -5,6 +5,7 @@ timestep and on any number of categorical labels, and becomes a cell again (B, G
 """
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from .count_head import SCRDiTCountHead
+from .hub import explain_push
 from .safe_loading import load_safely, saving_folder
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
@@ -349,7 +351,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the model as `ModelMixin.save_pretrained` does, as safetensors only."""
-        super().save_pretrained(saving_folder(save_directory, kwargs), **kwargs)
+        folder = saving_folder(save_directory, kwargs)
+        with explain_push(kwargs.get("repo_id") or folder) if kwargs.get("push_to_hub") else nullcontext():
+            super().save_pretrained(folder, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """Upload the model as `ModelMixin.push_to_hub` does; errors say what to do."""
+        with explain_push(repo_id):
+            return super().push_to_hub(repo_id, *args, **kwargs)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
         """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import socket
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +54,7 @@ class HubServer:
         self.port = self._http.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread: threading.Thread | None = None
+        self.connections: set[socket.socket] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -61,6 +64,7 @@ class HubServer:
         self.parts: dict[str, dict[int, bytes]] = {}  # of multi-part uploads
         self.part_size: int | None = None  # larger files are uploaded in parts of this many bytes
         self.truncated: set[str] = set()  # paths whose downloads break off half-way
+        self.full = False  # commits are refused
         self.requests: list[str] = []
 
     def start(self) -> None:
@@ -79,6 +83,9 @@ class HubServer:
             self._http.shutdown()
             self._thread.join()
             self._http.server_close()
+            for connection in list(self.connections):  # the client keeps them open, and they would go on to be served
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
             self._thread = None
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
@@ -98,6 +105,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def setup(self):
+        super().setup()
+        self.server.hub.connections.add(self.connection)
+
+    def finish(self):
+        self.server.hub.connections.discard(self.connection)
+        super().finish()
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -200,6 +215,12 @@ def info(h):
     h.answer(200, about | {"lastModified": "2026-01-01T00:00:00.000Z", "downloads": 0, "likes": 0})
 
 
+def check_write(h):
+    if h.account != h.id.split("/")[0]:
+        return h.refuse(403, f"You don't have the rights to write to {h.id}.")
+    h.answer(200, {})
+
+
 def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -258,11 +279,6 @@ def create_branch(h, branch):
     if sha is None:
         return h.refuse(404, f"Invalid rev id: {start}", "RevisionNotFound")
     h.repository.branches[branch] = sha
-    h.answer(200, {})
-
-
-def delete_branch(h, branch):
-    del h.repository.branches[branch]
     h.answer(200, {})
 
 
@@ -325,6 +341,8 @@ def verify(h, oid):
 
 
 def commit(h):
+    if h.hub.full:
+        return h.refuse(403, "Storage limit exceeded.")
     files = dict(h.repository.commits[h.sha])
     if h.rev not in h.repository.branches:
         return h.refuse(400, "commits go to a branch")
@@ -388,6 +406,7 @@ ROUTES = [
     (["POST"], r"/api/validate-yaml", validate_yaml),
     (READ, _API, info),
     (READ, rf"{_API}/revision/{_REV}", info),
+    (READ, rf"{_API}/auth-check/write", check_write),
     (READ, rf"{_API}/refs", refs),
     (READ, rf"{_API}/tree/{_REV}", tree),
     (READ, rf"{_API}/tree/{_REV}/(?P<path>.+)", tree),
@@ -395,7 +414,6 @@ ROUTES = [
     (["POST"], rf"{_API}/preupload/{_REV}", preupload),
     (["POST"], rf"{_API}/commit/{_REV}", commit),
     (["POST"], rf"{_API}/branch/(?P<branch>.+)", create_branch),
-    (["DELETE"], rf"{_API}/branch/(?P<branch>.+)", delete_branch),
     (["POST"], rf"{_API}/tag/{_REV}", create_tag),
     (["POST"], rf"/(?P<type>datasets/)?{_REPOSITORY}\.git/info/lfs/objects/batch", lfs_batch),
     (READ, rf"/(?P<type>datasets/)?{_REPOSITORY}/resolve/{_REV}/(?P<path>.+)", resolve),

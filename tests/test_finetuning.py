@@ -197,6 +197,38 @@ def test_new_labels_start_as_no_label(pipe, noisy):
     torch.testing.assert_close(model(noisy, 300, torch.tensor([[2, 0]] * 4)).sample, old)
 
 
+@pytest.mark.parametrize("label", ["T", "B", "NK", None])
+def test_new_labels_start_as_the_known_one_that_fits_their_cells(pipe, label):
+    """The new cells are what the pretrained model makes of noise for a label that it knows, or for none."""
+    labels = pipe.transformer.class_embed[0]
+    torch.nn.init.normal_(labels.weight, std=20.0, generator=torch.Generator().manual_seed(0))
+    adata = other_cells(ALL_GENES, ["Mono"])
+    processor, model, _ = adapt(pipe, adata)
+    code = pipe.processor.conditions["cell_type"].index(label) if label else len(labels.weight) - 1
+    noise = torch.randn(40, 23, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        values = pipe.transformer(noise, 900, torch.tensor([[code, 2]]).expand(40, -1)).sample
+    cells = {"values": values, "class_labels": torch.tensor(processor.encode_labels(adata.obs))}
+    started = finetuning.start_new_labels(pipe, model, processor, cells)
+    assert started == ({"cell_type": {"Mono": label}} if label else {})
+    before, after = labels.weight, model.class_embed[0].weight  # Mono and no label
+    assert torch.equal(after, before[[code, -1]])
+
+
+def test_new_labels_have_the_dispersions_of_the_known_one(count_pipe):
+    dispersions = count_pipe.transformer.count_head.class_log_dispersion
+    torch.nn.init.normal_(dispersions, generator=torch.Generator().manual_seed(0))
+    adata = other_cells(cell_types=["Mono"])
+    processor, model, _ = adapt(count_pipe, adata)
+    counts = torch.tensor(processor.get_values(adata).toarray())
+    cells = {"values": torch.tensor(processor.transform(processor.get_values(adata))).float(), "counts": counts}
+    cells["class_labels"] = torch.tensor(processor.encode_labels(adata.obs))
+    started = finetuning.start_new_labels(count_pipe, model, processor, cells)["cell_type"]["Mono"]
+    row = count_pipe.processor.conditions["cell_type"].index(started)
+    assert torch.equal(model.count_head.class_log_dispersion[0, :20], dispersions[row, :20])
+    assert not model.count_head.class_log_dispersion[0, 20:].any()
+
+
 def test_a_condition_that_is_left_out_is_one_without_label(pipe, noisy):
     adata = other_cells(ALL_GENES, ("B",))
     adata.obs["donor"] = "d1"
@@ -330,6 +362,7 @@ def test_output_generates_cells_of_the_new_genes_and_labels(tuned, kind):
 def test_train_config_reports_what_was_matched(tuned, kind):
     report = json.loads((tuned[kind] / "train_config.json").read_text())["finetuning"]
     assert report["genes"] == {"matched": 20, "moved": 0, "new": 3, "dropped": 3} and not report["adapter_only"]
+    assert set(report["new_labels_start_as"].get("cell_type", {})) <= {"Mono"}  # a model of a few steps tells little
     dropped = {"full": ["T"], "lora": []}[kind]  # a frozen network still knows its labels
     assert report["labels"]["cell_type"] == {
         "matched": ["B"] if dropped else ["B", "T"],

@@ -3,11 +3,14 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoModel
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft.utils import get_peft_model_state_dict
 from test_first_class import add_lora
 from test_training import TINY, load_script
@@ -48,6 +51,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE_FILES = {
     ".gitattributes",
     "README.md",
+    "card.json",
     "model_index.json",
     "processor/preprocessor_config.json",
     "scheduler/scheduler_config.json",
@@ -205,12 +209,68 @@ def test_truncated_download(hub, published, count_pipe):
     assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO)), generate(count_pipe))
 
 
-def test_pushing_without_the_right(hub, count_pipe):
-    with pytest.raises(OSError, match="401"):
-        count_pipe.push_to_hub(REPO)
-    with pytest.raises(OSError, match="namespace 'user'"):
-        count_pipe.push_to_hub(REPO, token="hf_stranger")
-    assert not hub.repositories
+@pytest.mark.parametrize("part", ["pipeline", "transformer", "folder", "table"])
+def test_pushing_without_the_right(hub, count_pipe, adata, tmp_path, part):
+    hub.add("other/here", {})
+    hub.add("other/here", {}, repo_type="dataset")
+    before = {name: repository.branches["main"] for name, repository in hub.repositories.items()}
+    push = {
+        "pipeline": count_pipe.push_to_hub,
+        "transformer": count_pipe.transformer.push_to_hub,
+        "folder": lambda repo_id, **kwargs: count_pipe.save_pretrained(
+            tmp_path / "saved", push_to_hub=True, repo_id=repo_id, **kwargs
+        ),
+        "table": lambda repo_id, **kwargs: push_table(adata, repo_id, **kwargs),
+    }[part]
+    for token in (None, "hf_bad"):
+        with pytest.raises(OSError, match=f"Could not push to {REPO}. The Hub does not know the token.*hf auth login"):
+            push(REPO, token=token)
+    for repo_id in ("other/new", "other/here"):
+        with pytest.raises(OSError, match=f"Could not push to {repo_id}. The account may not write there.*hf auth"):
+            push(repo_id, token=USER)
+    assert {name: repository.branches["main"] for name, repository in hub.repositories.items()} == before
+    assert part != "folder" or SCRDiTPipeline.from_pretrained(tmp_path / "saved").processor.num_genes == 23
+
+
+def test_pushing_without_a_network(hub, published, count_pipe):
+    hub.stop()
+    with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
+        count_pipe.push_to_hub(REPO, token=USER)
+    with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
+        push_remote_code(REPO, token=USER)
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pushed_pipeline_has_a_card_of_cells(hub, published, count_pipe, tmp_path):
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert card.data.library_name == "diffusers" and "single-cell" in card.data.tags
+    assert f'SCRDiTPipeline.from_pretrained("{REPO}")' in card.text and "| data set | not stated |" in card.text
+    count_pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/folder", token=USER)
+    assert b'from_pretrained("user/folder")' in hub.files("user/folder")["README.md"]
+
+
+def test_a_card_on_the_hub_is_kept(hub, published, count_pipe):
+    HfApi(token=USER).upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", repo_id=REPO)
+    torch.nn.init.constant_(count_pipe.transformer.patch_embed.weight, 7.0)
+    count_pipe.push_to_hub(REPO, token=USER)
+    assert hub.files(REPO)["README.md"] == b"by hand"
+    assert first_weight(SCRDiTPipeline.from_pretrained(REPO).transformer) == 7.0
+
+
+def test_the_card_of_a_trained_pipeline_goes_along(hub, count_pipe, tmp_path):
+    source = REPOSITORY / "hub_cards" / "scrdit-pbmc-zheng"
+    count_pipe.save_pretrained(tmp_path)
+    for name in ("card.json", "metrics.json", "figures"):
+        (shutil.copytree if name == "figures" else shutil.copyfile)(source / name, tmp_path / name)
+    SCRDiTPipeline.from_pretrained(tmp_path).push_to_hub(REPO, token=USER)
+    files = hub.files(REPO)
+    assert {f"figures/{path.name}" for path in (source / "figures").iterdir()} <= set(files)
+    assert files["metrics.json"] == (source / "metrics.json").read_bytes()
+    text = files["README.md"].decode()
+    for line in (f'SCRDiTPipeline.from_pretrained("{REPO}")', "| accession | SRP073767", "![Genes](figures/genes.png)"):
+        assert line in text
 
 
 # -- scripts -----------------------------------------------------------------------------------------------------------
@@ -244,6 +304,9 @@ def test_train_pushes_and_generate_loads_in_a_fresh_process(hub, train, tmp_path
     assert PIPELINE_FILES <= set(hub.files(REPO))
     assert not [path for path in hub.files(REPO) if path.startswith(("checkpoint-", "logs/"))]
     assert hub.repositories["model", REPO].private
+    assert USER.encode() not in hub.files(REPO)["train_config.json"]
+    card = hub.files(REPO)["README.md"]
+    assert b"single-cell" in card and b"8 steps of 16 cells" in card
     command = [sys.executable, "training/generate.py", "--pipeline", REPO, "--num_cells", "3"]
     command += ["--num_inference_steps", "2", "--output", str(tmp_path / "new.h5ad")]
     refused = run(command, tmp_path)
@@ -251,6 +314,28 @@ def test_train_pushes_and_generate_loads_in_a_fresh_process(hub, train, tmp_path
     done = run(command, tmp_path, HF_TOKEN=USER)
     assert done.returncode == 0, done.stderr
     assert ad.read_h5ad(tmp_path / "new.h5ad").n_obs == 3
+
+
+def test_train_is_refused_before_it_trains(hub, train, tmp_path):
+    hub.add("other/here", {})
+    for repo_id in ("other/here", "other/new"):
+        with pytest.raises(OSError, match=f"Could not push to {repo_id}. The account may not write there"):
+            train(tmp_path / "model", "--push_to_hub", "--hub_model_id", repo_id, "--hub_token", USER)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_was_trained_outlives_a_push_that_fails(hub, train, tmp_path):
+    hub.full = True
+    with pytest.raises(OSError, match=r"Storage limit exceeded") as refused:
+        train(tmp_path / "my model", "--push_to_hub", "--hub_model_id", REPO, "--hub_token", USER)
+    assert SCRDiTPipeline.from_pretrained(tmp_path / "my model").processor.num_genes == 23
+    hub.full = False
+    command = re.search("upload it by `(.*?)`", str(refused.value))[1]
+    done = run(["bash", "-c", f"{Path(sys.executable).parent}/{command}"], tmp_path, HF_TOKEN=USER)
+    assert done.returncode == 0, done.stderr
+    assert PIPELINE_FILES <= set(hub.files(REPO))
+    assert not [path for path in hub.files(REPO) if path.startswith(("checkpoint-", "logs/"))]
 
 
 def test_evaluate_loads(hub, published, adata, tmp_path):
@@ -390,8 +475,8 @@ def test_pickled_checkpoints_do_not_run(train, mark, tmp_path, name):
 # -- without the package -----------------------------------------------------------------------------------------------
 
 WITHOUT_PACKAGE = """
-import sys
-sys.modules["scrdit_diffusers"] = None  # importing it fails as if it were not installed
+import importlib.util
+assert importlib.util.find_spec("scrdit_diffusers") is None
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code={trust})
@@ -400,12 +485,25 @@ cells = pipe(
     num_cells=3, num_inference_steps=2, conditions={{"cell_type": "B", "batch": "b1"}}, generator=torch.manual_seed(0)
 ).adata
 assert type(pipe).__module__.startswith("diffusers_modules.local"), type(pipe)
-assert sys.modules["scrdit_diffusers"] is None
 print(type(pipe).__name__, cells.X.toarray().astype(int).tolist())
 """
 
 
-def test_remote_code_loads_without_the_package(hub, published, count_pipe, tmp_path):
+@pytest.fixture
+def python_without_package(tmp_path):
+    """Make an environment that has all that this one has, but not this package."""
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True, with_pip=False)
+    here = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    there = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    for path in (path for packages in here for path in packages.iterdir()):
+        # .pth files add folders, such as that of this package where it is installed in editable mode
+        if "scrdit_diffusers" not in path.name and path.suffix != ".pth" and path.name != "__pycache__":
+            (there / path.name).symlink_to(path)
+    return folder / "bin" / "python"
+
+
+def test_remote_code_loads_without_the_package(hub, published, count_pipe, python_without_package, tmp_path):
     main = dict(hub.files(REPO))
     sha = push_remote_code(REPO, token=USER)
     files = hub.files(REPO, "remote-code")
@@ -416,7 +514,7 @@ def test_remote_code_loads_without_the_package(hub, published, count_pipe, tmp_p
         path: content for path, content in main.items() if path != "model_index.json"
     }
     script = WITHOUT_PACKAGE.format(repo=REPO, revision=sha, trust=True)
-    done = run([sys.executable, "-c", script], tmp_path)
+    done = run([python_without_package, "-P", "-c", script], tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert "Expected types" not in done.stderr
     name, cells = done.stdout.strip().split(" ", 1)
@@ -433,13 +531,23 @@ def test_remote_code_needs_trust(hub, published):
 
 
 def test_remote_code_follows_the_weights_when_published_again(hub, published, count_pipe):
+    api = HfApi(token=USER)
+    api.upload_file(path_or_fileobj=b"old", path_in_repo="old.txt", repo_id=REPO)
     push_remote_code(REPO, token=USER)
     torch.nn.init.constant_(count_pipe.transformer.patch_embed.weight, 7.0)
     count_pipe.push_to_hub(REPO, token=USER)
-    path = f"transformer/{WEIGHTS}"
-    assert hub.files(REPO, "remote-code")[path] != hub.files(REPO)[path]
+    api.delete_file("old.txt", REPO)
+    api.upload_file(path_or_fileobj=b"new", path_in_repo="new.txt", repo_id=REPO)
+    before = hub.files(REPO, "remote-code")
+    assert before[f"transformer/{WEIGHTS}"] != hub.files(REPO)[f"transformer/{WEIGHTS}"]
+    del hub.requests[:]
     push_remote_code(REPO, token=USER)
-    assert hub.files(REPO, "remote-code")[path] == hub.files(REPO)[path]
+    writes = [request for request in hub.requests if request.startswith(("DELETE", "PUT"))]
+    writes += [request for request in hub.requests if "/commit/" in request]
+    assert writes == [f"POST /api/models/{REPO}/commit/remote-code"]  # the branch is never missing
+    after = hub.files(REPO, "remote-code")
+    assert set(after) == set(hub.files(REPO)) | {path for path in before if path.endswith(".py")}
+    assert all(after[path] == hub.files(REPO)[path] for path in set(hub.files(REPO)) - {"model_index.json"})
 
 
 def test_remote_code_checks_its_arguments(hub, published):

@@ -11,10 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from scrdit_diffusers import finetuning, model_card
-from scrdit_diffusers.report import FLOOR_NAMES, METRIC_NAMES, Picture
+from scrdit_diffusers.report import FLOOR_NAMES, METRIC_NAMES, STEP_METRICS, Picture
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
-TEMPLATE = HUB_CARDS / "template.md"
 CARDS = sorted(path.parent for path in HUB_CARDS.glob("*/README.md"))
 RECORD = {"dataset": "user/cells", "command": ["training/train.py", "--labels_key", "cell type"], "seed": 3}
 RECORD |= {"max_train_steps": 1000, "train_batch_size": 16, "train_cells": 1234, "val_cells": 56}
@@ -29,7 +28,7 @@ def test_published_cards_are_products_of_the_builder(published, tmp_path):
     folder = tmp_path / published.name
     shutil.copytree(published, folder)
     (folder / "README.md").unlink()
-    model_card.write_card(folder, TEMPLATE)
+    model_card.write_card(folder)
     assert (folder / "README.md").read_text(encoding="utf-8") == (published / "README.md").read_text(encoding="utf-8")
 
 
@@ -78,7 +77,7 @@ def card(pipe):
 
     def card(record=(), about=(), **options):
         facts = model_card.describe_pipeline(pipe, RECORD | dict(record), dict(about))
-        options = {"metrics": None, "figures": [], "template": TEMPLATE, "name": "model"} | options
+        options = {"metrics": None, "figures": [], "name": "model"} | options
         return model_card.build_card(json.loads(json.dumps(facts)), **options)
 
     return card
@@ -148,21 +147,43 @@ def test_log_normalised_and_unlabelled_models_say_so(pipe):
     pipe.processor.value_space, pipe.processor.target_sum = "log_normalized", 1e4
     pipe.processor.condition_keys = pipe.processor.condition_categories = pipe.processor.composition = []
     facts = model_card.describe_pipeline(pipe, RECORD, {})
-    text = model_card.build_card(facts, None, [], TEMPLATE, "model").text
+    text = model_card.build_card(facts, None, [], "model").text
     assert "Log-normalised values (log1p of counts per 10,000) of 23 genes. There are no labels" in text
     assert "pipe(num_cells=200, generator=" in text
+
+
+def test_quality_against_steps_is_drawn_from_metrics_json(pipe, tmp_path):
+    metrics = json.loads((CARDS[0] / "metrics.json").read_text(encoding="utf-8"))
+    rows = {row["metric"]: row["value"] for row in metrics["rows"] if row["group"] == "all"}
+    metrics["steps_curve"] = [{"num_inference_steps": k} | {name: rows[name] for name in STEP_METRICS} for k in (5, 25)]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    model_card.write_facts(pipe, RECORD, {}, tmp_path)
+    model_card.write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "![Quality against steps](figures/quality-against-steps.png)" in text
+    assert plt.imread(tmp_path / "figures" / "quality-against-steps.png").std() > 0
+    assert not plt.get_fignums()
+
+
+def test_what_a_pipeline_alone_knows(pipe):
+    facts = json.loads(json.dumps(model_card.describe_pipeline(pipe, None, {})))
+    made = model_card.build_card(facts, None, [], "user/cells-of-mine")
+    for line in ("| data set | not stated |", "| cells | not stated |", "| training | not stated |", "of 23 genes"):
+        assert line in made.text
+    assert "None" not in made.text and made.data.datasets is None
+    assert 'SCRDiTPipeline.from_pretrained("user/cells-of-mine")' in made.text
 
 
 def test_results_and_pictures_come_from_the_folder(pipe, tmp_path):
     published = CARDS[0]
     model_card.write_facts(pipe, RECORD, {}, tmp_path)
-    model_card.write_card(tmp_path, TEMPLATE)
+    model_card.write_card(tmp_path)
     assert "Not judged yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
     shutil.copyfile(published / "metrics.json", tmp_path / "metrics.json")
     pictures = [Picture(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
     model_card.save_figures(pictures, tmp_path)
     plt.close("all")
-    model_card.write_card(tmp_path, TEMPLATE)
+    model_card.write_card(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "![Genes](figures/genes.png)" in text and [path.name for path in (tmp_path / "figures").iterdir()] == [
         "genes.png"

@@ -26,9 +26,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -499,31 +496,6 @@ def test_table_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_
     train_here(tmp_path / "table", tmp_path / "model", "--labels_key", "cell_type")
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path / "model")[name], tensor, rtol=0, atol=1e-6)
-
-
-def test_push_to_hub_uploads_the_pipeline_with_a_card(train_script, train_here, dataset, tmp_path, monkeypatch):
-    """The Hub's client is replaced: what reaches it is checked, not the network."""
-    calls = []
-    repository = SimpleNamespace(repo_id="user/scrdit")
-    monkeypatch.setattr(train_script, "create_repo", lambda *args, **kwargs: calls.append((args, kwargs)) or repository)
-    monkeypatch.setattr(train_script, "upload_folder", lambda **kwargs: calls.append(kwargs))
-    monkeypatch.setattr(ModelCard, "load", staticmethod(missing_card))
-    train_here(dataset, tmp_path, "--push_to_hub", "--hub_model_id", "scrdit", "--hub_token", "secret")
-    (created, _), uploaded = calls
-    assert created == ("scrdit",) and uploaded["repo_id"] == "user/scrdit" and uploaded["folder_path"] == str(tmp_path)
-    sent = list(
-        filter_repo_objects(
-            [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()],
-            ignore_patterns=uploaded["ignore_patterns"],
-        )
-    )
-    assert "model_index.json" in sent and "README.md" in sent and not any("checkpoint-" in path for path in sent)
-    assert "secret" not in (tmp_path / "train_config.json").read_text()
-    assert "single-cell" in (tmp_path / "README.md").read_text()
-
-
-def missing_card(*args, **kwargs):
-    raise EntryNotFoundError("no card")
 
 
 def test_dry_run_prints_cost_and_writes_nothing(train_here, dataset, tmp_path, capsys, caplog):

@@ -41,7 +41,6 @@ from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, re
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
-CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
 PARTS = ("train", "control", "test")
 PACKAGES = {"scrdit_diffusers": "scrdit-diffusers", "sklearn": "scikit-learn", "ot": "POT", "scvi": "scvi-tools"}
 PACKAGES |= {"scib_metrics": "scib-metrics"}
@@ -410,7 +409,7 @@ def main(args: EvaluationArguments) -> None:
         folder = Path(args.lora_weights or args.pipeline)
         shutil.copyfile(output_dir / "metrics.json", folder / "metrics.json")
         model_card.save_figures(pictures, folder)
-        model_card.write_card(folder, CARD_TEMPLATE)
+        model_card.write_card(folder)
     write_text(output_dir / "report.html", render_report(record, pictures))
     met = [row["met"] for row in record["rows"] if row["group"] == "all" and row["met"] is not None]
     print(

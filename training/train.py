@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import sys
@@ -34,7 +35,6 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,6 +58,7 @@ from scrdit_diffusers import (
     drop_labels,
     finetuning,
     fit_table,
+    hub,
     iterate_rows,
     model_card,
     open_table,
@@ -70,9 +71,8 @@ from scrdit_diffusers import (
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
-CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
 DEFAULT_EPOCHS = 150
-MAX_PCA_CELLS = 5000  # of which the principal components are taken that cell tokens start from
+MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
 DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
 
 
@@ -145,7 +145,7 @@ class TrainingArguments:
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
     learning_rate: float | None = arg(None, "Peak learning rate; 3e-3 x 128 / width of the model if not given.")
     lr_scheduler: str = arg("cosine", "Learning-rate schedule of diffusers.optimization.get_scheduler.")
-    lr_warmup_steps: int = arg(200, "Warm-up steps.")
+    lr_warmup_steps: int | None = arg(None, "Warm-up steps; 200, but in fine-tuning at most a tenth, if not given.")
     adam_beta1: float = arg(0.9, "AdamW beta 1.")
     adam_beta2: float = arg(0.99, "AdamW beta 2.")
     adam_weight_decay: float = arg(0.1, "AdamW weight decay.")
@@ -185,6 +185,7 @@ CHANGEABLE = [
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "max_train_steps",
+    "lr_warmup_steps",  # follows from it
 ]
 CHANGEABLE += [
     "num_train_epochs",
@@ -359,7 +360,7 @@ class Cells:
     statistics: CellStatistics
     loader: DataLoader
     val_batch: dict[str, torch.Tensor]
-    some_values: torch.Tensor  # of at most MAX_PCA_CELLS training cells, in model space
+    some_cells: dict[str, torch.Tensor]  # at most MAX_START_CELLS training cells
     num_train: int
     num_val: int
     cells_per_epoch: int
@@ -411,22 +412,22 @@ def open_cells(
     if args.streaming:
         stream = CellStream(train, num_train, args.train_batch_size, args.labels_key, seed=args.seed)
         shown = next(iterate_rows(val, args.num_validation_cells, ["genes", "expressions", *args.labels_key]))
-        some_values = collate(next(iterate_rows(train, MAX_PCA_CELLS, shown.column_names)))["values"]
+        some = collate(next(iterate_rows(train, MAX_START_CELLS, shown.column_names)))
         generator = torch.Generator()  # else each pass draws from the one of the dropout, and resuming is not exact
         loader = DataLoader(stream, batch_size=None, generator=generator, **options)
         used = len(stream) * args.train_batch_size
-        return Cells(processor, statistics, loader, collate(shown), some_values, num_train, shown.num_rows, used)
+        return Cells(processor, statistics, loader, collate(shown), some, num_train, shown.num_rows, used)
     dataset = CellDataset(train, args.labels_key)
     num_processes, process_index = accelerator.num_processes, accelerator.process_index
     joined_size = args.train_batch_size * num_processes
     sampler = EpochSampler(num_train, joined_size, num_processes, process_index, args.seed)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
     rng = np.random.default_rng(args.seed)
-    some_cells = np.sort(rng.permutation(len(train_cells))[:MAX_PCA_CELLS])
-    some_values = collate(dataset.__getitems__(some_cells.tolist()))["values"]
+    some_cells = np.sort(rng.permutation(len(train_cells))[:MAX_START_CELLS])
+    some = collate(dataset.__getitems__(some_cells.tolist()))
     shown_cells = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
     val_batch = collate(CellDataset(table, args.labels_key).__getitems__(np.sort(shown_cells).tolist()))
-    return Cells(processor, statistics, loader, val_batch, some_values, num_train, len(val_cells), num_train)
+    return Cells(processor, statistics, loader, val_batch, some, num_train, len(val_cells), num_train)
 
 
 def build_model(args: TrainingArguments, cells: Cells, sample_counts: bool) -> SCRDiTTransformer:
@@ -442,7 +443,7 @@ def build_model(args: TrainingArguments, cells: Cells, sample_counts: bool) -> S
     model = SCRDiTTransformer(**config)
     model.initialize_weights()
     if model.config.num_cell_tokens:
-        model.initialize_cell_tokens(cells.some_values)
+        model.initialize_cell_tokens(cells.some_cells["values"])
     if sample_counts:
         model.count_head.initialize_from_statistics(cells.statistics, cells.processor.mean, cells.processor.std)
     return model
@@ -480,7 +481,7 @@ def main(args: TrainingArguments) -> None:
     # 2. Model, noise, optimiser
     changes: dict = {}
     if pretrained is not None:
-        options = {"dropout": args.dropout, "lora_rank": args.lora_rank}
+        options = {"dropout": args.dropout, "lora_rank": args.lora_rank, "cells": cells.some_cells}
         statistics = cells.statistics if sample_counts else None
         model, changes = finetuning.adapt_transformer(pretrained, processor, statistics, **options)
     else:
@@ -500,6 +501,8 @@ def main(args: TrainingArguments) -> None:
     elif args.max_train_steps is None:  # small sets are learned by heart by more passes
         args.max_train_steps = min(max(DEFAULT_EPOCHS * updates_per_epoch, 300), 2500)
 
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = 200 if pretrained is None else min(200, args.max_train_steps // 10)
     if args.learning_rate is None:
         args.learning_rate = 3e-3 * 128 / width
 
@@ -599,7 +602,7 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         if args.push_to_hub:  # before training, so that a wrong name or token costs nothing
             name, private = args.hub_model_id or Path(args.output_dir).name, args.hub_private_repo
-            repo_id = create_repo(name, private=private, token=args.hub_token, exist_ok=True).repo_id
+            repo_id = hub.prepare_repository(name, private, args.hub_token)
         os.makedirs(args.output_dir, exist_ok=True)
         # A run that was killed may have logged steps that come again.
         tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
@@ -765,10 +768,13 @@ def main(args: TrainingArguments) -> None:
         (Path(args.output_dir) / "train_config.json").write_text(json.dumps(record, indent=2))
         about = dataclasses.asdict(args) | {"model_id": repo_id if args.push_to_hub else args.hub_model_id}
         model_card.write_facts(pipe, record, about, args.output_dir)
-        model_card.write_card(args.output_dir, CARD_TEMPLATE)
+        model_card.write_card(args.output_dir)
         logger.info(f"Saved the pipeline to {args.output_dir}")
         if args.push_to_hub:
-            push_to_hub(args, repo_id)
+            without = ["--exclude", "checkpoint-*", "--exclude", f"{args.logging_dir}/*"]
+            command = shlex.join(["hf", "upload", repo_id, args.output_dir, *without])
+            with hub.explain_push(repo_id, f"The pipeline is whole in {args.output_dir}; upload it by `{command}`."):
+                hub.upload_pipeline(args.output_dir, repo_id, args.hub_token, logging_dir=args.logging_dir)
     accelerator.end_training()
 
 
@@ -805,12 +811,6 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
         f"The loss is not finite at step {step} (epoch {epoch}, batch {micro_step}, cells {bad[:10]} "
         f"of it at timesteps {timesteps[bad[:10]].tolist()}). Likely cause: {cause}. Checkpoints stay intact."
     )
-
-
-def push_to_hub(args: TrainingArguments, repo_id: str) -> None:
-    """Upload the pipeline folder with its model card, without checkpoints and logs."""
-    ignored = ["checkpoint-*", "checkpoint-*/*", f"{args.logging_dir}/*"]
-    upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token)
 
 
 if __name__ == "__main__":
