@@ -344,9 +344,22 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only."""
+        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only, and all of it.
+
+        Raises
+        ------
+        OSError
+            Weights are missing, which `ModelMixin` would leave without values.
+        """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            asked = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            if missing := sorted(info["missing_keys"]):
+                raise OSError(
+                    f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}: it is "
+                    "damaged, or of another version of scrdit_diffusers than the one installed."
+                )
+            return (model, info) if asked else model  # type: ignore[return-value]  # as its own from_pretrained
 
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
