@@ -403,6 +403,12 @@ def test_a_sharded_run_resumes_to_the_same_result(sharded, dataset, tmp_path):
             assert torch.equal(weights(tmp_path / folder, subfolder)[name], tensor), name
 
 
+def test_a_sharded_checkpoint_is_not_resumed_by_processes_that_are_not(train_here, sharded, dataset, tmp_path):
+    shutil.copytree(sharded / "checkpoint-9", tmp_path / "checkpoint-9")
+    with pytest.raises(ValueError, match="checkpoint-9 was written with FSDP"):
+        train_here(dataset, tmp_path, *TWO, "--train_batch_size", "8", "--resume_from_checkpoint", "latest")
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

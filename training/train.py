@@ -567,6 +567,8 @@ def main(args: TrainingArguments) -> None:
         weights.clear()
 
     def load_hook(models, input_dir):
+        if accelerator.distributed_type != DistributedType.FSDP and any(Path(input_dir).glob("pytorch_model_fsdp*")):
+            raise ValueError(f"{input_dir} was written with FSDP; resume it with training/configs/fsdp2.yaml.")
         saved = SCRDiTProcessor.from_pretrained(os.path.join(input_dir, "processor"))
         if saved.to_json_string() != processor.to_json_string():
             raise ValueError(f"{input_dir} was trained on other cells, genes or labels; use the arguments of that run.")
