@@ -6,7 +6,9 @@ import sys
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from test_acceleration import save_tiny_pipelines
 from test_training import REPOSITORY, load_script
 from transformers import HfArgumentParser
@@ -73,6 +75,20 @@ def test_rows_are_trained_and_judged_once_and_the_command_goes_on(script, prepar
     assert table[-3:] == ["| real cells", "| default", "| one model per label"]  # in the order of ROWS
     with pytest.raises(ValueError, match="is of other arguments: {'num_train_epochs': 50}"):
         script.main(prepare("--num_train_epochs", "7"))
+
+
+def test_genes_that_vary_together_are_put_side_by_side(script, tmp_path):
+    rng = np.random.default_rng(0)
+    module = rng.integers(0, 2, (40, 2))  # each cell has both, one or none of two modules on
+    counts = rng.poisson(1 + 20 * module[:, [0, 1] * 5])  # genes of the modules take turns
+    genes = [f"{'ab'[i % 2]}{i}" for i in range(10)]
+    adata = ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=genes))
+    adata.write_h5ad(tmp_path / "train.h5ad")
+    script.write_gene_orders(tmp_path, seed=0)
+    orders = {name: (tmp_path / name).read_text().split() for name in script.GENE_ORDERS.values()}
+    assert all(sorted(order) == sorted(genes) and order != genes for order in orders.values())
+    modules = "".join(gene[0] for gene in orders["genes-modules.txt"])
+    assert modules in ("aaaaabbbbb", "bbbbbaaaaa")
 
 
 def test_table_holds_means_over_seeds_and_the_flags(script):

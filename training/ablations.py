@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 from acceleration import TRAINING, Sampler, Trained, log_normalized, prepare_cells
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.stats import zscore
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import metrics
@@ -37,6 +40,16 @@ ROWS = {
     "50 genes in a token": "--patch_size 50",
     "200 genes in a token": "--patch_size 200",
     "shared embedding": "--patch_embed_type shared",
+    "genes in random order": "",
+    "genes next to those they vary with": "",
+    "one block": "--num_layers 1",
+    "four blocks": "--num_layers 4",
+    "half the width": "--num_attention_heads 2",
+    "twice the width": "--num_attention_heads 8",
+    "dropout": "--dropout 0.1",
+    "no average of the weights": "--use_ema False",
+    "linear noise schedule, as noisy where decoded": "--beta_schedule linear --decode_timestep 100 --min_timestep 100",
+    "decoded at more noise": "--decode_timestep 500 --min_timestep 500",
     "counts rounded": "--decode round",
     "counts rounded, zero negation": "--decode round --zero_negation True",
     "counts rounded, v prediction": "--decode round --prediction_type v_prediction",
@@ -47,6 +60,7 @@ ROWS = {
     "one model per label": "",
 }
 PER_LABEL = "one model per label"
+GENE_ORDERS = {"genes in random order": "genes-random.txt", "genes next to those they vary with": "genes-modules.txt"}
 SHOWN = {
     "classifier_genes_auroc": "genes",
     "classifier_pcs_auroc": "PCs",
@@ -78,11 +92,27 @@ class AblationArguments:
     output_dir: str = field(default="outputs/ablations", metadata={"help": "Folder of cells and results."})
 
 
+def write_gene_orders(cells: Path, seed: int) -> None:
+    """Write the genes in random order, and in that of the leaves of a tree of their correlations (Ward)."""
+    train = log_normalized(ad.read_h5ad(cells / "train.h5ad"))
+    orders = {
+        "genes-random.txt": np.random.default_rng(seed).permutation(train.n_vars),
+        "genes-modules.txt": leaves_list(linkage(zscore(train.X.toarray()).T, method="ward")),
+    }
+    for name, order in orders.items():
+        (cells / name).write_text("\n".join(train.var_names[order]))
+
+
 def train_model(args: AblationArguments, name: str, cells: Path, labels: list[str], output_dir: Path) -> Trained:
     """Train a row by the commands that a user would give."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = ["accelerate", "launch", "--num_processes", "1", str(TRAINING / "train.py")]
-    command += ["--genes", str(cells / "genes.txt"), "--num_train_epochs", str(args.num_train_epochs)]
+    command += [
+        "--genes",
+        str(cells / GENE_ORDERS.get(name, "genes.txt")),
+        "--num_train_epochs",
+        str(args.num_train_epochs),
+    ]
     command += ["--lr_warmup_steps", str(args.lr_warmup_steps), "--validation_steps", "1000000"]
     command += ["--report_to", "none", "--seed", str(args.seed), *ROWS[name].split()]  # the last of two seeds counts
     if name == PER_LABEL:
@@ -123,6 +153,7 @@ def main(args: AblationArguments) -> None:
             raise ValueError(f"{results_path} is of other arguments: {changed}; give another --output_dir.")
     if not (folder / "cells").exists():
         prepare_cells(args, folder / "cells.tmp")
+        write_gene_orders(folder / "cells.tmp", args.seed)
         os.replace(folder / "cells.tmp", folder / "cells")
     labels = json.loads((folder / "cells/labels.json").read_text())
     parts = {name: ad.read_h5ad(folder / f"cells/{name}.h5ad") for name in ("train", "control", "test")}
