@@ -105,8 +105,8 @@ def diffusion_loss(
     max_loss_weight
         See [`loss_weights`].
     penalty_weight
-        Weight of `count_penalty`, see [`SCRDiTTransformerOutput`]: width / (2 s^2 N) for a prior of standard deviation
-        s and N training cells. Only for a model in training mode.
+        Weight of `count_penalty`, see [`SCRDiTTransformerOutput`]: width / (2 s^2 N) for a prior of scale s and N
+        training cells. Only for a model in training mode.
 
     Returns
     -------

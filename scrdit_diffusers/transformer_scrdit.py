@@ -30,6 +30,7 @@ from .safe_loading import load_safely, saving_folder
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
+FREE_FOLD_CHANGE = 0.1  # beyond it, in the log, a gene's fold changes are hardly shrunk any more
 DISPERSION_PRIOR = 5  # standard deviation of what labels change in log dispersions, over that of log fold changes
 _PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
 _PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
@@ -61,11 +62,12 @@ class SCRDiTTransformerOutput(BaseOutput):
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
     count_penalty
-        Along with `count_nll` in training mode, squared log fold change of a gene that the last projections make of
-        independent inputs of unit variance, averaged over genes; shape (). To it come the squares of what labels
-        change in log dispersions, over 25 D. With a normal prior of standard deviation s of the fold changes, 5 s of
-        the dispersions, and N training cells, the negative log-posterior of the weights is `count_nll` +
-        D `count_penalty` / (2 s^2 N).
+        Along with `count_nll` in training mode, c log(1 + f^2 / c), averaged over genes; shape (). f is the log fold
+        change that the last projections make of independent inputs of unit variance, c is 0.01. It is f^2 for most
+        genes, and grows slowly for the few whose fold changes are large: those of sex, or of stress. To it come the
+        squares of what labels change in log dispersions, over 25 D. With a prior of the fold changes that is normal
+        with standard deviation s at its centre and has the tails of Student's t, one of the dispersions with 5 s, and
+        N training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` / (2 s^2 N).
     """
 
     sample: torch.Tensor | None = None
@@ -533,13 +535,15 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         return output if return_dict else output.to_tuple()
 
     def _fold_change_penalty(self) -> torch.Tensor:
-        """Squared log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
+        """Log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
         assert self.count_head is not None
-        fold_changes = self.proj_out.weight.float().square().sum()
+        squares = self.proj_out.weight.float().square().sum(dim=1).flatten()  # (N * P,), or (P,) if shared
         if self.config.patch_embed_type == "shared":
-            fold_changes = fold_changes * self.num_patches
+            squares = squares.repeat(self.num_patches)  # (N * P,)
+        squares = squares[: self.config.num_genes]  # (G,)
         if self.config.num_cell_tokens:
-            fold_changes = fold_changes + self.cell_out.weight.float().square().sum()
+            squares = squares + self.cell_out.weight.float().square().sum(dim=1)  # (G,)
+        fold_changes = FREE_FOLD_CHANGE**2 * (squares / FREE_FOLD_CHANGE**2).log1p().sum()
         dispersions = self.count_head.class_log_dispersion.float().square().sum() / DISPERSION_PRIOR**2
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return (fold_changes + dispersions / width) / self.config.num_genes

@@ -131,7 +131,7 @@ class TrainingArguments:
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
-    prior_std: float = arg(0.2, "Counts: standard deviation of the prior of log fold changes, against overfitting.")
+    prior_std: float = arg(0.2, "Counts: width of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
