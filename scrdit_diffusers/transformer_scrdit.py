@@ -31,7 +31,7 @@ from .safe_loading import load_safely, saving_folder
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
 FREE_FOLD_CHANGE = 0.1  # beyond it, in the log, a gene's fold changes are hardly shrunk any more
-DISPERSION_PRIOR = 5  # standard deviation of what labels change in log dispersions, over that of log fold changes
+DISPERSION_PRIOR = 7  # standard deviation of what labels change in log dispersions, over that of log fold changes
 _PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
 _PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
@@ -65,8 +65,8 @@ class SCRDiTTransformerOutput(BaseOutput):
         Along with `count_nll` in training mode, c log(1 + f^2 / c), averaged over genes; shape (). f is the log fold
         change that the last projections make of independent inputs of unit variance, c is 0.01. It is f^2 for most
         genes, and grows slowly for the few whose fold changes are large: those of sex, or of stress. To it come the
-        squares of what labels change in log dispersions, over 25 D. With a prior of the fold changes that is normal
-        with standard deviation s at its centre and has the tails of Student's t, one of the dispersions with 5 s, and
+        squares of what labels change in log dispersions, over 49 D. With a prior of the fold changes that is normal
+        with standard deviation s at its centre and has the tails of Student's t, one of the dispersions with 7 s, and
         N training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` / (2 s^2 N).
     """
 
