@@ -217,7 +217,7 @@ def summarize(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.json_normalize(rows)
     table = table.groupby(["method", "sampler", "steps"], sort=False).mean(numeric_only=True).drop(columns="seed")
     for column in table.columns.intersection(["seconds", "full_size_seconds"]):
-        reference = table.loc[("paper", "DDPM"), column].to_numpy()[0]
+        reference = table[column].xs(("paper", "DDPM"), level=("method", "sampler")).iloc[0]
         table[column.replace("seconds", "speedup")] = reference / table[column]
     return table.rename(columns=lambda name: name.removeprefix("metrics."))
 
@@ -248,7 +248,7 @@ def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
         for method in METHODS:
             for sampler, marker in zip((s for s in SAMPLERS if s.method == method), markers, strict=False):
                 if (method, sampler.name) in table.index.droplevel("steps"):
-                    rows = table.loc[(method, sampler.name)]
+                    rows = table.xs((method, sampler.name), level=("method", "sampler"))
                     axis.plot(
                         *(rows[time_column], rows[metric]),
                         marker=marker,
@@ -258,10 +258,8 @@ def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
                         linewidth=0.8,
                         label=f"{'paper' if method == 'paper' else 'this package'}: {sampler.name}",
                     )
-        axis.axhline(
-            table.loc["real cells", metric].iloc[0], color="black", linestyle="--", linewidth=1, label="real cells"
-        )
-        copula = table.loc["Gaussian copula", metric].iloc[0]
+        real, copula = (table[metric].xs(name, level="method").iloc[0] for name in ("real cells", "Gaussian copula"))
+        axis.axhline(real, color="black", linestyle="--", linewidth=1, label="real cells")
         axis.axhline(copula, color="grey", linestyle=":", linewidth=1, label="Gaussian copula")
         axis.set_xscale("log")
         where = "full size" if time_column.startswith("full") else "size of this run"
