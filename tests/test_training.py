@@ -417,7 +417,14 @@ def test_a_sharded_checkpoint_is_not_resumed_by_processes_that_are_not(train_her
     [
         ("ddp.yaml", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
         ("fsdp2.yaml", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
-        ("deepspeed_zero2.yaml", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        (
+            "deepspeed_zero2.yaml",
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # Accelerate makes an int of it: "auto" fails
+            },
+        ),
     ],
 )
 def test_accelerate_understands_the_configurations(config, expected):
@@ -428,7 +435,7 @@ def test_accelerate_understands_the_configurations(config, expected):
 
 
 def made_accelerator(kind, **state):
-    return SimpleNamespace(distributed_type=kind, num_processes=2, **state)
+    return SimpleNamespace(distributed_type=kind, num_processes=2, gradient_accumulation_steps=1, **state)
 
 
 NOT_SUPPORTED = {
@@ -443,6 +450,11 @@ NOT_SUPPORTED = {
         made_accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3)),
         [],
         "stages 1 and 2",
+    ),
+    "other accumulation": (
+        made_accelerator(DistributedType.FSDP, is_fsdp2=True),
+        ["--gradient_accumulation_steps", "4"],
+        "is 4, but accelerate was launched with 1",
     ),
 }
 
