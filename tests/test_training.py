@@ -470,6 +470,14 @@ def test_what_does_not_work_with_several_processes_is_refused(train_script, monk
         train_script.check_processes(args, accelerator)
 
 
+def test_one_process_that_would_train_without_deepspeed_is_refused(train_script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="DEEPSPEED was asked for, but Accelerate has chosen NO"):
+        train_script.check_processes(train_script.TrainingArguments(), alone)
+
+
 def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):
     averaged, saved = weights(trained / "checkpoint-8", "transformer_ema"), weights(trained)
     assert averaged.keys() == saved.keys() and "count_head.value" in saved

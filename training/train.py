@@ -248,7 +248,7 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
             "ACCELERATE_USE_CPU=true, or launch one process."
         )
     for name in ("FSDP", "DEEPSPEED"):  # where Accelerate cannot, it says nothing and keeps the model whole
-        if launched > 1 and parse_flag_from_env(f"ACCELERATE_USE_{name}") and kind != DistributedType[name]:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and kind != DistributedType[name]:
             raise ValueError(f"{name} was asked for, but Accelerate has chosen {kind.value}: {name} needs GPUs.")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:  # DeepSpeed's configuration decides
         raise ValueError(
