@@ -337,7 +337,8 @@ CONFIGS = REPOSITORY / "training" / "configs"
 
 def launch_environment(config):
     """What `accelerate launch` hands to its processes for a configuration file."""
-    command = ["--config_file", str(CONFIGS / config), "training/train.py"]
+    # port 0: whatever listens on the default one
+    command = ["--config_file", str(CONFIGS / config), "--main_process_port", "0", "training/train.py"]
     arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)

@@ -260,7 +260,7 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
     if kind == DistributedType.DEEPSPEED:
         if accelerator.deepspeed_plugin.zero_stage == 3:
             raise ValueError("Of DeepSpeed stages 1 and 2 are supported, not 3; use training/configs/fsdp2.yaml.")
-        logger.warning("This script was never run with DeepSpeed: compare a short run with one of DDP first.")
+        logger.warning("This script was run with DeepSpeed on CPUs only: compare a short run with one of DDP first.")
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.lora_rank:
         raise ValueError(f"--lora_rank does not work with {kind.value}: what is frozen would move. Use DDP.")
