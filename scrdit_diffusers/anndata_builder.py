@@ -27,8 +27,18 @@ from .processing_scrdit import _check_gene_names, check_values, get_matrix
 logger = logging.getLogger(__name__)
 
 JOINS = ("inner", "outer")
-VALUES_PER_CHUNK = 2**26  # of a dense matrix
+VALUES_PER_CHUNK = 2**22  # read at a time, whatever the number of genes
 MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
+
+
+def _rows_of(stored: Any, rows: slice) -> np.ndarray:
+    """Read some values of an array of numbers or strings."""
+    is_text = isinstance(stored, h5py.Dataset) and h5py.check_string_dtype(stored.dtype) is not None
+    return (stored.asstr() if is_text else stored)[rows]
+
+
+class CellFileError(datasets.exceptions.DatasetGenerationError):
+    """A file cannot be converted; the only kind of error whose message `datasets` keeps, also of other processes."""
 
 
 class CellFile:
@@ -51,10 +61,18 @@ class CellFile:
             self.group: Any = zarr.open_group(path, mode="r") if self.path.is_dir() else h5py.File(path, "r")
         except (OSError, zarr.errors.GroupNotFoundError) as error:
             raise ValueError(f"{path} cannot be opened as a .h5ad file or .zarr store: {error}") from error
-        if "obs" not in self.group or "var" not in self.group:
-            raise ValueError(f"{path} holds no AnnData: it lacks obs or var.")
+        lacking = [key for key in ("obs", "var") if key not in self.group]
+        if lacking:
+            raise ValueError(f"{path} holds no AnnData: it lacks {' and '.join(lacking)}. Was it written to its end?")
+        if "column-order" not in self.group["obs"].attrs:
+            raise ValueError(
+                f"obs of {path} is not stored as anndata 0.7 and later do; read the file with anndata.read_h5ad and "
+                "write it again."
+            )
         columns: Any = self.group["obs"].attrs["column-order"]
         self.columns = [str(key) for key in columns]
+        self._categories: dict[str, pd.Index | None] = {}
+        self._by_genes: dict[str | None, sp.csr_matrix] = {}
 
     def __enter__(self) -> "CellFile":
         return self
@@ -72,46 +90,76 @@ class CellFile:
         """Genes."""
         return read_elem(self.group["var"])
 
-    def column(self, key: str) -> pd.Series:
-        """One column of obs."""
-        return pd.Series(read_elem(self.group["obs"][key]))
+    def categories(self, key: str) -> pd.Index | None:
+        """Categories of a column of obs; `None` for one that is not categorical."""
+        if key not in self._categories:
+            stored, names = self.group["obs"][key], None
+            if stored.attrs.get("encoding-type") == "categorical":
+                names = stored["categories"]
+            elif "categories" in stored.attrs:  # anndata 0.7
+                names = self.group["obs"][stored.attrs["categories"]]
+            self._categories[key] = None if names is None else pd.Index(read_elem(names))
+        return self._categories[key]
+
+    def column(self, key: str, rows: slice) -> pd.Series:
+        """Read some rows of a column of obs."""
+        stored, names = self.group["obs"][key], self.categories(key)
+        if names is not None:
+            codes = stored["codes"] if hasattr(stored, "keys") else stored
+            return pd.Series(pd.Categorical.from_codes(codes[rows], names))
+        if hasattr(stored, "keys"):  # numbers or strings, of which some are missing
+            return pd.Series(_rows_of(stored["values"], rows)).astype(object).mask(stored["mask"][rows])
+        return pd.Series(_rows_of(stored, rows))
 
     def column_type(self, key: str) -> Any:
         """Type of a column of obs in a table, without reading all of it."""
-        column = self.group["obs"][key]
-        if column.attrs.get("encoding-type") == "categorical":
-            names = [str(name) for name in read_elem(column["categories"])]
-            return class_label(names)
-        if hasattr(column, "dtype") and column.dtype.kind in "biuf":
-            return datasets.Value(pa_type_name(column.dtype))
-        return datasets.Value("string")
+        stored, names = self.group["obs"][key], self.categories(key)
+        if names is not None:
+            return class_label([str(name) for name in names])
+        if hasattr(stored, "keys"):
+            stored = stored["values"]
+        return datasets.Value(pa_type_name(stored.dtype) if stored.dtype.kind in "biuf" else "string")
+
+    def stored(self, layer: str | None) -> Any:
+        """X (`layer=None`) or a layer, as it lies in the file."""
+        return self.group["X" if layer is None else f"layers/{layer}"]
+
+    def num_values(self, layer: str | None) -> int:
+        """Count the stored values; 0 for a dense matrix, where the number of those that are not zero is not known."""
+        stored = self.stored(layer)
+        return 0 if hasattr(stored, "shape") else stored["data"].shape[0]
 
     def matrix(self, layer: str | None, rows: slice) -> sp.csr_matrix:
         """Values of some rows of X (`layer=None`) or of a layer."""
-        stored = self.group["X" if layer is None else f"layers/{layer}"]
-        if not hasattr(stored, "shape"):
-            stored = sparse_dataset(stored)
-        return sp.csr_matrix(stored[rows])
-
-    def chunks(self, layer: str | None) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Go through all rows: position of the first one, and values."""
-        stored = self.group["X" if layer is None else f"layers/{layer}"]
-        rows = ROWS_PER_CHUNK
+        stored = self.stored(layer)
         if hasattr(stored, "shape"):
-            rows = min(rows, max(1, VALUES_PER_CHUNK // stored.shape[1]))
-        elif stored.attrs["encoding-type"] == "csc_matrix":
-            logger.warning(
-                "%s is stored by genes (CSC) and is read as a whole; store it as CSR to stream it.", self.path
-            )
-            whole = sp.csr_matrix(read_elem(stored))
-            for start in range(0, self.n_obs, rows):
-                yield start, whole[start : start + rows]
-            return
-        for start in range(0, self.n_obs, rows):
-            yield start, self.matrix(layer, slice(start, min(start + rows, self.n_obs)))
+            return sp.csr_matrix(stored[rows])
+        if stored.attrs["encoding-type"] == "csc_matrix":
+            if layer not in self._by_genes:
+                logger.warning(
+                    "%s is stored by genes (CSC) and is read as a whole; store it as CSR to stream it.", self.path
+                )
+                self._by_genes[layer] = sp.csr_matrix(read_elem(stored))
+            return self._by_genes[layer][rows]
+        return sp.csr_matrix(sparse_dataset(stored, should_cache_indptr=False)[rows])
+
+    def chunks(self, layer: str | None) -> Iterator[slice]:
+        """Rows to read at a time: `ROWS_PER_CHUNK`, or as many as hold `VALUES_PER_CHUNK` values, but at least one."""
+        stored, start = self.stored(layer), 0
+        by_cells = not hasattr(stored, "shape") and stored.attrs["encoding-type"] == "csr_matrix"
+        while start < self.n_obs:
+            stop = min(start + ROWS_PER_CHUNK, self.n_obs)
+            if hasattr(stored, "shape"):
+                stop = min(stop, start + VALUES_PER_CHUNK // stored.shape[1])
+            elif by_cells:
+                ends = stored["indptr"][start : stop + 1]
+                stop = start + int(np.searchsorted(ends, ends[0] + VALUES_PER_CHUNK, side="right")) - 1
+            stop = max(stop, start + 1)
+            yield slice(start, stop)
+            start = stop
 
     def check(self, layer: str | None, counts: bool, num_rows: int = 1000) -> None:
-        """Raise ValueError unless the layer exists and its first rows are what is expected; see [`get_matrix`]."""
+        """Raise ValueError unless the layer is whole and its first rows are what is expected; see [`get_matrix`]."""
         rows = min(num_rows, self.n_obs)
         if not rows:
             raise ValueError(f"{self.path} holds no cells.")
@@ -119,7 +167,7 @@ class CellFile:
         def head_of(elem) -> sp.csr_matrix:
             if not hasattr(elem, "shape"):
                 by_gene = elem.attrs["encoding-type"] == "csc_matrix"
-                elem = read_elem(elem).tocsr() if by_gene else sparse_dataset(elem)
+                elem = read_elem(elem).tocsr() if by_gene else sparse_dataset(elem, should_cache_indptr=False)
             return sp.csr_matrix(elem[:rows])
 
         def stored_at(group, key: str):  # what an AnnData lacks is left out or stored as a null
@@ -128,18 +176,43 @@ class CellFile:
 
         stored, raw = stored_at(self.group, "X"), stored_at(self.group, "raw")
         layers = self.group["layers"] if "layers" in self.group else {}
-        head = ad.AnnData(
-            None if stored is None else head_of(stored),
-            obs=pd.DataFrame(index=[str(i) for i in range(rows)]),
-            var=pd.DataFrame(index=[str(i) for i in range(len(self.var()))]),
-            layers={key: head_of(layers[key]) for key in layers},
-        )
-        if raw is not None and stored_at(raw, "X") is not None:
-            head.raw = ad.AnnData(head_of(raw["X"]), obs=head.obs)
+        if (stored if layer is None else stored_at(layers, layer)) is not None:
+            self._check_whole(layer)
+        try:
+            head = ad.AnnData(
+                None if stored is None else head_of(stored),
+                obs=pd.DataFrame(index=[str(i) for i in range(rows)]),
+                var=pd.DataFrame(index=[str(i) for i in range(len(self.var()))]),
+                layers={key: head_of(layers[key]) for key in layers},
+            )
+            if raw is not None and stored_at(raw, "X") is not None:
+                head.raw = ad.AnnData(head_of(raw["X"]), obs=head.obs)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}. Copy or write it again.") from error
         try:
             get_matrix(head, layer, counts)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+
+    def _check_whole(self, layer: str | None) -> None:
+        """Raise ValueError for a layer of another size than obs and var, or of which a part is missing."""
+        stored, name = self.stored(layer), "X" if layer is None else f"layers[{layer!r}]"
+        sparse = not hasattr(stored, "shape")
+        shape = tuple(map(int, stored.attrs["shape"] if sparse else stored.shape))
+        expected = (self.n_obs, len(self.var()))
+        if shape != expected:
+            raise ValueError(f"{self.path}: {name} has {shape} cells x genes, but obs and var have {expected}.")
+        if not sparse:
+            return
+        indptr, data, indices = parts = [stored[part] for part in ("indptr", "data", "indices")]
+        ends = (indptr.shape[0] - 1, int(indptr[0]), int(indptr[-1]))
+        by_gene = stored.attrs["encoding-type"] == "csc_matrix"
+        if isinstance(data, zarr.Array):  # a chunk that was not copied would be read as zeros
+            missing = sum(max(0, part.nchunks - part.nchunks_initialized) for part in parts)
+            if missing:
+                raise ValueError(f"{self.path}: {missing} chunks of {name} are missing. Copy or write it again.")
+        if ends != (shape[by_gene], 0, data.shape[0]) or data.shape != indices.shape:
+            raise ValueError(f"{self.path}: {name} is incomplete: its indptr does not fit its values. Write it again.")
 
 
 def class_label(names: Sequence[str]) -> Any:
@@ -184,10 +257,10 @@ def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str
 
 def values_to_arrow(matrix: sp.csr_matrix) -> dict[str, pa.Array]:
     """Rows of a matrix as the columns `genes` and `expressions`."""
-    offsets = pa.array(matrix.indptr.astype(np.int32))
+    offsets = pa.array(matrix.indptr.astype(np.int32, copy=False))
     return {
-        "genes": pa.ListArray.from_arrays(offsets, pa.array(matrix.indices.astype(np.int32))),
-        "expressions": pa.ListArray.from_arrays(offsets, pa.array(matrix.data.astype(np.float32))),
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(matrix.indices.astype(np.int32, copy=False))),
+        "expressions": pa.ListArray.from_arrays(offsets, pa.array(matrix.data.astype(np.float32, copy=False))),
     }
 
 
@@ -268,7 +341,7 @@ class AnnDataConfig(datasets.BuilderConfig):
 class AnnDataBuilder(datasets.ArrowBasedBuilder):
     """Turns AnnData files into a table; see [`open_table`]."""
 
-    VERSION = datasets.Version("1.0.0")  # of what is written for given files and options
+    VERSION = datasets.Version("1.1.0")  # of what is written for given files and options
     BUILDER_CONFIG_CLASS = AnnDataConfig
     DEFAULT_WRITER_BATCH_SIZE = ROWS_PER_CHUNK
 
@@ -277,6 +350,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         cls,
         paths: Sequence[Path],
         layer: str | None,
+        counts: bool,
         join: str,
         gene_key: str | None,
         obs_columns: Sequence[str] | None,
@@ -288,7 +362,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
             parts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
             changed = max(part.st_mtime_ns for part in parts)
             files.append([str(path.resolve()), sum(part.st_size for part in parts), changed])
-        source: dict[str, Any] = {"files": files, "layer": layer, "join": join, "gene_key": gene_key}
+        source: dict[str, Any] = {"files": files, "layer": layer, "counts": counts, "join": join, "gene_key": gene_key}
         source["obs_columns"] = None if obs_columns is None else list(obs_columns)
         return cls(cache_dir=None if cache_dir is None else str(cache_dir), source=json.dumps(source))
 
@@ -299,13 +373,17 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         source = self._source
         types: list[dict[str, Any]] = []
+        size = 0
         for path, *_ in source["files"]:
             with CellFile(path) as file:
                 wanted = file.columns if source["obs_columns"] is None else source["obs_columns"]
+                size += 8 * file.num_values(source["layer"])
                 types.append({key: file.column_type(key) for key in wanted if key in file.columns})
         shared = [key for key in types[0] if all(key in of_file for of_file in types)]
         columns = {key: join_types([of_file[key] for of_file in types]) for key in shared}
-        return datasets.DatasetInfo(features=table_features(columns))
+        # What `datasets` looks for room for, before it converts.
+        options = {"download_size": 0, "dataset_size": size, "size_in_bytes": size}
+        return datasets.DatasetInfo(features=table_features(columns), **options)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread
@@ -315,23 +393,29 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         source = self._source
         paths = [path for path, *_ in source["files"]]
         var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
-        features = self.info.features
-        schema = features.arrow_schema
         for number in numbers:
-            place = positions[number]
-            same = np.array_equal(place, np.arange(len(var)))
             with CellFile(paths[number]) as file:
-                obs = pd.DataFrame({key: file.column(key) for key in features if key in file.columns})
-                for i, (start, matrix) in enumerate(file.chunks(source["layer"])):
-                    check_values(matrix, f"{paths[number]}, cells from {start}", counts=False)
-                    if not same:
-                        matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
-                        matrix.indices = place[place >= 0][matrix.indices].astype(np.int32)
-                        matrix = sp.csr_matrix(
-                            (matrix.data, matrix.indices, matrix.indptr), (matrix.shape[0], len(var))
-                        )
-                    matrix.sum_duplicates()
-                    matrix.sort_indices()
-                    rows = obs.iloc[start : start + matrix.shape[0]]
-                    columns = values_to_arrow(matrix) | columns_to_arrow(rows, features)
-                    yield datasets.builder.Key(number, i), pa.table(columns, schema=schema)
+                for i, rows in enumerate(file.chunks(source["layer"])):
+                    # Nothing here keeps the rows while the next ones are read.
+                    yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
+
+    def _read(self, file: CellFile, rows: slice, place: np.ndarray, num_vars: int) -> pa.Table:
+        """Read some rows of a file, whose genes have the given places among those of the table."""
+        name, source, features = f"{file.path}, cells from {rows.start}", self._source, self.info.features
+        try:
+            matrix = file.matrix(source["layer"], rows)
+            obs = pd.DataFrame({key: file.column(key, rows) for key in features if key in file.columns})
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            raise CellFileError(f"{name}: the file is damaged: {error}. Copy or write it again.") from error
+        try:
+            check_values(matrix, name, source["counts"])
+        except ValueError as error:
+            raise CellFileError(str(error)) from error
+        if not np.array_equal(place, np.arange(num_vars)):
+            matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
+            matrix.indices = place[place >= 0][matrix.indices].astype(np.int32)
+            matrix = sp.csr_matrix((matrix.data, matrix.indices, matrix.indptr), (matrix.shape[0], num_vars))
+        matrix.sum_duplicates()
+        matrix.sort_indices()
+        columns = values_to_arrow(matrix) | columns_to_arrow(obs, features)
+        return pa.table(columns, schema=features.arrow_schema)

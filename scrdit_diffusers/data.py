@@ -33,6 +33,7 @@ from . import cell_statistics, processing_scrdit
 from .anndata_builder import (
     AnnDataBuilder,
     CellFile,
+    CellFileError,
     class_label,
     columns_to_arrow,
     gene_vocabulary,
@@ -257,6 +258,7 @@ def open_table(
     layer: str | None = None,
     counts: bool = False,
     obs_columns: Sequence[str] | None = None,
+    labels_key: Sequence[str] = (),
     join: str = "inner",
     gene_key: str | None = None,
     streaming: bool = False,
@@ -278,9 +280,12 @@ def open_table(
     layer
         Of AnnData files: layer that holds the values; `None` takes X.
     counts
-        Of AnnData files: refuse, before anything is converted, a file whose first cells do not look like counts.
+        Of AnnData files: refuse values that are no counts, those of the first cells of each file before anything is
+        converted.
     obs_columns
         Of AnnData files: columns of obs to keep; `None` keeps those that all files have.
+    labels_key
+        Of AnnData files: columns of obs that each file has to have.
     join
         Of several files: "inner" keeps the genes that all have, "outer" keeps all genes, zero where a file lacks them.
     gene_key
@@ -304,6 +309,8 @@ def open_table(
         There is no such file or folder, and it is not the id of a data set on the Hub.
     ValueError
         A file is of another kind, or files or values do not fit; the message names the file.
+    OSError
+        The cache cannot be written, or has no room.
     """
     files = find_files(dataset) if isinstance(dataset, str | Path) else [Path(path) for path in dataset]
     for path in files:
@@ -317,22 +324,31 @@ def open_table(
         with CellFile(path) as file:
             file.check(layer, counts)
             _check_columns(file.columns if obs_columns is None else list(obs_columns))
-            if obs_columns is not None:
-                for key in obs_columns:
+            for key in [*(obs_columns or []), *labels_key]:
+                try:
                     _check_label(pd.DataFrame(columns=file.columns), key)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
     var, positions = gene_vocabulary(files, join, gene_key)
     if len(files) > 1:
         for path, place in zip(files, positions, strict=True):
             kept = int((place >= 0).sum())
             lacking = f", lacks {len(var) - kept} (taken as zero)" if kept < len(var) else ""
             logger.info(f"{path}: {len(place)} genes, {kept} of the {len(var)} that are used{lacking}")
-    builder = AnnDataBuilder.for_files(files, layer, join, gene_key, obs_columns, cache_dir)
     try:
+        builder = AnnDataBuilder.for_files(files, layer, counts, join, gene_key, obs_columns, cache_dir)
         builder.download_and_prepare(num_proc=num_proc)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from error
-        raise
+    except CellFileError as error:
+        raise ValueError(str(error)) from error
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+        raise OSError(
+            f"The table of the cells could not be written to the cache {cache}: {reason} Give HF_DATASETS_CACHE a "
+            "folder of your own with room for 8 bytes for each value that is not zero."
+        ) from error
     return builder.as_dataset("train"), var
 
 

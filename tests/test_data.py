@@ -1,13 +1,17 @@
 """Cells to tables, folders and batches, and back."""
 
 import contextlib
+import errno
 import multiprocessing
+import shutil
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import anndata as ad
 import datasets
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -310,13 +314,21 @@ def test_open_table_of_a_layer_with_chosen_columns(adata, tmp_path):
 
 
 def test_open_table_reads_no_more_than_a_chunk(adata, tmp_path, monkeypatch):
-    """A file larger than memory is never asked for all its rows."""
+    """A file larger than memory is never asked for all its rows, nor for many values of few rows."""
     read = []
     matrix = CellFile.matrix
     monkeypatch.setattr(CellFile, "matrix", lambda self, layer, rows: read.append(rows) or matrix(self, layer, rows))
     monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 25)
-    open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    path = write(adata, tmp_path / "cells.h5ad")
+    open_table(path, cache_dir=tmp_path / "cache")
     assert read == [slice(0, 25), slice(25, 50), slice(50, 60)]
+    read.clear()
+    monkeypatch.setattr(anndata_builder, "VALUES_PER_CHUNK", 300)
+    table, var = open_table(path, cache_dir=tmp_path / "other")
+    sizes = [adata.X[rows].nnz for rows in read]
+    assert [rows.start for rows in read] == [0, *(rows.stop for rows in read[:-1])] and read[-1].stop == 60
+    assert all(size <= 300 for size in sizes) and min(sizes[:-1]) > 300 - 23  # one row more would not fit
+    assert_same_cells(table_to_anndata(table, var), adata)
 
 
 def test_a_table_is_converted_once(adata, tmp_path, monkeypatch):
@@ -343,8 +355,8 @@ def convert_slowly(path, cache, seconds_per_chunk, sender):
     chunks = CellFile.chunks
 
     def slow_chunks(self, layer):
-        for chunk in chunks(self, layer):
-            yield chunk
+        for rows in chunks(self, layer):
+            yield rows
             sender.send("converting")
             time.sleep(seconds_per_chunk)
 
@@ -445,12 +457,201 @@ def test_open_table_refuses(two_files, tmp_path, kwargs, message):
     assert not (tmp_path / "cache").exists()
 
 
-def test_values_that_cannot_be_are_refused_wherever_they_are(adata, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_values_that_cannot_be_are_refused_wherever_they_are(adata, tmp_path, monkeypatch, num_proc):
+    """Also where another process reads them, whose errors `datasets` does not tell."""
     adata.X.data[-1] = np.inf
+    write(adata[:30].copy(), tmp_path / "a.h5ad")
+    write(adata[30:].copy(), tmp_path / "b.h5ad")
     monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 10)
     monkeypatch.setattr(CellFile, "check", lambda *args: None)  # which sees the first cells only
-    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 50 holds 1 NaN or infinite"):
-        open_table(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"b\.h5ad, cells from (20|0) holds 1 NaN or infinite"):
+        open_table(tmp_path, cache_dir=tmp_path / "cache", num_proc=num_proc)
+
+
+def test_values_that_are_no_counts_are_refused_with_their_file(adata, tmp_path, monkeypatch):
+    adata.X.data[-1] = 0.5
+    monkeypatch.setattr(CellFile, "check", lambda *args: None)
+    path = write(adata, tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0 was taken as counts but holds .* 0\.5"):
+        open_table(path, counts=True, cache_dir=tmp_path / "cache")
+    assert len(open_table(path, cache_dir=tmp_path / "cache")[0]) == 60
+
+
+def peak_memory(adata, path, cache) -> int:
+    """Bytes that converting a file takes at most beyond those at its beginning; those of NumPy and Python."""
+    write(adata, path)
+    tracemalloc.start()
+    try:
+        open_table(path, cache_dir=cache)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    """Neither values nor obs nor indptr are read as a whole; 30 times the cells may not take half as much again."""
+    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 1000)
+    rng = np.random.default_rng(0)
+    peaks = []
+    for num_cells in (1000, 1000, 30_000):  # the first one imports what the others need
+        obs = pd.DataFrame({"barcode": [f"{cell:040d}" for cell in range(num_cells)]}).rename(index="cell{}".format)
+        obs["depth"] = np.arange(num_cells)
+        adata = ad.AnnData(sp.random(num_cells, 200, 0.1, "csr", np.float32, rng).ceil(), obs=obs)
+        peaks.append(peak_memory(adata, tmp_path / f"{len(peaks)}.h5ad", tmp_path / "cache"))
+    assert peaks[2] < 1.5 * peaks[1]
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_columns_with_missing_values_are_read_in_parts(adata, tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 25)
+    missing = np.arange(60) % 7 == 3
+    adata.obs["number"] = pd.array(np.arange(60), dtype="Int64")
+    adata.obs["flag"] = pd.array(np.arange(60) % 2 == 0, dtype="boolean")
+    adata.obs["plain"] = np.arange(60) % 3 == 0
+    adata.obs.loc[missing, ["number", "flag"]] = pd.NA
+    table, _ = open_table(write(adata, tmp_path / f"cells{suffix}"), cache_dir=tmp_path / "cache")
+    assert [table.features[key].dtype for key in ("number", "flag", "plain")] == ["int64", "bool", "bool"]
+    assert table["number"][:] == [None if skip else i for i, skip in enumerate(missing)]
+    assert table["flag"][:] == [None if skip else i % 2 == 0 for i, skip in enumerate(missing)]
+    assert table["plain"][:] == [i % 3 == 0 for i in range(60)]
+
+
+@pytest.mark.filterwarnings("ignore::anndata.OldFormatWarning")
+def test_categories_as_anndata_0_7_stores_them(adata, tmp_path):
+    """Read as plain numbers, they would be other labels."""
+    path = write(adata, tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        obs, codes, names = file["obs"], file["obs/cell_type/codes"][:], file["obs/cell_type/categories"][:]
+        del obs["cell_type"]
+        obs["__categories/cell_type"], obs["cell_type"] = names, codes
+        obs["cell_type"].attrs["categories"] = obs["__categories/cell_type"].ref
+        obs.attrs["encoding-version"] = "0.1.0"
+    assert ad.read_h5ad(path).obs["cell_type"].tolist() == adata.obs["cell_type"].tolist()
+    table, var = open_table(path, cache_dir=tmp_path / "cache")
+    assert table.features["cell_type"].names == ["T", "B", "NK"]
+    assert table_to_anndata(table, var).obs["cell_type"].tolist() == adata.obs["cell_type"].tolist()
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def overwrite_values(path: Path) -> None:
+    """Damage the last compressed chunk of the values, which no first look sees."""
+    with h5py.File(path, "r") as file:
+        values = file["X/data"].id
+        place = values.get_chunk_info(values.get_num_chunks() - 1).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 50] = bytes(50)
+    path.write_bytes(content)
+
+
+def drop_rows(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        values = ad.io.read_elem(file["X"])[:-1]
+        del file["X"]
+        ad.io.write_elem(file, "X", values)
+
+
+def drop_values(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        for name in ("data", "indices"):
+            values = file[f"X/{name}"][:-1]
+            del file[f"X/{name}"]
+            file[f"X/{name}"] = values
+
+
+def stop_writing(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["var"]
+
+
+def make_obs_an_array(path: Path) -> None:
+    """Store obs as anndata 0.6 did."""
+    with h5py.File(path, "r+") as file:
+        del file["obs"]
+        file["obs"] = np.zeros(60, dtype=[("index", "S5")])
+
+
+def lose_chunk(path: Path) -> None:
+    """Lose a file of the store."""
+    next(part for part in sorted(path.glob("X/data/**/*")) if part.is_file() and part.name[-1].isdigit()).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("b.h5ad", shorten, "cannot be opened as a .h5ad file"),
+        ("b.h5ad", overwrite_values, "damaged: .* Copy or write it again"),
+        ("b.h5ad", drop_rows, r"X has \(59, 23\) cells x genes, but obs and var have \(60, 23\)"),
+        ("b.h5ad", drop_values, "X is incomplete"),
+        ("b.h5ad", stop_writing, "lacks var. Was it written to its end"),
+        ("b.h5ad", make_obs_an_array, "obs of .* is not stored as anndata 0.7"),
+        ("b.zarr", lose_chunk, "1 chunks of X are missing"),
+    ],
+)
+def test_a_damaged_file_among_others_is_named(adata, tmp_path, name, damage, message):
+    write(adata, tmp_path / "a.h5ad")
+    path = tmp_path / name
+    if path.suffix == ".zarr":
+        write(adata, path)
+    else:
+        adata.write_h5ad(path, compression="gzip")
+    damage(path)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_table(tmp_path, cache_dir=tmp_path / "cache")
+    assert str(path) in str(raised.value) and "a.h5ad" not in str(raised.value)
+
+
+def test_a_damaged_end_is_found_while_converting(adata, tmp_path, monkeypatch):
+    adata.write_h5ad(tmp_path / "cells.h5ad", compression="gzip")
+    overwrite_values(tmp_path / "cells.h5ad")
+    monkeypatch.setattr(CellFile, "check", lambda *args: None)
+    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0: the file is damaged: "):
+        open_table(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_labels_that_one_file_lacks_are_refused_with_it(adata, tmp_path):
+    write(adata, tmp_path / "a.h5ad")
+    adata.obs = adata.obs.rename(columns={"cell_type": "celltype"})
+    write(adata, tmp_path / "b.h5ad")
+    with pytest.raises(ValueError, match=r"b\.h5ad: obs has no column 'cell_type'.* did you mean 'celltype'"):
+        open_table(tmp_path, labels_key=["cell_type"], cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_without_room_is_refused_before_anything_is_converted(adata, tmp_path, monkeypatch):
+    path = write(adata, tmp_path / "cells.h5ad")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(datasets.utils.py_utils, "disk_usage", lambda folder: usage._replace(free=8 * adata.X.nnz - 1))
+    monkeypatch.setattr(anndata_builder.AnnDataBuilder, "_generate_tables", None)  # would raise if called
+    with pytest.raises(OSError, match="could not be written to the cache .*Not enough disk space.* HF_DATASETS_CACHE"):
+        open_table(path, cache_dir=tmp_path / "cache")
+
+
+def test_a_disk_that_is_full_while_converting(adata, tmp_path, monkeypatch):
+    def full(self, table, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(adata, tmp_path / "cells.h5ad")
+    with monkeypatch.context() as context:
+        context.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
+        with pytest.raises(OSError, match="could not be written to the cache .*No space left.* HF_DATASETS_CACHE"):
+            open_table(path, cache_dir=tmp_path / "cache")
+    assert len(open_table(path, cache_dir=tmp_path / "cache")[0]) == 60
+
+
+def test_a_cache_of_another_user(adata, tmp_path, monkeypatch):
+    """As root may write everywhere, the refusal is that of the lock."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    path = write(adata, tmp_path / "cells.h5ad")
+    monkeypatch.setattr(datasets.builder, "FileLock", refuse)
+    with pytest.raises(OSError, match="could not be written to the cache .*Permission denied.* HF_DATASETS_CACHE"):
+        open_table(path, cache_dir=tmp_path / "cache")
 
 
 # -- data sets with tokens, streams -----------------------------------------------------------------------------------

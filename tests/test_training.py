@@ -337,7 +337,8 @@ CONFIGS = REPOSITORY / "training" / "configs"
 
 def launch_environment(config):
     """What `accelerate launch` hands to its processes for a configuration file."""
-    command = ["--config_file", str(CONFIGS / config), "training/train.py"]
+    # port 0: whatever listens on the default one
+    command = ["--config_file", str(CONFIGS / config), "--main_process_port", "0", "training/train.py"]
     arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
@@ -417,7 +418,14 @@ def test_a_sharded_checkpoint_is_not_resumed_by_processes_that_are_not(train_her
     [
         ("ddp.yaml", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
         ("fsdp2.yaml", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
-        ("deepspeed_zero2.yaml", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        (
+            "deepspeed_zero2.yaml",
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # Accelerate makes an int of it: "auto" fails
+            },
+        ),
     ],
 )
 def test_accelerate_understands_the_configurations(config, expected):
@@ -428,7 +436,7 @@ def test_accelerate_understands_the_configurations(config, expected):
 
 
 def made_accelerator(kind, **state):
-    return SimpleNamespace(distributed_type=kind, num_processes=2, **state)
+    return SimpleNamespace(distributed_type=kind, num_processes=2, gradient_accumulation_steps=1, **state)
 
 
 NOT_SUPPORTED = {
@@ -444,6 +452,11 @@ NOT_SUPPORTED = {
         [],
         "stages 1 and 2",
     ),
+    "other accumulation": (
+        made_accelerator(DistributedType.FSDP, is_fsdp2=True),
+        ["--gradient_accumulation_steps", "4"],
+        "is 4, but accelerate was launched with 1",
+    ),
 }
 
 
@@ -456,6 +469,14 @@ def test_what_does_not_work_with_several_processes_is_refused(train_script, monk
     args = HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(arguments)[0]
     with pytest.raises(ValueError, match=message):
         train_script.check_processes(args, accelerator)
+
+
+def test_one_process_that_would_train_without_deepspeed_is_refused(train_script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="DEEPSPEED was asked for, but Accelerate has chosen NO"):
+        train_script.check_processes(train_script.TrainingArguments(), alone)
 
 
 def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):

@@ -21,7 +21,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata.io import sparse_dataset, write_elem
+from measuring import Clock, PeakMemory  # beside this file
 from torch.utils.data import DataLoader
 
 from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, open_table
@@ -39,50 +39,6 @@ from scrdit_diffusers.data import rows_to_matrix
 
 LABELS_KEY = "cell_type"
 WAYS = ("table", "memory", "backed", "rows")
-
-
-class PeakMemory:
-    """Largest anonymous resident set of this process in MB, less that at the beginning, sampled every 5 ms."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = self.now()
-        self.running = True
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.running = False
-        self.thread.join()
-
-    @staticmethod
-    def now() -> float:
-        """Anonymous resident set in MB."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
-
-    def watch(self) -> None:
-        """Sample until the end."""
-        while self.running:
-            self.peak = max(self.peak, self.now())
-            time.sleep(0.005)
-
-    @property
-    def megabytes(self) -> float:
-        """The largest one."""
-        return self.peak - self.start
-
-
-class Clock:
-    """Wall time, and the time that this process had a CPU: the fairer one on a machine that others use."""
-
-    def __init__(self) -> None:
-        self.start, self.cpu_start = time.perf_counter(), time.process_time()
-
-    def rates(self, num_cells: int) -> dict[str, float]:
-        """Cells per second of either time."""
-        wall, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu_start
-        return {"cells_per_second": num_cells / wall, "cells_per_cpu_second": num_cells / cpu}
 
 
 def make_file(path: Path, source: Path, num_cells: int, num_genes: int) -> None:
@@ -260,8 +216,9 @@ def main() -> None:
         ratio = row["table"]["cells_per_cpu_second"] / model
         print(f"{row['cells']:>9,} x {row['genes']:>6,}" + "".join(f"{text:>18}" for text in cell) + f"{ratio:>18.1f}")
         if "annbatch" in row:
-            rates = row["annbatch"]
-            print(f"{'':18}  annbatch: {rates['cells_per_second']:,.0f}, conversion {rates['convert']:,.0f}")
+            for name, of in row["annbatch"].items():
+                rate = f"{of['cells_per_cpu_second']:,.0f} ({of['megabytes']:,.0f})"
+                print(f"{'':18}  annbatch, {name}: {rate}")
         if "processes" in row:
             names = {"cells_per_second": "second", "cells_per_cpu_second": "CPU second"}
             times = [f"{row['processes'][name] / row['table'][name]:.2f} per {of}" for name, of in names.items()]

@@ -126,6 +126,8 @@ def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict
         callback_on_step_end_tensor_inputs=(),
         decode_timestep=pipe.config.decode_timestep,
     )
+    if request["obs"] is None:  # the same is asked for all cells
+        request = request | {"num_cells": 1}
     pipe.prepare_class_labels(**request, generator=torch.Generator())
 
 
@@ -198,6 +200,17 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
     os.replace(temporary, path)
 
 
+def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
+    """Append the obs of a shard to one on disk that has the same categories."""
+    for key in [stored.attrs["_index"], *obs.columns]:
+        array, values = stored[key], obs.index if key == stored.attrs["_index"] else obs[key]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            array, values = array["codes"], values.cat.codes
+        start = array.shape[0]
+        array.resize((start + len(obs),))
+        array[start:] = values.to_numpy()
+
+
 def join_shards(shards: list[Path], temporary: Path) -> None:
     """Make one file or store of the shards, one of them in memory at a time.
 
@@ -212,13 +225,12 @@ def join_shards(shards: list[Path], temporary: Path) -> None:
     is_zarr = temporary.suffix == ".zarr"
     group = zarr.open_group(temporary, mode="w", zarr_format=2) if is_zarr else h5py.File(temporary, "w")
     ad.io.write_elem(group, "/", adata, dataset_kwargs={} if is_zarr else COMPRESSION)
-    obs = [adata.obs]
+    ad.io.write_elem(group, "obs", adata.obs, dataset_kwargs={} if is_zarr else COMPRESSION | {"maxshape": (None,)})
     for shard in shards[1:]:
         adata = ad.read_h5ad(shard)
-        obs.append(adata.obs)
+        append_obs(group["obs"], adata.obs)
         for name in matrices:
             ad.io.sparse_dataset(group[name]).append(adata.X if name == "X" else adata.layers[Path(name).name])
-    ad.io.write_elem(group, "obs", pd.concat(obs))
     if not is_zarr:
         group.close()
 
@@ -263,7 +275,8 @@ def main(args: GenerationArguments) -> None:
         for number in missing[state.process_index :: state.num_processes]:
             write_shard(pipe, args, request, blocks[number], shards[number])
             if state.is_main_process:  # counts the shards of all processes
-                there = sum(len(blocks[number]) for number in missing if shards[number].exists())
+                names = set(os.listdir(parts))
+                there = sum(len(blocks[number]) for number in missing if shards[number].name in names)
                 progress.update(done + there - progress.n)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -248,14 +248,19 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
             "ACCELERATE_USE_CPU=true, or launch one process."
         )
     for name in ("FSDP", "DEEPSPEED"):  # where Accelerate cannot, it says nothing and keeps the model whole
-        if launched > 1 and parse_flag_from_env(f"ACCELERATE_USE_{name}") and kind != DistributedType[name]:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and kind != DistributedType[name]:
             raise ValueError(f"{name} was asked for, but Accelerate has chosen {kind.value}: {name} needs GPUs.")
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:  # DeepSpeed's configuration decides
+        raise ValueError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate was launched with "
+            f"{accelerator.gradient_accumulation_steps}: give the same in the configuration file."
+        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("Of FSDP only version 2 is supported: set fsdp_version: 2, as in training/configs/fsdp2.yaml.")
     if kind == DistributedType.DEEPSPEED:
         if accelerator.deepspeed_plugin.zero_stage == 3:
             raise ValueError("Of DeepSpeed stages 1 and 2 are supported, not 3; use training/configs/fsdp2.yaml.")
-        logger.warning("This script was never run with DeepSpeed: compare a short run with one of DDP first.")
+        logger.warning("This script was run with DeepSpeed on CPUs only: compare a short run with one of DDP first.")
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.lora_rank:
         raise ValueError(f"--lora_rank does not work with {kind.value}: what is frozen would move. Use DDP.")
@@ -376,6 +381,7 @@ def open_cells(
         args.dataset,
         layer=args.layer,
         counts=args.value_space == "counts" or args.target_sum is not None,
+        labels_key=args.labels_key,
         join=args.join,
         gene_key=args.gene_key,
         streaming=args.streaming,
