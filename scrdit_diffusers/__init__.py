@@ -24,7 +24,7 @@ from .data import (
     split_stream,
     table_to_anndata,
 )
-from .objective import diffusion_loss, drop_labels
+from .objective import diffusion_loss, drop_labels, negative_log_prior
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
@@ -51,6 +51,7 @@ __all__ = [
     "drop_labels",
     "fit_table",
     "iterate_rows",
+    "negative_log_prior",
     "open_table",
     "push_remote_code",
     "push_table",

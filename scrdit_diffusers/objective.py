@@ -1,10 +1,15 @@
 """What training minimises: the weighted error of the denoiser, or the likelihood of the counts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+
+from .transformer_scrdit import SCRDiTTransformerOutput
+
+FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): beyond it a gene's log fold changes are hardly shrunk any more
+DISPERSION_PRIOR = 7  # standard deviation of what labels change in log dispersions, over that of log fold changes
 
 
 def loss_weights(
@@ -72,6 +77,39 @@ def drop_labels(
     return torch.where(dropped, null_labels, class_labels)
 
 
+def negative_log_prior(
+    output: SCRDiTTransformerOutput, num_cells: int, width: int, prior_std: float = 0.16
+) -> torch.Tensor:
+    """Negative log-prior of the weights behind fold changes and dispersions, for each cell and gene, shape ().
+
+    Without it a network learns rare genes of single cells by heart: Adam gives weights with small gradients steps as
+    large as the others. It is width c log(1 + f^2 / c) / (2 s^2) for a gene with squared log fold changes f^2: for
+    most genes that of a normal distribution of standard deviation s / sqrt(width) of each weight, with the tails of
+    Student's t for the few whose fold changes are large, those of sex or stress. What N cells say by chance goes with
+    1 / sqrt(N), and so does sqrt(c), where the tails begin.
+
+    Parameters
+    ----------
+    output
+        Of a model with a count head in training mode, given counts.
+    num_cells
+        Number of training cells N.
+    width
+        Width of a token.
+    prior_std
+        s.
+
+    References
+    ----------
+    `training/LOG.md`, "a prior with heavy tails".
+    """
+    assert output.squared_fold_changes is not None and output.squared_dispersion_changes is not None
+    free = FREE_FOLD_CHANGE**2 / num_cells
+    fold_changes = width * free * (output.squared_fold_changes / free).log1p().sum()
+    dispersions = output.squared_dispersion_changes / DISPERSION_PRIOR**2
+    return (fold_changes + dispersions) / (2 * prior_std**2 * num_cells * len(output.squared_fold_changes))
+
+
 def diffusion_loss(
     model: torch.nn.Module,
     noise_scheduler: DDPMScheduler,
@@ -80,13 +118,12 @@ def diffusion_loss(
     noise: torch.Tensor,
     loss_weighting: str = "v",
     max_loss_weight: float = 25.0,
-    penalty_weight: float = 0.0,
+    prior: Callable[[SCRDiTTransformerOutput], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Noise cells, denoise them once, and compare.
 
-    Without a count head the loss is w(t) |prediction - target|^2 / G, with one it is -log p(counts | noisy cell) / G.
-    To the latter comes the prior of the fold changes, without which a network learns rare genes of single cells by
-    heart: Adam gives weights with small gradients steps as large as the others.
+    Without a count head the loss is w(t) |prediction - target|^2 / G, with one it is -log p(counts | noisy cell) / G
+    plus the prior.
 
     Parameters
     ----------
@@ -104,9 +141,8 @@ def diffusion_loss(
         See [`loss_weights`].
     max_loss_weight
         See [`loss_weights`].
-    penalty_weight
-        Weight of `count_penalty`, see [`SCRDiTTransformerOutput`]: width / (2 s^2 N) for a prior of scale s and N
-        training cells. Only for a model in training mode.
+    prior
+        [`negative_log_prior`] with its arguments. Only for a model with a count head in training mode.
 
     Returns
     -------
@@ -118,7 +154,7 @@ def diffusion_loss(
         counts = batch["counts"]  # (B, G)
         library_size = counts.sum(dim=1)  # (B,)
         output = model(noisy, timesteps, batch["class_labels"], library_size, counts)
-        return output.count_nll + (penalty_weight * output.count_penalty if penalty_weight else 0.0)  # (B,)
+        return output.count_nll + (prior(output) if prior else 0.0)  # (B,)
     prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":

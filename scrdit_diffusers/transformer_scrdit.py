@@ -30,8 +30,6 @@ from .safe_loading import load_safely, saving_folder
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
-FREE_FOLD_CHANGE = 0.1  # beyond it, in the log, a gene's fold changes are hardly shrunk any more
-DISPERSION_PRIOR = 7  # standard deviation of what labels change in log dispersions, over that of log fold changes
 _PRESET_COLUMNS = ["patch_size", "patch_embed_type", "num_cell_tokens", "num_layers"]
 _PRESET_COLUMNS += ["num_attention_heads", "attention_head_dim"]
 _PRESET_ROWS = {
@@ -61,19 +59,18 @@ class SCRDiTTransformerOutput(BaseOutput):
     count_nll
         With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
         `sample` is then left out.
-    count_penalty
-        Along with `count_nll` in training mode, c log(1 + f^2 / c), averaged over genes; shape (). f is the log fold
-        change that the last projections make of independent inputs of unit variance, c is 0.01. It is f^2 for most
-        genes, and grows slowly for the few whose fold changes are large: those of sex, or of stress. To it come the
-        squares of what labels change in log dispersions, over 49 D. With a prior of the fold changes that is normal
-        with standard deviation s at its centre and has the tails of Student's t, one of the dispersions with 7 s, and
-        N training cells, the negative log-posterior of the weights is `count_nll` + D `count_penalty` / (2 s^2 N).
+    squared_fold_changes
+        Along with `count_nll` in training mode, squared log fold change of each gene that the last projections make of
+        independent inputs of unit variance, shape (G,); for the prior, [`negative_log_prior`].
+    squared_dispersion_changes
+        Along with it, sum of the squares of what labels change in log dispersions, shape ().
     """
 
     sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
     count_nll: torch.Tensor | None = None
-    count_penalty: torch.Tensor | None = None
+    squared_fold_changes: torch.Tensor | None = None
+    squared_dispersion_changes: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -471,7 +468,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         Returns
         -------
         The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter, the
-        negative log-likelihoods (B,) and the penalty ().
+        negative log-likelihoods (B,), and in training mode what the prior needs.
 
         Raises
         ------
@@ -530,23 +527,20 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep, class_labels)  # (B,)
-                penalty = self._fold_change_penalty() if self.training else None  # ()
-                output = SCRDiTTransformerOutput(None, log_mean, nll, penalty)
+                dispersions = self.count_head.class_log_dispersion.float().square().sum()  # ()
+                for_prior = (self._squared_fold_changes(), dispersions) if self.training else ()
+                output = SCRDiTTransformerOutput(None, log_mean, nll, *for_prior)
         return output if return_dict else output.to_tuple()
 
-    def _fold_change_penalty(self) -> torch.Tensor:
-        """Log fold changes that the last projections make of inputs of unit variance; see `count_penalty`."""
-        assert self.count_head is not None
+    def _squared_fold_changes(self) -> torch.Tensor:
+        """Squared log fold changes (G,) that the last projections make of independent inputs of unit variance."""
         squares = self.proj_out.weight.float().square().sum(dim=1).flatten()  # (N * P,), or (P,) if shared
         if self.config.patch_embed_type == "shared":
             squares = squares.repeat(self.num_patches)  # (N * P,)
         squares = squares[: self.config.num_genes]  # (G,)
         if self.config.num_cell_tokens:
             squares = squares + self.cell_out.weight.float().square().sum(dim=1)  # (G,)
-        fold_changes = FREE_FOLD_CHANGE**2 * (squares / FREE_FOLD_CHANGE**2).log1p().sum()
-        dispersions = self.count_head.class_log_dispersion.float().square().sum() / DISPERSION_PRIOR**2
-        width = self.config.num_attention_heads * self.config.attention_head_dim
-        return (fold_changes + dispersions / width) / self.config.num_genes
+        return squares
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

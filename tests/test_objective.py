@@ -1,11 +1,14 @@
 """The training objective: weights, dropped labels, count likelihood."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from scrdit_diffusers import default_scheduler
+from scrdit_diffusers import default_scheduler, negative_log_prior
 from scrdit_diffusers.objective import diffusion_loss, drop_labels, loss_weights
+from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -87,16 +90,41 @@ def test_the_loss_of_counts_is_their_nll_given_the_noisy_cell_and_the_library_si
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_penalty_of_fold_changes_is_added_with_its_weight(count_model, adata, processor):
+def test_the_prior_is_added(count_model, adata, processor):
     values = torch.from_numpy(processor.transform(adata.X[:3])).float()
     labels = torch.from_numpy(processor.encode_labels(adata.obs[:3]))
     batch = {"values": values, "class_labels": labels, "counts": torch.from_numpy(adata.X[:3].toarray())}
     arguments = (count_model.train(), noise_scheduler("sample"), batch, torch.full((3,), 500), torch.zeros(3, 23))
     noisy = noise_scheduler("sample").add_noise(values, torch.zeros(3, 23), torch.full((3,), 500))
     output = count_model(noisy, 500, labels, batch["counts"].sum(dim=1), batch["counts"])
-    assert output.count_penalty > 0
-    added = diffusion_loss(*arguments, penalty_weight=0.5) - diffusion_loss(*arguments)
-    torch.testing.assert_close(added, 0.5 * output.count_penalty.expand(3))
+    prior = functools.partial(negative_log_prior, num_cells=60, width=16)
+    assert prior(output) > 0
+    added = diffusion_loss(*arguments, prior=prior) - diffusion_loss(*arguments)
+    torch.testing.assert_close(added, prior(output).expand(3))
+
+
+def test_the_prior_is_normal_for_small_fold_changes_and_flat_for_large_ones():
+    """Oracle: the density of width weights of one gene, whose squares add up to f^2."""
+
+    def prior(fold_change, dispersion=0.0):
+        squares = torch.tensor([fold_change**2, 0.0], dtype=torch.float64)
+        output = SCRDiTTransformerOutput(None, None, None, squares, torch.tensor(dispersion**2))
+        of_a_cell_and_gene = negative_log_prior(output, num_cells=100, width=16, prior_std=0.2)
+        return 2 * 100 * of_a_cell_and_gene
+
+    weights = torch.distributions.Normal(0.0, 0.2 / 16**0.5)
+    normal = 16 * (weights.log_prob(torch.tensor(0.0)) - weights.log_prob(torch.tensor(0.01 / 16**0.5)))
+    torch.testing.assert_close(prior(0.01).float(), normal, rtol=2e-3, atol=0)
+    assert prior(1.8) - prior(0.9) < 0.03 * 16 * (1.8**2 - 0.9**2) / (2 * 0.2**2)
+    of_dispersions = torch.distributions.Normal(0.0, 7 * 0.2)
+    expected = of_dispersions.log_prob(torch.tensor(0.0)) - of_dispersions.log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(prior(0.0, 0.5).float(), expected)
+
+
+def test_more_cells_let_smaller_fold_changes_free():
+    output = SCRDiTTransformerOutput(None, None, None, torch.full((3,), 0.04), torch.tensor(0.0))
+    nats = [num_cells * negative_log_prior(output, num_cells, width=16) for num_cells in (100, 1000, 10000)]
+    assert nats[0] > 2 * nats[1] > 8 * nats[2]
 
 
 def test_counts_are_refused_by_a_model_without_a_count_head(model):

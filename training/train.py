@@ -8,6 +8,7 @@ depend on the number of processes, given the same number of cells per step, but 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -61,6 +62,7 @@ from scrdit_diffusers import (
     hub,
     iterate_rows,
     model_card,
+    negative_log_prior,
     open_table,
     plotting,
     read_labels,
@@ -131,7 +133,7 @@ class TrainingArguments:
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
-    prior_std: float = arg(0.2, "Counts: width of the prior of log fold changes, against overfitting.")
+    prior_std: float = arg(0.16, "Counts: width of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
     class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
@@ -495,7 +497,7 @@ def main(args: TrainingArguments) -> None:
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    penalty_weight = width / (2 * args.prior_std**2 * cells.num_train)
+    prior = functools.partial(negative_log_prior, num_cells=cells.num_train, width=width, prior_std=args.prior_std)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -707,9 +709,7 @@ def main(args: TrainingArguments) -> None:
             batch["class_labels"] = drop_labels(labels, null_labels, args.class_dropout_prob, generator)[own]  # (B, K)
             torch.manual_seed(mix_seeds(args.seed, step, micro_step, 1 + accelerator.process_index))  # for dropout
             with accelerator.accumulate(model):
-                losses = diffusion_loss(
-                    model, noise_scheduler, batch, timesteps, noise, *weights, penalty_weight=penalty_weight
-                )  # (B,)
+                losses = diffusion_loss(model, noise_scheduler, batch, timesteps, noise, *weights, prior=prior)  # (B,)
                 loss = scale * losses.sum()  # its mean over processes and batches of a step is that over its cells
                 running.append(loss.item())
                 if not math.isfinite(running[-1]):
