@@ -4,15 +4,15 @@ A noisy cell (B, G) becomes N tokens of P genes each (B, N, D), passes adaLN-Zer
 timestep and on any number of categorical labels, and becomes a cell again (B, G).
 """
 
+import dataclasses
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import ModelMixin, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
@@ -46,7 +46,7 @@ SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class SCRDiTTransformerOutput(BaseOutput):
     """Output of [`SCRDiTTransformer`].
 
@@ -379,6 +379,25 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
             return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save a LoRA adapter as `PeftAdapterMixin.save_lora_adapter` does, as safetensors only."""
+        super().save_lora_adapter(saving_folder(save_directory, kwargs), **kwargs)
+
+    def enable_cache(self, config: Any) -> None:
+        """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.
+
+        The lite mode of TaylorSeer leaves the blocks out and extrapolates the last projection, of which there are two
+        here: that of the cell tokens would go on with zeros.
+        """
+        if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
+            config = dataclasses.replace(
+                config,
+                use_lite_mode=False,
+                skip_predict_identifiers=[r"transformer_blocks\.\d+"],
+                cache_identifiers=["proj_out", "cell_out"],
+            )
+        super().enable_cache(config)
 
     def initialize_weights(self) -> None:
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
