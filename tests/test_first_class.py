@@ -350,6 +350,32 @@ def test_device_map_with_blocks_on_disk(model, inputs, tmp_path):
     torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample)
 
 
+@pytest.mark.parametrize("model_class", [SCRDiTTransformer, AutoModel])
+def test_a_pipeline_of_a_transformer_on_disk(pipe, sample, tmp_path, model_class):
+    expected = sample(output_type="pt")
+    folder = str(tmp_path / "pipeline")
+    pipe.save_pretrained(folder)
+    on_disk = dict(device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    transformer = model_class.from_pretrained(folder, subfolder="transformer", **on_disk)
+    assert {parameter.device.type for parameter in transformer.parameters()} == {"meta"}
+    loaded = SCRDiTPipeline.from_pretrained(folder, transformer=transformer)
+    assert torch.equal(sample(loaded, output_type="pt"), expected)
+
+
+@pytest.mark.parametrize("offload", [OFFLOADING[name] for name in ("sequential", "block", "leaf")])
+def test_offloaded_weights_are_not_saved(pipe, tmp_path, offload):
+    offload(pipe, str(tmp_path / "offload"))
+    with pytest.raises(ValueError, match="The weights are offloaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
+def test_model_offloading_saves_all(pipe, inputs, tmp_path):
+    OFFLOADING["model"](pipe, None)
+    pipe.save_pretrained(tmp_path)
+    loaded = SCRDiTTransformer.from_pretrained(tmp_path, subfolder="transformer")
+    assert torch.equal(loaded(**inputs).sample, pipe.transformer(**inputs).sample)
+
+
 # -- quantization ------------------------------------------------------------------------------------------------------
 
 
