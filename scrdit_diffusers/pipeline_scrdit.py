@@ -237,6 +237,11 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
             return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save LoRA weights as diffusers' LoRA pipelines do, as safetensors only."""
+        super().save_lora_weights(saving_folder(save_directory, kwargs), *args, **kwargs)
+
     @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance in the running call."""
@@ -615,6 +620,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
                 # 4. Denoise
+                self.transformer._reset_stateful_cache()  # which would carry over from other cells
                 self.scheduler.set_timesteps(num_steps, device=device)
                 if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
                     self.scheduler.noise_sampler_seed = draw_seeds(chunk_generator)

@@ -3,6 +3,8 @@
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Self
 
 import anndata as ad
@@ -21,6 +23,7 @@ from .cell_statistics import (
     normalize_log1p,
     take_in,
 )
+from .hub import explain_push
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +225,17 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise ValueError("condition_keys and condition_categories must have the same length.")
         if self.log_library_sizes and len(self.log_library_sizes) != len(self.composition):
             raise ValueError("log_library_sizes must have one row for each of composition.")
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save the processor as `FeatureExtractionMixin.save_pretrained` does; errors of pushing say what to do."""
+        folder = str(Path(save_directory))
+        with explain_push(kwargs.get("repo_id") or folder) if push_to_hub else nullcontext():
+            return super().save_pretrained(folder, push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the processor as `FeatureExtractionMixin.push_to_hub` does; errors say what to do."""
+        with explain_push(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_anndata(

@@ -4,17 +4,19 @@ A noisy cell (B, G) becomes N tokens of P genes each (B, N, D), passes adaLN-Zer
 timestep and on any number of categorical labels, and becomes a cell again (B, G).
 """
 
+import dataclasses
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from accelerate.utils import OffloadedWeightsLoader
+from diffusers import ModelMixin, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -44,7 +46,7 @@ SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class SCRDiTTransformerOutput(BaseOutput):
     """Output of [`SCRDiTTransformer`].
 
@@ -345,6 +347,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a model as `ModelMixin.from_pretrained` does, from safetensors only, and all of it.
 
+        A `device_map` may name the "disk" for any part (with `offload_folder`), but diffusers 0.42 fails where all
+        parts on the disk have no weights, such as "norm_out" alone.
+
         Raises
         ------
         OSError
@@ -358,12 +363,28 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                     f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}: it is "
                     "damaged, or of another version of scrdit_diffusers than the one installed."
                 )
+            if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+                # Buffers of parts on a disk stay in memory, where diffusers leaves what the constructor put into them.
+                stored = OffloadedWeightsLoader(save_folder=kwargs["offload_folder"])
+                for name, buffer in model.named_buffers():
+                    if name in stored:
+                        buffer.copy_(stored[name])
             return (model, info) if asked else model  # type: ignore[return-value]  # as its own from_pretrained
 
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the model as `ModelMixin.save_pretrained` does, as safetensors only."""
+        """Save the model as `ModelMixin.save_pretrained` does, as safetensors only.
+
+        Raises
+        ------
+        ValueError
+            Weights are not in memory but offloaded; those of group offloading to a disk would be saved as garbage.
+        """
         folder = saving_folder(save_directory, kwargs)
+        hook = _get_top_level_group_offload_hook(self)
+        on_disk = hook is not None and hook.config.offload_to_disk_path is not None
+        if on_disk or any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("The weights are offloaded: save the model before that, or load it anew and save that.")
         with explain_push(kwargs.get("repo_id") or folder) if kwargs.get("push_to_hub") else nullcontext():
             super().save_pretrained(folder, **kwargs)
 
@@ -376,6 +397,25 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
             return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save a LoRA adapter as `PeftAdapterMixin.save_lora_adapter` does, as safetensors only."""
+        super().save_lora_adapter(saving_folder(save_directory, kwargs), **kwargs)
+
+    def enable_cache(self, config: Any) -> None:
+        """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.
+
+        The lite mode of TaylorSeer leaves the blocks out and extrapolates the last projection, of which there are two
+        here: that of the cell tokens would go on with zeros.
+        """
+        if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
+            config = dataclasses.replace(
+                config,
+                use_lite_mode=False,
+                skip_predict_identifiers=[r"transformer_blocks\.\d+"],
+                cache_identifiers=["proj_out", "cell_out"],
+            )
+        super().enable_cache(config)
 
     def initialize_weights(self) -> None:
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).

@@ -178,6 +178,16 @@ def test_lora_hot_swap(pipe, sample, tmp_path):
     torch.testing.assert_close(sample(), expected)
 
 
+def test_pickled_adapters_are_not_written(pipe, tmp_path):
+    add_lora(pipe.transformer)
+    layers = get_peft_model_state_dict(pipe.transformer)
+    with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+        pipe.save_lora_weights(tmp_path / "adapter", layers, safe_serialization=False)
+    with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+        pipe.transformer.save_lora_adapter(tmp_path / "adapter", safe_serialization=False)
+    assert not (tmp_path / "adapter").exists()
+
+
 # -- attention, memory and caches --------------------------------------------------------------------------------------
 
 
@@ -214,21 +224,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, count_inputs):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        FirstBlockCacheConfig(threshold=1e9),
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 1001),
-            spatial_attention_block_identifiers=["transformer_blocks"],
-            current_timestep_callback=lambda: 500,
-        ),
-        MagCacheConfig(threshold=1e9, retention_ratio=0.25, num_inference_steps=4, mag_ratios=[1.0] * 4),
-        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
-    ],
-    ids=["first block", "pyramid attention broadcast", "MagCache", "TaylorSeer"],
-)
+TAYLORSEER = dict(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=1e9),
+    "pyramid attention broadcast": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        spatial_attention_block_identifiers=["transformer_blocks"],
+        current_timestep_callback=lambda: 500,
+    ),
+    "MagCache": MagCacheConfig(threshold=1e9, retention_ratio=0.25, num_inference_steps=4, mag_ratios=[1.0] * 4),
+    "TaylorSeer": TaylorSeerCacheConfig(**TAYLORSEER),
+    "TaylorSeer, lite": TaylorSeerCacheConfig(**TAYLORSEER, use_lite_mode=True),
+}
+each_cache = pytest.mark.parametrize("config", CACHES.values(), ids=CACHES.keys())
+
+
+@each_cache
 def test_caches_skip_work(pipe, sample, config):
     exact = sample()
     calls = []
@@ -241,6 +253,39 @@ def test_caches_skip_work(pipe, sample, config):
     pipe.transformer.disable_cache()
     hook.remove()
     torch.testing.assert_close(sample(), exact)
+
+
+@each_cache
+def test_caches_start_anew_with_every_batch_of_cells(pipe, sample, config):
+    latents = torch.randn(6, 23, generator=torch.Generator().manual_seed(1))
+    kwargs = {} if pipe.transformer.count_head is None else {"library_size": 60}
+    pipe.transformer.enable_cache(config)
+    apart = torch.cat([sample(latents=part, **kwargs) for part in latents.split(3)])
+    assert torch.equal(sample(latents=latents, batch_size=3, **kwargs), apart)
+
+
+@each_cache
+def test_a_call_that_broke_off_leaves_nothing_in_a_cache(pipe, sample, config):
+    def break_off(pipe, step, *args):
+        if step == 1:
+            raise KeyboardInterrupt
+
+    pipe.transformer.enable_cache(config)
+    expected = sample()
+    with pytest.raises(KeyboardInterrupt):
+        sample(latents=torch.ones(3, 23), callback_on_step_end=break_off)
+    assert torch.equal(sample(), expected)
+
+
+@torch.no_grad()
+def test_lite_taylorseer_extrapolates_all_projections(model, inputs):
+    calls = []
+    model.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *args: calls.append(1))
+    model.enable_cache(CACHES["TaylorSeer, lite"])
+    with model.cache_context("cond"):
+        computed, extrapolated = (model(**inputs).sample for _ in range(2))
+    assert len(calls) == 1
+    torch.testing.assert_close(extrapolated, computed)
 
 
 def test_layerwise_casting(pipe, sample):
@@ -303,6 +348,32 @@ def test_device_map_with_blocks_on_disk(model, inputs, tmp_path):
     )
     assert loaded.transformer_blocks[0].attn.to_q.weight.device == torch.device("meta")
     torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample)
+
+
+@pytest.mark.parametrize("model_class", [SCRDiTTransformer, AutoModel])
+def test_a_pipeline_of_a_transformer_on_disk(pipe, sample, tmp_path, model_class):
+    expected = sample(output_type="pt")
+    folder = str(tmp_path / "pipeline")
+    pipe.save_pretrained(folder)
+    on_disk = dict(device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    transformer = model_class.from_pretrained(folder, subfolder="transformer", **on_disk)
+    assert {parameter.device.type for parameter in transformer.parameters()} == {"meta"}
+    loaded = SCRDiTPipeline.from_pretrained(folder, transformer=transformer)
+    assert torch.equal(sample(loaded, output_type="pt"), expected)
+
+
+@pytest.mark.parametrize("offload", [OFFLOADING[name] for name in ("sequential", "block", "leaf")])
+def test_offloaded_weights_are_not_saved(pipe, tmp_path, offload):
+    offload(pipe, str(tmp_path / "offload"))
+    with pytest.raises(ValueError, match="The weights are offloaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
+def test_model_offloading_saves_all(pipe, inputs, tmp_path):
+    OFFLOADING["model"](pipe, None)
+    pipe.save_pretrained(tmp_path)
+    loaded = SCRDiTTransformer.from_pretrained(tmp_path, subfolder="transformer")
+    assert torch.equal(loaded(**inputs).sample, pipe.transformer(**inputs).sample)
 
 
 # -- quantization ------------------------------------------------------------------------------------------------------

@@ -209,19 +209,27 @@ def test_truncated_download(hub, published, count_pipe):
     assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO)), generate(count_pipe))
 
 
-@pytest.mark.parametrize("part", ["pipeline", "transformer", "folder", "table"])
-def test_pushing_without_the_right(hub, count_pipe, adata, tmp_path, part):
+@pytest.fixture
+def push(count_pipe, adata, tmp_path, part):
+    """Call every way to publish something by one signature."""
+    parts = {"transformer": count_pipe.transformer, "processor": count_pipe.processor, "pipeline": count_pipe}
+    saved = parts.get(part.removesuffix(" folder"))
+    if part == "table":
+        return lambda repo_id, **kwargs: push_table(adata, repo_id, **kwargs)
+    if part.endswith("folder"):
+        kwargs = dict(save_directory=tmp_path / "saved", push_to_hub=True)
+        return lambda repo_id, token: saved.save_pretrained(**kwargs, repo_id=repo_id, token=token)
+    return saved.push_to_hub
+
+
+PARTS = ["pipeline", "pipeline folder", "transformer", "transformer folder", "processor", "processor folder", "table"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_pushing_without_the_right(hub, push, tmp_path, part):
     hub.add("other/here", {})
     hub.add("other/here", {}, repo_type="dataset")
     before = {name: repository.branches["main"] for name, repository in hub.repositories.items()}
-    push = {
-        "pipeline": count_pipe.push_to_hub,
-        "transformer": count_pipe.transformer.push_to_hub,
-        "folder": lambda repo_id, **kwargs: count_pipe.save_pretrained(
-            tmp_path / "saved", push_to_hub=True, repo_id=repo_id, **kwargs
-        ),
-        "table": lambda repo_id, **kwargs: push_table(adata, repo_id, **kwargs),
-    }[part]
     for token in (None, "hf_bad"):
         with pytest.raises(OSError, match=f"Could not push to {REPO}. The Hub does not know the token.*hf auth login"):
             push(REPO, token=token)
@@ -229,13 +237,21 @@ def test_pushing_without_the_right(hub, count_pipe, adata, tmp_path, part):
         with pytest.raises(OSError, match=f"Could not push to {repo_id}. The account may not write there.*hf auth"):
             push(repo_id, token=USER)
     assert {name: repository.branches["main"] for name, repository in hub.repositories.items()} == before
-    assert part != "folder" or SCRDiTPipeline.from_pretrained(tmp_path / "saved").processor.num_genes == 23
+    assert part != "pipeline folder" or SCRDiTPipeline.from_pretrained(tmp_path / "saved").processor.num_genes == 23
 
 
-def test_pushing_without_a_network(hub, published, count_pipe):
+@pytest.mark.parametrize("part", PARTS)
+def test_pushing_without_a_network_or_room(hub, published, push, part):
+    hub.full = True
+    with pytest.raises(OSError, match=f"Could not push to {REPO}.*its storage is full.*Storage limit exceeded"):
+        push(REPO, token=USER)
     hub.stop()
     with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
-        count_pipe.push_to_hub(REPO, token=USER)
+        push(REPO, token=USER)
+
+
+def test_pushing_the_code_without_a_network(hub, published):
+    hub.stop()
     with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
         push_remote_code(REPO, token=USER)
 

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from scrdit_diffusers import finetuning, model_card
+from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 from scrdit_diffusers.report import FLOOR_NAMES, METRIC_NAMES, STEP_METRICS, Picture
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
@@ -165,13 +166,36 @@ def test_quality_against_steps_is_drawn_from_metrics_json(pipe, tmp_path):
     assert not plt.get_fignums()
 
 
-def test_what_a_pipeline_alone_knows(pipe):
+def test_what_a_pipeline_alone_knows(pipe, adata):
     facts = json.loads(json.dumps(model_card.describe_pipeline(pipe, None, {})))
     made = model_card.build_card(facts, None, [], "user/cells-of-mine")
-    for line in ("| data set | not stated |", "| cells | not stated |", "| training | not stated |", "of 23 genes"):
-        assert line in made.text
-    assert "None" not in made.text and made.data.datasets is None
     assert 'SCRDiTPipeline.from_pretrained("user/cells-of-mine")' in made.text
+    assert "Integer counts of 23 genes.\n" in made.text
+    cell_types = adata.obs["cell_type"].value_counts()
+    assert f'conditions={{"cell_type": "{cell_types.idxmax()}"}}' in made.text
+    tables = {key: adata.obs[key].value_counts() for key in ("cell_type", "batch")}
+    stated = dict(re.findall(r"^\| ([^|`]+) \| (\d+)[ |(]", made.text, flags=re.MULTILINE))
+    assert stated == {str(label): str(n) for table in tables.values() for label, n in table.items()}
+    rare = {label for table in tables.values() for label, n in table.items() if n < RARE_LABEL_CELLS}
+    assert set(re.findall(r"\| (\S+) \| \d+ \(fewer than 30", made.text)) == rare and rare
+    parameters = sum(p.numel() for p in pipe.transformer.parameters()) / 1e6
+    assert f"| model | {parameters:.2f} M parameters, 2 blocks of width 16, 5 genes per token |" in made.text
+
+
+def test_what_a_pipeline_alone_does_not_know(pipe):
+    made = model_card.build_card(model_card.describe_pipeline(pipe, None, {}), None, [], "user/cells-of-mine")
+    unknown = set(re.findall(r"^\| (.+) \| not stated(?:, not stated)? \|$", made.text, flags=re.MULTILINE))
+    assert unknown == {"data set", "accession", "licence of the data", "organism, tissue", "cells", "split"} | {
+        "training",
+        "commit",
+        "hardware",
+        "time",
+        "licence of the weights",
+    }
+    assert "Not judged yet." in made.text and "fine-tuned" not in made.text and "None" not in made.text
+    known = {name for name, value in made.data.to_dict().items() if value}
+    assert known == {"library_name", "tags"}
+    assert not [tag for tag in made.data.tags if tag.startswith(("tissue:", "organism:", "lora"))]
 
 
 def test_results_and_pictures_come_from_the_folder(pipe, tmp_path):

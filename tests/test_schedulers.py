@@ -2,15 +2,20 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 
+import anndata as ad
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from sklearn.ensemble import RandomForestClassifier
+from test_training import load_script
 
-from scrdit_diffusers import SCRDiTTransformerOutput, default_scheduler
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformerOutput, default_scheduler, metrics
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -261,3 +266,75 @@ def test_every_scheduler_draws_counts(count_pipe, generators, name):
     alone = [count_pipe(1, generator=generators(1, start=i), **kwargs).adata.X.toarray() for i in range(3)]
     assert np.array_equal(together, np.concatenate(alone))
     assert np.array_equal(together, np.rint(together)) and together.any()
+
+
+# -- training/benchmark_schedulers.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script; what it sets for its process is put back."""
+    verbosity = diffusers.logging.get_verbosity()
+    yield load_script("benchmark_schedulers")
+    diffusers.logging.set_verbosity(verbosity)
+    torch.set_flush_denormal(False)
+
+
+def test_the_table_of_the_benchmark(benchmark):
+    """Those within 0.02 of the lowest mean of both classifiers need the fewest of their calls."""
+    columns = ["scheduler", "steps", "calls", *benchmark.COLUMNS, "seconds_per_1000"]
+    rows = [
+        ["DDIMScheduler", 10, 10, 0.56, 0.60, 0.5, 0.05, 8.0],  # mean 0.58, 0.04 above the lowest
+        ["DDIMScheduler", 5, 5, 0.70, 0.40, 0.5, 0.05, 4.0],  # mean 0.55, 0.01 above
+        ["HeunDiscreteScheduler", 5, 9, 0.55, 0.53, 0.625, 0.0123, 7.26],  # mean 0.54, the lowest
+        ["DDPMScheduler", 5, 5, 0.50, 0.63, 0.5, 0.05, 4.0],  # mean 0.565, although the lowest by genes
+        ["DDPMScheduler", 10, 10, 0.50, 0.63, 0.5, 0.05, 8.0],
+    ]
+    real = dict(zip(benchmark.COLUMNS, [0.5, 0.51, 0.49, 0.04], strict=True))
+    header, _, *lines = benchmark.format_table(pd.DataFrame(rows, columns=columns), real).splitlines()
+    assert header.startswith("| scheduler | calls needed | genes, AUROC, 5 / 10 calls | PCs, AUROC, 5 / 10 calls |")
+    assert lines == [
+        "| DDIM | 5 | 0.700 / 0.560 | 0.400 / 0.600 | 0.500 / 0.500 | 0.050 / 0.050 | 4.0 / 8.0 |",
+        "| DDPM | more than 10 | 0.500 / 0.500 | 0.630 / 0.630 | 0.500 / 0.500 | 0.050 / 0.050 | 4.0 / 8.0 |",
+        "| HeunDiscrete | 9 | 0.550 / – | 0.530 / – | 0.625 / – | 0.012 / – | 7.3 / – |",
+        "| other real cells |  | 0.500 | 0.510 | 0.490 | 0.040 |  |",
+    ]
+
+
+def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe, adata, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(5, **kwargs))
+    count_pipe.save_pretrained(tmp_path / "pipeline")
+    parts = {name: adata[i::3].copy() for i, name in enumerate(("train", "test", "control"))}
+    for name, cells in parts.items():
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+
+    def run(*arguments):
+        command = ["--pipeline", tmp_path / "pipeline", "--split_dir", tmp_path, "--output_dir", tmp_path / "out"]
+        command += ["--calls", 2, 3, "--schedulers", "DDIMScheduler", "--n_jobs", 1, *arguments]
+        monkeypatch.setattr("sys.argv", ["benchmark_schedulers.py", *map(str, command)])
+        benchmark.main()
+        return json.loads((tmp_path / "out" / "schedulers.json").read_text())
+
+    output = run()
+    assert [(row["scheduler"], row["calls"]) for row in output["results"]] == [("DDIMScheduler", n) for n in (2, 3)]
+    order = np.random.default_rng(0)
+    test, control = (parts[name][order.choice(20, 20, replace=False)].copy() for name in ("test", "control"))
+    cells = ad.read_h5ad(tmp_path / "out" / "DDIMScheduler-2.h5ad")
+    assert cells.obs["cell_type"].tolist() == test.obs["cell_type"].tolist()
+    assert (cells.uns["scrdit"]["scheduler"], cells.uns["scrdit"]["num_inference_steps"]) == ("DDIMScheduler", 2)
+    options = dict(value_space="counts", seed=0, n_jobs=1)
+    table = metrics.compare(test, cells, parts["train"], control, **options).set_index("metric")
+    for metric in benchmark.COLUMNS:
+        assert output["judged"]["DDIMScheduler-2"][metric] == pytest.approx(table.loc[metric, "value"])
+        assert output["judged"]["real"][metric] == pytest.approx(table.loc[metric, "ceiling"])
+    assert output["judged"]["DDIMScheduler-3"] != output["judged"]["DDIMScheduler-2"]
+    figures = [f"{output['judged'][f'DDIMScheduler-{n}']['classifier_genes_auroc']:.3f}" for n in (2, 3)]
+    printed = capsys.readouterr().out
+    assert f"| {' / '.join(figures)} |" in printed
+
+    monkeypatch.setattr(SCRDiTPipeline, "__call__", None)  # the same command judges and generates nothing anew
+    monkeypatch.setattr(benchmark, "compare", None)
+    assert run() == output
+    assert printed.endswith(capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="holds figures of other cells"):
+        run("--seed", 1)

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import anndata as ad
@@ -36,6 +36,7 @@ COLUMNS = {
     "library_size_ks": "library size, KS",
 }
 CLASSIFIERS = ["classifier_genes_auroc", "classifier_pcs_auroc"]
+TOLERANCE = 0.02  # of the mean of both, about the noise of one generation seed
 
 
 def usable_schedulers(pipe: SCRDiTPipeline) -> Iterator[diffusers.SchedulerMixin]:
@@ -47,6 +48,24 @@ def usable_schedulers(pipe: SCRDiTPipeline) -> Iterator[diffusers.SchedulerMixin
         except (AttributeError, NotImplementedError, TypeError, ValueError):
             continue  # not to be made from this config, or refused
         yield scheduler
+
+
+def format_table(results: pd.DataFrame, real: Mapping[str, float]) -> str:
+    """Write the table of `results`, one row for each scheduler and number of steps, and of what `real` cells reach."""
+    mean = results[CLASSIFIERS].mean(axis=1)
+    enough = results[mean <= mean.min() + TOLERANCE].groupby("scheduler")["calls"].min()
+    steps = sorted(results["steps"].unique())
+    titles = [f"{title}, {' / '.join(map(str, steps))} calls" for title in COLUMNS.values()]
+    titles = ["scheduler", "calls needed", *titles, "CPU s per 1,000 cells"]
+    lines = [titles, ["---"] * len(titles)]
+    for name, rows in results.set_index("steps").groupby("scheduler"):
+        rows = rows.reindex(steps)
+        cells = [str(name).removesuffix("Scheduler"), str(enough.get(name, f"more than {rows['calls'].max():.0f}"))]
+        for metric, digits in [*((metric, 3) for metric in COLUMNS), ("seconds_per_1000", 1)]:
+            cells.append(" / ".join("–" if pd.isna(value) else f"{value:.{digits}f}" for value in rows[metric]))
+        lines.append(cells)
+    lines.append(["other real cells", "", *(f"{real[metric]:.3f}" for metric in COLUMNS), ""])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
@@ -117,21 +136,7 @@ def main() -> None:
             save()
         row |= judged[name]
 
-    # 3. Table
-    results = pd.DataFrame(output["results"]).sort_values(["scheduler", "calls"])
-    results["mean"] = results[CLASSIFIERS].mean(axis=1)
-    numbers = " / ".join(str(calls) for calls in sorted(args.calls))
-    titles = ["scheduler", "calls needed", *(f"{title}, {numbers} calls" for title in COLUMNS.values())]
-    titles.append("CPU s per 1,000 cells")
-    print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
-    for name, rows in results.groupby("scheduler"):
-        enough = rows[rows["mean"] <= results["mean"].min() + 0.02]
-        calls = enough["calls"].min() if len(enough) else f"more than {rows['calls'].max()}"
-        figures = [" / ".join(f"{value:.3f}" for value in rows[metric]) for metric in COLUMNS]
-        seconds = " / ".join(f"{value:.1f}" for value in rows["seconds_per_1000"])
-        print(f"| {str(name).removesuffix('Scheduler')} | {calls} | {' | '.join(figures)} | {seconds} |")
-    figures = [f"{judged['real'][metric]:.3f}" for metric in COLUMNS]
-    print(f"| other real cells | | {' | '.join(figures)} | |")
+    print("\n" + format_table(pd.DataFrame(output["results"]), judged["real"]))
 
 
 if __name__ == "__main__":
