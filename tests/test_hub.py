@@ -585,9 +585,8 @@ def test_remote_code_checks_its_arguments(hub, published):
 )
 def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, message):
     package = Path(data.__file__).parent
-    for name in ("count_head.py", "processing_scrdit.py", "cell_statistics.py", "safe_loading.py"):
-        if (package / name).exists():
-            shutil.copy(package / name, tmp_path)
+    for path in package.glob("*.py"):
+        shutil.copy(path, tmp_path)
     (tmp_path / "module.py").write_text(imports)
     monkeypatch.setattr("scrdit_diffusers.remote_code.files", lambda name: tmp_path)
     with pytest.raises(ValueError, match=message):

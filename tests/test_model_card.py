@@ -150,7 +150,7 @@ def test_log_normalised_and_unlabelled_models_say_so(pipe):
     facts = model_card.describe_pipeline(pipe, RECORD, {})
     text = model_card.build_card(facts, None, [], "model").text
     assert "Log-normalised values (log1p of counts per 10,000) of 23 genes. There are no labels" in text
-    assert "pipe(num_cells=200, generator=" in text
+    assert "pipe(\n    num_cells=200,\n    generator=" in text
 
 
 def test_quality_against_steps_is_drawn_from_metrics_json(pipe, tmp_path):
