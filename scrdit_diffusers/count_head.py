@@ -2,12 +2,13 @@
 
 Noise is independent for each gene. By Bayes' rule the count k of a gene, given the whole noisy cell x_t, follows
 
-    p(k | x_t)  ~  NB(k; mu, theta)  *  N(x_t,gene; sqrt(alpha_bar) v(k), 1 - alpha_bar)
+    p(k | x_t)  ~  NB(k; mu, theta) exp(b(k))  *  N(x_t,gene; sqrt(alpha_bar) v(k), 1 - alpha_bar)
 
 with v(k) the count in model space. The second factor is known exactly; the first, what the rest of the cell, its labels
-and its library size say about the gene, is all that the network has to learn. From the posterior follow the denoised
-cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is the discrete decoder of Ho et al. 2020
-(arXiv 2006.11239, section 3.3) for counts, at any timestep.
+and its library size say about the gene, is all that has to be learned: mu by the network, theta and b of each gene.
+By b a gene may be silent in some cells and busy in others (*XIST*), which no negative binomial describes. From the
+posterior follow the denoised cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is the
+discrete decoder of Ho et al. 2020 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
 """
 
 import functools
@@ -81,10 +82,10 @@ class SCRDiTCountHead(nn.Module):
 
     Large counts share bins, inside which they are uniform. The logit of a count k is
     log p(k | x_t) = log(mu / (mu + theta)) k + x_t sqrt(ab) / (1 - ab) v(k) - ab / (1 - ab) v(k)^2 / 2 + log h(k) + c,
-    h(k) = Gamma(k + theta) / (Gamma(theta) k!).
+    h(k) = exp(b(k)) Gamma(k + theta) / (Gamma(theta) k!).
 
-    theta depends on the gene and the labels. With several conditions log theta is a sum over them, and so is the part
-    of log h(k) that differs from that of no labels.
+    b is a table of genes and bins, theta depends on the gene and the labels. With several conditions log theta is a sum
+    over them, and so is the part of log h(k) that differs from that of no labels.
 
     Parameters
     ----------
@@ -128,12 +129,15 @@ class SCRDiTCountHead(nn.Module):
         # What each label of each condition, one after the other, adds to the latter.
         self.num_classes = list(num_classes)
         self.class_log_dispersion = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
+        # b of each gene, in the order of the model, and bin: what its distribution has that is not negative binomial.
+        self.log_base = nn.Parameter(torch.zeros(num_genes, max(bins_per_gene for _, bins_per_gene in bins)))
 
     def initialize(self, counts: sp.csr_matrix, class_labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
         Dispersions are moment estimates around means that are proportional to the library size within each combination
-        of labels. Training alone moves them too slowly. Those of labels start equal.
+        of labels. Training alone moves them too slowly. Those of labels start equal, and distributions as negative
+        binomials.
 
         Parameters
         ----------
@@ -186,6 +190,7 @@ class SCRDiTCountHead(nn.Module):
             "log_mean": np.log(np.maximum(typical, 1e-4)),
             "log_dispersion": np.log(statistics.inverse_dispersion()),
             "class_log_dispersion": np.zeros(self.class_log_dispersion.shape),
+            "log_base": np.zeros(self.log_base.shape),
         }
         self.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
 
@@ -224,6 +229,11 @@ class SCRDiTCountHead(nn.Module):
         log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
         return self.log_mean.float() + log_size[:, None] + shift.float()
 
+    @_inside_forward
+    def squared_shape_changes(self) -> torch.Tensor:
+        """Sum of the squares of what labels change in log dispersions and of b, shape ()."""
+        return self.class_log_dispersion.float().square().sum() + self.log_base.float().square().sum()
+
     def _rows(self, class_labels: torch.Tensor) -> torch.Tensor:
         """Rows of the labels (B, K) in the table of all labels; of no label it is the row after the last."""
         ends = np.cumsum([0, *self.num_classes])
@@ -254,13 +264,15 @@ class SCRDiTCountHead(nn.Module):
         quadratic = -alpha_bar / (1 - alpha_bar) / 2  # (B, 1)
         log_odds, linear = (of_gene.T[self.gene_order, :, None] for of_gene in (log_odds, linear))  # (G, B, 1)
         dispersion = (self.log_dispersion.float() + of_label).exp().T[self.gene_order, :, None]  # (G, labels + 1, 1)
+        of_gene = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
         logits = []
-        for (genes, _, _), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
+        for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
             count, value = _midpoint(lower, upper)[:, None], value[:, None]  # (genes, 1, bins)
             log_base = _log_base(count, dispersion[genes])  # (genes, labels + 1, bins)
             change = (log_base - log_base[:, -1:])[:, rows].sum(dim=2)  # (genes, B, bins)
             inside = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
-            log_base = change + (log_base[:, -1] + inside)[:, None]  # (genes, B, bins)
+            log_base = log_base[:, -1] + of_gene[genes, :num_bins] + inside  # (genes, bins), without a label
+            log_base = change + log_base[:, None]  # (genes, B, bins)
             # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
             logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
             logits.append(torch.addcmul(logit, linear[genes] + quadratic * value, value))
@@ -368,7 +380,7 @@ class SCRDiTCountHead(nn.Module):
 
 
 def _log_base(count: torch.Tensor, dispersion: torch.Tensor) -> torch.Tensor:
-    """Log of h(k) of the negative binomial."""
+    """Log of h(k) of the negative binomial, without b."""
     return torch.lgamma(count + dispersion) - torch.lgamma(dispersion) - torch.lgamma(count + 1)
 
 

@@ -322,6 +322,10 @@ def transfer_weights(
         for name in ("count_head.log_mean", "count_head.log_dispersion"):
             state[name][known] = old[name][source]
             new[name][~known] = True
+        name = "count_head.log_base"  # (G, bins): no gene has fewer bins than before, but the widest may be gone
+        num_bins = min(state[name].shape[1], old[name].shape[1])
+        state[name][known, :num_bins] = old[name][source, :num_bins]
+        new[name][~known] = True
 
     # Labels; the last entry of a table is the null label's.
     in_head = "count_head.class_log_dispersion"

@@ -9,7 +9,7 @@ from diffusers.training_utils import compute_snr
 from .transformer_scrdit import SCRDiTTransformerOutput
 
 FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): beyond it a gene's log fold changes are hardly shrunk any more
-DISPERSION_PRIOR = 7  # standard deviation of what labels change in log dispersions, over that of log fold changes
+SHAPE_PRIOR = 4  # standard deviation of what is learned of the shapes of distributions, over that of log fold changes
 
 
 def loss_weights(
@@ -80,7 +80,7 @@ def drop_labels(
 def negative_log_prior(
     output: SCRDiTTransformerOutput, num_cells: int, width: int, prior_std: float = 0.16
 ) -> torch.Tensor:
-    """Negative log-prior of the weights behind fold changes and dispersions, for each cell and gene, shape ().
+    """Negative log-prior of the weights behind fold changes and shapes, for each cell and gene, shape ().
 
     Without it a network learns rare genes of single cells by heart: Adam gives weights with small gradients steps as
     large as the others. It is width c log(1 + f^2 / c) / (2 s^2) for a gene with squared log fold changes f^2: for
@@ -103,11 +103,11 @@ def negative_log_prior(
     ----------
     `training/LOG.md`, "a prior with heavy tails".
     """
-    assert output.squared_fold_changes is not None and output.squared_dispersion_changes is not None
+    assert output.squared_fold_changes is not None and output.squared_shape_changes is not None
     free = FREE_FOLD_CHANGE**2 / num_cells
     fold_changes = width * free * (output.squared_fold_changes / free).log1p().sum()
-    dispersions = output.squared_dispersion_changes / DISPERSION_PRIOR**2
-    return (fold_changes + dispersions) / (2 * prior_std**2 * num_cells * len(output.squared_fold_changes))
+    shapes = output.squared_shape_changes / SHAPE_PRIOR**2
+    return (fold_changes + shapes) / (2 * prior_std**2 * num_cells * len(output.squared_fold_changes))
 
 
 def diffusion_loss(

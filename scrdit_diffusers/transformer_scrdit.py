@@ -64,15 +64,16 @@ class SCRDiTTransformerOutput(BaseOutput):
     squared_fold_changes
         Along with `count_nll` in training mode, squared log fold change of each gene that the last projections make of
         independent inputs of unit variance, shape (G,); for the prior, [`negative_log_prior`].
-    squared_dispersion_changes
-        Along with it, sum of the squares of what labels change in log dispersions, shape ().
+    squared_shape_changes
+        Along with it, sum of the squares of what is learned of the shapes of distributions, shape ():
+        [`SCRDiTCountHead.squared_shape_changes`].
     """
 
     sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
     count_nll: torch.Tensor | None = None
     squared_fold_changes: torch.Tensor | None = None
-    squared_dispersion_changes: torch.Tensor | None = None
+    squared_shape_changes: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -567,8 +568,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep, class_labels)  # (B,)
-                dispersions = self.count_head.class_log_dispersion.float().square().sum()  # ()
-                for_prior = (self._squared_fold_changes(), dispersions) if self.training else ()
+                shapes = self.count_head.squared_shape_changes()  # ()
+                for_prior = (self._squared_fold_changes(), shapes) if self.training else ()
                 output = SCRDiTTransformerOutput(None, log_mean, nll, *for_prior)
         return output if return_dict else output.to_tuple()
 

@@ -58,6 +58,7 @@ class Case:
         self.head.log_dispersion.copy_(torch.from_numpy(rng.normal(1, 1, len(LARGEST))))
         of_label = torch.from_numpy(rng.normal(0, 1, (2, len(LARGEST))))
         self.head.class_log_dispersion.copy_(of_label)
+        self.head.log_base.copy_(torch.from_numpy(rng.normal(0, 1, self.head.log_base.shape)))
         self.class_labels = torch.arange(num_cells)[:, None] % 3  # 2 means no label
         self.counts = counts[:num_cells]
         self.timestep = torch.full((num_cells,), timestep)
@@ -79,6 +80,7 @@ class Case:
         mean, theta = np.exp(self.log_mean[cell, gene].item()), np.exp(self.head.log_dispersion[gene].item() + of_label)
         location, scale = np.sqrt(self.alpha_bar) * self.values[gene], np.sqrt(1 - self.alpha_bar)
         log_p = nbinom.logpmf(self.support[gene], theta, theta / (theta + mean))
+        log_p += self.head.log_base[gene, : len(log_p)].numpy()
         log_p += norm.logpdf(self.noisy[cell, gene].item(), location, scale)
         p = np.exp(log_p - log_p.max())
         return p / p.sum()
@@ -161,6 +163,26 @@ def test_without_signal_the_posterior_is_the_negative_binomial():
     head, inputs = prior_of_one_gene(mean=0.5, theta=4, rows=9, largest=8)
     expected = -nbinom.logpmf(np.arange(9), 4, 4 / 4.5)
     np.testing.assert_allclose(head.nll(torch.arange(9)[:, None], *inputs), expected, rtol=1e-4)
+
+
+def test_a_gene_that_is_on_or_off_is_learned():
+    """Half of the cells have none and the others about 20, as of XIST: no negative binomial has such counts."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(20, (1000, 1)) * (np.arange(1000)[:, None] % 2) * 1.0
+    head = make_head(counts).requires_grad_(True)
+    nothing_else = torch.zeros(1000, 1), torch.full((1000,), LAST), NO_LABELS.expand(1000, 0)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
+    for _ in range(300):
+        log_mean = head.predict_log_mean(torch.zeros(1000, 1), torch.zeros(1000))
+        loss = head.nll(torch.from_numpy(counts), log_mean, *nothing_else).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = head.sample(log_mean, *nothing_else, torch.from_numpy(rng.random((1000, 1))))
+    assert (drawn == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert ((drawn > 0) & (drawn < 8)).float().mean() < 0.02
+    assert drawn[drawn > 0].mean().item() == pytest.approx(20, rel=0.05)
 
 
 def test_large_counts_have_the_moments_of_the_negative_binomial():

@@ -172,6 +172,18 @@ def test_known_counts_get_the_means_that_the_pretrained_head_says(count_pipe, no
     torch.testing.assert_close(new[0, 20:].exp(), torch.tensor(expected, dtype=torch.float32))
 
 
+def test_known_genes_keep_the_shapes_of_their_distributions(count_pipe):
+    before = count_pipe.transformer.count_head.log_base
+    torch.nn.init.normal_(before, generator=torch.Generator().manual_seed(0))
+    _, model, new = adapt(count_pipe, other_cells())
+    bins = count_pipe.transformer.count_head.bins_of_genes()
+    after = model.count_head.log_base
+    for gene in range(20):
+        assert torch.equal(after[gene, : bins[gene]], before[gene, : bins[gene]])
+    assert not after[20:].any()
+    assert new["count_head.log_base"][20:].all() and not new["count_head.log_base"][:20].any()
+
+
 def test_bins_of_known_genes_hold_old_and_new_counts(count_pipe):
     adata = other_cells(ALL_GENES)
     counts = adata.X.toarray()

@@ -106,9 +106,9 @@ def test_the_prior_is_added(count_model, adata, processor):
 def test_the_prior_is_normal_for_small_fold_changes_and_flat_for_large_ones():
     """Oracle: the density of width weights of one gene, whose squares add up to f^2."""
 
-    def prior(fold_change, dispersion=0.0):
+    def prior(fold_change, shape=0.0):
         squares = torch.tensor([fold_change**2, 0.0], dtype=torch.float64)
-        output = SCRDiTTransformerOutput(None, None, None, squares, torch.tensor(dispersion**2))
+        output = SCRDiTTransformerOutput(None, None, None, squares, torch.tensor(shape**2))
         of_a_cell_and_gene = negative_log_prior(output, num_cells=100, width=16, prior_std=0.2)
         return 2 * 100 * of_a_cell_and_gene
 
@@ -116,8 +116,8 @@ def test_the_prior_is_normal_for_small_fold_changes_and_flat_for_large_ones():
     normal = 16 * (weights.log_prob(torch.tensor(0.0)) - weights.log_prob(torch.tensor(0.01 / 16**0.5)))
     torch.testing.assert_close(prior(0.01).float(), normal, rtol=2e-3, atol=0)
     assert prior(1.8) - prior(0.9) < 0.03 * 16 * (1.8**2 - 0.9**2) / (2 * 0.2**2)
-    of_dispersions = torch.distributions.Normal(0.0, 7 * 0.2)
-    expected = of_dispersions.log_prob(torch.tensor(0.0)) - of_dispersions.log_prob(torch.tensor(0.5))
+    of_shapes = torch.distributions.Normal(0.0, 4 * 0.2)
+    expected = of_shapes.log_prob(torch.tensor(0.0)) - of_shapes.log_prob(torch.tensor(0.5))
     torch.testing.assert_close(prior(0.0, 0.5).float(), expected)
 
 

@@ -75,7 +75,7 @@ logger = logging.getLogger("train")
 
 DEFAULT_EPOCHS = 150
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
-DISPERSION_RATE = 10  # learning rate of the dispersions over that of the rest
+SHAPE_RATE = 10  # learning rate of what shapes the distributions of counts over that of the rest
 
 
 def arg(default, help, **kwargs):
@@ -540,16 +540,16 @@ def main(args: TrainingArguments) -> None:
         return
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    # The dispersions of the counts are single numbers on a log scale that may have far to go. What LoRA trains of the
-    # model itself shares its tensors with what is frozen, which must not decay.
+    # Dispersions and base measures of the counts are single numbers on a log scale that may have far to go. What LoRA
+    # trains of the model itself shares its tensors with what is frozen, which must not decay.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    dispersions = [trained.pop(name) for name in list(trained) if name.endswith("log_dispersion")]
+    shapes = [trained.pop(name) for name in list(trained) if name.endswith(("log_dispersion", "log_base"))]
     partly = [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
     groups = [{"params": list(trained.values())}]
     if partly:
         groups.append({"params": partly, "weight_decay": 0.0})
-    if dispersions:
-        groups.append({"params": dispersions, "lr": DISPERSION_RATE * args.learning_rate, "weight_decay": 0.0})
+    if shapes:
+        groups.append({"params": shapes, "lr": SHAPE_RATE * args.learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
