@@ -229,11 +229,6 @@ class SCRDiTCountHead(nn.Module):
         log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
         return self.log_mean.float() + log_size[:, None] + shift.float()
 
-    @_inside_forward
-    def squared_shape_changes(self) -> torch.Tensor:
-        """Sum of the squares of what labels change in log dispersions and of b, shape ()."""
-        return self.class_log_dispersion.float().square().sum() + self.log_base.float().square().sum()
-
     def _rows(self, class_labels: torch.Tensor) -> torch.Tensor:
         """Rows of the labels (B, K) in the table of all labels; of no label it is the row after the last."""
         ends = np.cumsum([0, *self.num_classes])

@@ -240,6 +240,8 @@ def adapt_transformer(
         new = transfer_weights(source, before, model, processor)
         if cells is not None:
             report["new_labels_start_as"] = start_new_labels(pretrained, model, processor, cells)
+    if model.count_head is not None:
+        model.set_prior_means()
     if lora_rank is not None:
         add_lora(model, lora_rank, new)
     return model, report

@@ -65,8 +65,8 @@ class SCRDiTTransformerOutput(BaseOutput):
         Along with `count_nll` in training mode, squared log fold change of each gene that the last projections make of
         independent inputs of unit variance, shape (G,); for the prior, [`negative_log_prior`].
     squared_shape_changes
-        Along with it, sum of the squares of what is learned of the shapes of distributions, shape ():
-        [`SCRDiTCountHead.squared_shape_changes`].
+        Along with it, sum of the squares of what is learned of the shapes of distributions, dispersions by label and
+        base measures, shape ().
     """
 
     sample: torch.Tensor | None = None
@@ -304,6 +304,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         dim = num_attention_heads * attention_head_dim
         self.num_patches = num_patches = -(-num_genes // patch_size)
         self.gradient_checkpointing = False
+        self._prior_means: dict[str, torch.Tensor] = {}
 
         self.patch_embed: nn.Module
         self.proj_out: nn.Module
@@ -568,20 +569,37 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = self.count_head.nll(counts, log_mean, noisy, timestep, class_labels)  # (B,)
-                shapes = self.count_head.squared_shape_changes()  # ()
-                for_prior = (self._squared_fold_changes(), shapes) if self.training else ()
+                for_prior = self._squared_changes() if self.training else ()
                 output = SCRDiTTransformerOutput(None, log_mean, nll, *for_prior)
         return output if return_dict else output.to_tuple()
 
-    def _squared_fold_changes(self) -> torch.Tensor:
-        """Squared log fold changes (G,) that the last projections make of independent inputs of unit variance."""
-        squares = self.proj_out.weight.float().square().sum(dim=1).flatten()  # (N * P,), or (P,) if shared
-        if self.config.patch_embed_type == "shared":
-            squares = squares.repeat(self.num_patches)  # (N * P,)
-        squares = squares[: self.config.num_genes]  # (G,)
+    def _weights_with_prior(self) -> dict[str, Any]:
+        """Give what makes log fold changes, and what shapes the distributions of counts."""
+        assert self.count_head is not None
+        head = self.count_head
+        weights: dict[str, Any] = {"dispersions": head.class_log_dispersion, "bases": head.log_base}
+        weights["patches"] = self.proj_out.weight
         if self.config.num_cell_tokens:
-            squares = squares + self.cell_out.weight.float().square().sum(dim=1)  # (G,)
-        return squares
+            weights["cell"] = self.cell_out.weight
+        return weights
+
+    def set_prior_means(self) -> None:
+        """Centre the prior of fold changes and shapes on the present weights, as in fine-tuning, instead of zero."""
+        self._prior_means = {name: weight.detach().clone() for name, weight in self._weights_with_prior().items()}
+
+    def _squared_changes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`squared_fold_changes` (G,) and `squared_shape_changes` () of the output."""
+        squares = {}
+        for name, weight in self._weights_with_prior().items():
+            mean = self._prior_means.get(name)
+            squares[name] = (weight if mean is None else weight - mean.to(weight.device)).float().square()
+        fold_changes = squares["patches"].sum(dim=1).flatten()  # (N * P,), or (P,) if shared
+        if self.config.patch_embed_type == "shared":
+            fold_changes = fold_changes.repeat(self.num_patches)  # (N * P,)
+        fold_changes = fold_changes[: self.config.num_genes]  # (G,)
+        if self.config.num_cell_tokens:
+            fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
+        return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""

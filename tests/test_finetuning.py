@@ -184,6 +184,18 @@ def test_known_genes_keep_the_shapes_of_their_distributions(count_pipe):
     assert new["count_head.log_base"][20:].all() and not new["count_head.log_base"][:20].any()
 
 
+def test_the_prior_is_centred_on_the_pretrained_weights(count_pipe):
+    """Centred on zero it would undo within a few steps what was learned from many more cells."""
+    _, model, _ = adapt(count_pipe, other_cells())
+    with torch.no_grad():
+        model.proj_out.weight[0, :, 0] += 1  # the width is 16
+        model.count_head.log_base[0, 0] += 3
+    inputs = torch.zeros(4, 23), 300, torch.zeros(4, 2, dtype=torch.long), torch.full((4,), 50.0), torch.ones(4, 23)
+    output = model.train()(*inputs)
+    torch.testing.assert_close(output.squared_fold_changes, torch.eye(23)[0] * 16, rtol=1e-4, atol=1e-8)
+    assert output.squared_shape_changes.item() == pytest.approx(9)
+
+
 def test_bins_of_known_genes_hold_old_and_new_counts(count_pipe):
     adata = other_cells(ALL_GENES)
     counts = adata.X.toarray()
