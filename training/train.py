@@ -182,15 +182,8 @@ class TrainingArguments:
 # Arguments that a resumed run may change; --lr_warmup_steps follows from --max_train_steps.
 CHANGEABLE = ["dataset", "preprocessing_num_workers", "dataloader_num_workers", "output_dir", "overwrite_output_dir"]
 CHANGEABLE += ["resume_from_checkpoint", "max_train_steps", "num_train_epochs", "lr_warmup_steps"]
-CHANGEABLE += [
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "report_to",
-    "logging_dir",
-    "dry_run",
-]
-CHANGEABLE += ["push_to_hub", "hub_model_id", "hub_private_repo"]
+CHANGEABLE += ["checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to", "logging_dir"]
+CHANGEABLE += ["dry_run", "push_to_hub", "hub_model_id", "hub_private_repo"]
 CHANGEABLE += ["license", "dataset_accession", "dataset_license", "dataset_citation", "organism", "tissue"]
 
 
