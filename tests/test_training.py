@@ -413,6 +413,20 @@ def test_a_sharded_checkpoint_is_not_resumed_by_processes_that_are_not(train_her
         train_here(dataset, tmp_path, *TWO, "--train_batch_size", "8", "--resume_from_checkpoint", "latest")
 
 
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MULTI_CPU])
+@pytest.mark.parametrize(
+    ("folder", "written"), [("pytorch_model_fsdp_0", "FSDP"), ("pytorch_model", "DEEPSPEED"), ("transformer", "DDP")]
+)
+def test_a_checkpoint_is_resumed_with_the_sharding_it_was_written_with(train_script, tmp_path, kind, folder, written):
+    (tmp_path / folder).mkdir()
+    accelerator = SimpleNamespace(distributed_type=kind)
+    if written == {"MULTI_CPU": "DDP"}.get(kind.value, kind.value):
+        train_script.check_checkpoint(tmp_path, accelerator)
+    else:
+        with pytest.raises(ValueError, match=f"was written with {written}"):
+            train_script.check_checkpoint(tmp_path, accelerator)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

@@ -279,6 +279,19 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return path
 
 
+def check_checkpoint(path: Path, accelerator: Accelerator) -> None:
+    """Raise ValueError for a checkpoint whose optimiser was cut in another way than this run's."""
+    cut = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    now = accelerator.distributed_type.value if accelerator.distributed_type in cut else "DDP or one process"
+    written = "DDP or one process"
+    if any(path.glob("pytorch_model_fsdp*")):
+        written = "FSDP"
+    elif (path / "pytorch_model").is_dir():
+        written = "DEEPSPEED"
+    if written != now:
+        raise ValueError(f"{path} was written with {written}, this run is with {now}: resume it as it was begun.")
+
+
 def mix_seeds(*seeds: int) -> int:
     """Make one seed of several; zeros at their end do not count."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
@@ -463,6 +476,8 @@ def main(args: TrainingArguments) -> None:
     set_seed(args.seed)
     torch.set_flush_denormal(True)  # optimiser states decay into denormals, which are slow on CPUs
     resume_from = find_checkpoint(args)
+    if resume_from:
+        check_checkpoint(resume_from, accelerator)
     first_step = int(resume_from.name.split("-")[1]) if resume_from else 0
 
     # 1. Cells
@@ -561,8 +576,6 @@ def main(args: TrainingArguments) -> None:
         weights.clear()
 
     def load_hook(models, input_dir):
-        if accelerator.distributed_type != DistributedType.FSDP and any(Path(input_dir).glob("pytorch_model_fsdp*")):
-            raise ValueError(f"{input_dir} was written with FSDP; resume it with training/configs/fsdp2.yaml.")
         saved = SCRDiTProcessor.from_pretrained(os.path.join(input_dir, "processor"))
         if saved.to_json_string() != processor.to_json_string():
             raise ValueError(f"{input_dir} was trained on other cells, genes or labels; use the arguments of that run.")
