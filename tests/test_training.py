@@ -25,7 +25,11 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -483,6 +487,16 @@ def test_what_does_not_work_with_several_processes_is_refused(train_script, monk
     args = HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(arguments)[0]
     with pytest.raises(ValueError, match=message):
         train_script.check_processes(args, accelerator)
+
+
+def test_one_process_where_accelerate_was_asked_for_two_is_refused(train_script, monkeypatch):
+    command = ["--num_processes", "2", "--cpu", "training/train.py"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(command))[0]
+    for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, value)
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="Several processes were asked for"):
+        train_script.check_processes(train_script.TrainingArguments(), alone)
 
 
 def test_one_process_that_would_train_without_deepspeed_is_refused(train_script, monkeypatch):
