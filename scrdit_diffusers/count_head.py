@@ -249,28 +249,32 @@ class SCRDiTCountHead(nn.Module):
     def _logits(
         self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Unnormalised log posterior of the bins, of shape (genes, B, bins) for each group of genes."""
+        """Unnormalised log posterior of the bins, of shape (genes, bins, B) for each group of genes.
+
+        Cells come last: a softmax over few neighbouring numbers is slow.
+        """
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
         rows = self._rows(class_labels)  # (B, K)
         of_label = F.pad(self.class_log_dispersion.float(), (0, 0, 0, 1))  # (labels + 1, G), zero without a label
         log_dispersion = self.log_dispersion.float() + of_label[rows].sum(dim=1)  # (B, G)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
-        quadratic = -alpha_bar / (1 - alpha_bar) / 2  # (B, 1)
-        log_odds, linear = (of_gene.T[self.gene_order, :, None] for of_gene in (log_odds, linear))  # (G, B, 1)
-        dispersion = (self.log_dispersion.float() + of_label).exp().T[self.gene_order, :, None]  # (G, labels + 1, 1)
+        quadratic = (-alpha_bar / (1 - alpha_bar) / 2).T  # (1, B)
+        log_odds, linear = (of_gene.T[self.gene_order, None] for of_gene in (log_odds, linear))  # (G, 1, B)
+        dispersion = (self.log_dispersion.float() + of_label).exp().T[self.gene_order, None]  # (G, 1, labels + 1)
         of_gene = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
         logits = []
         for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self._bins(), strict=True):
-            count, value = _midpoint(lower, upper)[:, None], value[:, None]  # (genes, 1, bins)
-            log_base = _log_base(count, dispersion[genes])  # (genes, labels + 1, bins)
-            change = (log_base - log_base[:, -1:])[:, rows].sum(dim=2)  # (genes, B, bins)
+            count, value = _midpoint(lower, upper)[..., None], value[..., None]  # (genes, bins, 1)
+            log_base = _log_base(count, dispersion[genes])  # (genes, bins, labels + 1)
             inside = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
-            log_base = log_base[:, -1] + of_gene[genes, :num_bins] + inside  # (genes, bins), without a label
-            log_base = change + log_base[:, None]  # (genes, B, bins)
+            # Each of K labels changes what holds without a label.
+            common = (1 - rows.shape[1]) * log_base[..., -1] + of_gene[genes, :num_bins] + inside  # (genes, bins)
             # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
-            logit = torch.addcmul(log_base, log_odds[genes], count)  # (genes, B, bins)
-            logits.append(torch.addcmul(logit, linear[genes] + quadratic * value, value))
+            logit = torch.addcmul(common[..., None], log_odds[genes], count)  # (genes, bins, B)
+            for row in rows.unbind(dim=1):
+                logit = logit + log_base[..., row]
+            logits.append(torch.addcmul(logit, torch.addcmul(linear[genes], quadratic, value), value))
         return logits
 
     def bins_of_genes(self) -> np.ndarray:
@@ -308,7 +312,7 @@ class SCRDiTCountHead(nn.Module):
         logits = self._logits(log_mean, noisy, timestep, class_labels)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
-                torch.bmm(posterior.softmax(dim=-1), value[..., None])[..., 0]  # (genes, B)
+                torch.bmm(posterior.softmax(dim=1).transpose(1, 2), value[..., None])[..., 0]  # (genes, B)
                 for posterior, (_, _, value) in zip(logits, self._bins(), strict=True)
             ]
         return self._unsort(torch.cat(means))
@@ -332,7 +336,7 @@ class SCRDiTCountHead(nn.Module):
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
             last = (upper > lower).sum(dim=1, keepdim=True) - 1  # (genes, 1)
             target = torch.searchsorted(upper.contiguous(), counts[genes], right=True).minimum(last)  # (genes, B)
-            nll = F.cross_entropy(posterior.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            nll = F.cross_entropy(posterior, target, reduction="none")  # (genes, B)
             total = total + (nll + (upper - lower).gather(1, target).log()).sum(dim=0)
         return total / counts.shape[0]
 
@@ -354,19 +358,19 @@ class SCRDiTCountHead(nn.Module):
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
-        uniform = uniform[:, self.gene_order].T[..., None]  # (G, B, 1)
+        uniform = uniform[:, self.gene_order].T[:, None]  # (G, 1, B)
         drawn = []
         logits = self._logits(log_mean, noisy, timestep, class_labels)
         for (genes, _, _), posterior, (lower, upper, _) in zip(self.groups, logits, self._bins(), strict=True):
-            probability = posterior.softmax(dim=-1)  # (genes, B, bins)
-            cumulative = probability.cumsum(dim=-1)
-            quantile = uniform[genes] * cumulative[..., -1:]  # (genes, B, 1)
+            probability = posterior.softmax(dim=1)  # (genes, bins, B)
+            cumulative = probability.cumsum(dim=1)
+            quantile = uniform[genes] * cumulative[:, -1:]  # (genes, 1, B)
             last = (upper > lower).sum(dim=1)[:, None, None] - 1
-            chosen = (cumulative <= quantile).sum(dim=-1, keepdim=True).minimum(last)  # (genes, B, 1)
-            below = cumulative.gather(-1, chosen) - probability.gather(-1, chosen)
-            inside = (quantile - below) / probability.gather(-1, chosen).clamp(min=1e-30)  # where in the bin, 0 to 1
-            low, high = (ends[:, None].expand_as(probability).gather(-1, chosen) for ends in (lower, upper))
-            drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[..., 0])
+            chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(last)  # (genes, 1, B)
+            below = cumulative.gather(1, chosen) - probability.gather(1, chosen)
+            inside = (quantile - below) / probability.gather(1, chosen).clamp(min=1e-30)  # where in the bin, 0 to 1
+            low, high = (ends[..., None].expand_as(probability).gather(1, chosen) for ends in (lower, upper))
+            drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
         return self._unsort(torch.cat(drawn))
 
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:

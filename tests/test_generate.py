@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -35,17 +36,17 @@ def script():
     return load_script()
 
 
-def run_main(script, pipeline, arguments):
+def run_main(script, pipeline, arguments, device=("--device", "cpu")):
     """Run the script's main in this process."""
-    arguments = ["--pipeline", pipeline, "--num_inference_steps", 3, "--device", "cpu", *arguments]
+    arguments = ["--pipeline", pipeline, "--num_inference_steps", 3, *device, *arguments]
     command = [str(argument) for argument in arguments]
     script.main(HfArgumentParser(script.GenerationArguments).parse_args_into_dataclasses(command)[0])
 
 
 def run_main_elsewhere(pipeline, arguments, environment):
-    """Run it in a process that has just been started."""
-    os.environ.update(environment)
-    run_main(load_script(), pipeline, arguments)
+    """Run it in a process that has just been started, and finds no GPU."""
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    run_main(load_script(), pipeline, arguments, device=())
 
 
 @pytest.fixture
@@ -142,12 +143,27 @@ def test_two_processes_share_the_shards(start, whole, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    launched = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    launched = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     processes = [start(*arguments, **launched, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert_same_cells(ad.read_zarr(tmp_path / "cells.zarr"), whole)
+
+
+def test_one_process_where_two_were_asked_for_is_told(script, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch sets them
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    script.join_processes("cpu")
+    assert "One process" in caplog.text
+    PartialState._reset_state()
+
+
+def test_processes_that_do_not_find_each_other_are_refused(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(script, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="2 processes were launched, but each finds 1"):
+        script.join_processes(None)
 
 
 def kill_after(process, parts: Path, num_shards: int) -> None:

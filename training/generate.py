@@ -35,6 +35,8 @@ from transformers import HfArgumentParser
 import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline
 
+logger = logging.getLogger("generate")
+
 COMPRESSION = {"compression": "gzip", "compression_opts": 1}
 
 
@@ -245,10 +247,23 @@ def replace(joined: Path, output: Path) -> None:
     os.replace(joined, output)
 
 
+def join_processes(device: str | None) -> PartialState:
+    """Find the other processes that were launched; raise ValueError if they would each write all cells."""
+    cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # of waiting for the slowest process
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise ValueError(f"{launched} processes were launched, but each finds {state.num_processes}: give --device cpu.")
+    # accelerate launch --num_processes 2 starts one process where it finds no GPU, and sets the port for two
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        logger.warning("One process: on CPUs accelerate launch starts several only with --multi_gpu as well.")
+    return state
+
+
 def main(args: GenerationArguments) -> None:
     """Generate in shards, each process its share of them, then join them."""
     check_args(args)
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # of waiting for the slowest process
+    state = join_processes(args.device)
     output, parts = Path(args.output), Path(f"{args.output}.parts")
     conditions = dict(condition.split("=", 1) for condition in args.condition) or None
     obs = read_obs(args.obs) if args.obs else None
