@@ -253,7 +253,7 @@ def join_processes(device: str | None) -> PartialState:
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # of waiting for the slowest process
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
-        raise ValueError(f"{launched} processes were launched, but each finds {state.num_processes}: give --device cpu.")
+        raise ValueError(f"{launched} processes were launched, but each finds {state.num_processes}: --device cpu?")
     # accelerate launch --num_processes 2 starts one process where it finds no GPU, and sets the port for two
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         logger.warning("One process: on CPUs accelerate launch starts several only with --multi_gpu as well.")

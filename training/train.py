@@ -232,8 +232,8 @@ def check_processes(args: TrainingArguments, accelerator: Accelerator) -> None:
     # accelerate launch --num_processes 2 starts one process where it finds no GPU, and sets the port for two
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "Several processes were asked for, but accelerate launch has started one: on CPUs set ACCELERATE_USE_CPU=true "
-            "and give --multi_gpu as well (or unset MASTER_PORT, or launch with torchrun)."
+            "Several processes were asked for, but accelerate launch has started one: on CPUs set "
+            "ACCELERATE_USE_CPU=true and give --multi_gpu as well (or unset MASTER_PORT, or launch with torchrun)."
         )
     launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
