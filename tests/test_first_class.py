@@ -1,5 +1,6 @@
 """What diffusers users expect of any model and pipeline, on the tiny ones: without and with a count head."""
 
+import importlib.util
 import shutil
 
 import accelerate
@@ -21,6 +22,7 @@ from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_schedule
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="code generation for a CPU needs a C++ compiler"
 )
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 from_torch = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # while it compiles
 
 
@@ -377,6 +379,7 @@ def test_model_offloading_saves_all(pipe, inputs, tmp_path):
 # -- quantization ------------------------------------------------------------------------------------------------------
 
 
+@needs_torchao
 def test_int8_weights(model, inputs, tmp_path):
     from diffusers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
