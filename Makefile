@@ -21,6 +21,10 @@ demo: $(INSTALLED)  ## train on real cells, generate new ones, compare them: out
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
+	@# Apart from the rest: wherever torchao is installed, every import of diffusers writes five lines.
+	test -d $(VENV)/torchao || $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+		--target $(VENV)/torchao torchao
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/test_first_class.py -k int8
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
