@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## train on real cells, generate new ones, compare them: outputs/demo (about three minutes)
+demo: $(INSTALLED)  ## train on real cells, generate new ones, compare them: outputs/demo (about four minutes)
 	$(BIN)/python training/demo.py
 
 test: $(INSTALLED)  ## run the tests

@@ -312,12 +312,20 @@ def gene_vocabulary(
     shared = [column for column in variables[0] if all(column in var for var in variables)]
     var = pd.concat([var[shared] for var in variables])
     var = var[~var.index.duplicated()]
+    examples = [list(key[:3]) for key in keys]
     if join == "inner":
         for key in keys:
             var = var[var.index.isin(key)]
         if not len(var):
-            examples = [list(key[:3]) for key in keys]
-            raise ValueError(f"The files have no gene in common; their genes look like {examples}. See join, gene_key.")
+            raise ValueError(
+                f"The files have no gene in common; their genes look like {examples}. Join other genes with "
+                'join="outer" (--join outer), or by another column of var with gene_key (--gene_key).'
+            )
+    elif len(keys) > 1 and len(var) == sum(map(len, keys)):
+        raise ValueError(
+            f"No gene is in two of the files; their genes look like {examples}. If these are names and ids, give a "
+            "column of var that both have as gene_key (--gene_key)."
+        )
     if gene_key is not None and var["var_names"].is_unique:
         var = var.set_index("var_names")
         joined = pd.Index(var[gene_key].astype(str))

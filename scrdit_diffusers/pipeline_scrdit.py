@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 
 from .hub import explain_push, upload_pipeline
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
-from .safe_loading import load_safely, saving_folder
+from .safe_loading import load_safely, make_readable, saving_folder
 from .schedulers import NOISE_PROCESS, check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
@@ -237,10 +237,40 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
             return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], *args, **kwargs):
+        """Load an adapter as diffusers' LoRA pipelines do.
+
+        Raises
+        ------
+        ValueError
+            The adapter was trained on other genes or labels than this pipeline's, by the processor beside it.
+        """
+        self._check_adapter(pretrained_model_name_or_path_or_dict, kwargs)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def _check_adapter(self, source: str | dict[str, torch.Tensor], kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError for an adapter of other genes or labels; their numbers alone may be equal."""
+        if isinstance(source, dict) or Path(source).is_file():
+            return
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        try:
+            of_adapter = SCRDiTProcessor.from_pretrained(
+                source, subfolder="processor", **{name: kwargs[name] for name in names if name in kwargs}
+            )
+        except OSError:  # an adapter that another program wrote
+            return
+        mine = self.processor
+        if (of_adapter.var_names, of_adapter.conditions) != (mine.var_names, mine.conditions):
+            raise ValueError(
+                f"The adapter in {source} was trained on other genes or labels than those of this pipeline. If it came "
+                f"with the pipeline that it belongs to: SCRDiTPipeline.from_pretrained({str(source)!r}), then load it."
+            )
+
     @classmethod
     def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save LoRA weights as diffusers' LoRA pipelines do, as safetensors only."""
         super().save_lora_weights(saving_folder(save_directory, kwargs), *args, **kwargs)
+        make_readable(save_directory)
 
     @property
     def guidance_scale(self) -> float:
@@ -335,6 +365,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"guidance_scale must be a number of at least 0 (1.0 is off), got {guidance_scale!r}.")
         if guidance_scale != 1.0 and not self.processor.condition_keys:
             raise ValueError(f"guidance_scale={guidance_scale} needs a conditional model; this one has no conditions.")
+        if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+            raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (as DDPM), got {eta!r}.")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta; eta={eta} needs DDIMScheduler.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -455,9 +487,27 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             return None
         num_cells = len(class_labels)
         if library_size is not None:
+            self._warn_of_library_sizes(np.asarray(library_size, dtype=np.float64))
             return torch.as_tensor(np.broadcast_to(library_size, num_cells).astype(np.float32))
         quantiles = draw_uniform((num_cells,), generator, torch.device("cpu"))
         return torch.from_numpy(self.processor.sample_library_sizes(class_labels.numpy(), quantiles.numpy())).float()
+
+    def _warn_of_library_sizes(self, library_size: np.ndarray) -> None:
+        """Warn of library sizes far from those of the training cells: the counts will not add up to them."""
+        if not self.processor.log_library_sizes:
+            return
+        table = np.exp(np.asarray(self.processor.log_library_sizes))
+        smallest, largest = table.min(), table.max()
+        if library_size.max() > 1.5 * largest or library_size.min() < smallest / 1.5:
+            logger.warning(
+                "library_size is %.0f to %.0f, that of the training cells %.0f to %.0f over the model's %d genes: "
+                "the counts will not add up to it.",
+                library_size.min(),
+                library_size.max(),
+                smallest,
+                largest,
+                self.processor.num_genes,
+            )
 
     def prepare_latents(
         self, num_cells: int, generator: torch.Generator | list[torch.Generator], latents: torch.Tensor | None

@@ -534,7 +534,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         ------
         ValueError
             The number of genes is not G.
+        TypeError
+            `values` is an AnnData.
         """
+        if isinstance(values, ad.AnnData):
+            raise TypeError("transform takes a matrix, not an AnnData: adata[:, processor.var_names].X")
         values = sp.csr_matrix(values, copy=True)
         if values.shape[1] != self.num_genes:
             raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
@@ -625,7 +629,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             unknown = str(labels[codes < 0].iloc[0])
             closest = difflib.get_close_matches(unknown, names, n=1, cutoff=0.4)
             raise ValueError(
-                f"Unknown {key} {unknown!r}{f', did you mean {closest[0]!r}' if closest else ''}? Known: {names}."
+                f"Unknown {key} {unknown!r}{f', did you mean {closest[0]!r}?' if closest else '.'} Known: {names}."
             )
         return codes
 
@@ -808,7 +812,7 @@ def _check_label(obs: pd.DataFrame, key: str) -> None:
     if key not in obs:
         closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
         raise ValueError(
-            f"obs has no column {key!r}{f', did you mean {closest[0]!r}' if closest else ''}? It has {list(obs)}."
+            f"obs has no column {key!r}{f', did you mean {closest[0]!r}?' if closest else '.'} It has {list(obs)}."
         )
     if obs[key].isna().any():
         raise ValueError(f"obs[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")

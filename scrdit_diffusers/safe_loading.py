@@ -1,11 +1,15 @@
 """Weights are read from and written to safetensors only: unpickling a file runs whatever its author put into it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HTTPError  # of the HTTP library that huggingface_hub uses
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # of the HTTP library that huggingface_hub uses
+)
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ADVICE = (
@@ -43,7 +47,16 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
             raise ValueError(f"{name} is a pickled file. {ADVICE}")
     try:
         yield kwargs | {"use_safetensors": True}
+    except HFValidationError as error:
+        raise OSError(f"{source} is neither a folder here nor the name of a repository, such as user/name.") from error
+    except PermissionError:
+        raise
     except OSError as error:
+        if isinstance(source, (str, Path)) and any(Path(source).glob("checkpoint-*")) and "model_index" in str(error):
+            raise OSError(
+                f"{source} holds no pipeline yet, but checkpoints of a training: go on with "
+                "training/train.py --resume_from_checkpoint latest and its other arguments."
+            ) from error
         if "safetensors" in str(error) and ADVICE not in str(error):
             raise OSError(f"{error} {ADVICE}") from error
         if "cached" in str(error) or str(source) not in str(error):  # whatever went wrong, and of what is not said
@@ -68,3 +81,11 @@ def saving_folder(save_directory: str | Path, kwargs: dict[str, Any]) -> str:
     if kwargs.get("safe_serialization") is False:
         raise ValueError("safe_serialization=False would write pickled weights, which are never loaded; leave it out.")
     return str(Path(save_directory))
+
+
+def make_readable(folder: str | Path) -> None:
+    """Give saved weights the permissions of other new files; safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)

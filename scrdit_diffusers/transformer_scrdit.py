@@ -27,7 +27,7 @@ from torch import nn
 
 from .count_head import SCRDiTCountHead
 from .hub import explain_push
-from .safe_loading import load_safely, saving_folder
+from .safe_loading import load_safely, make_readable, saving_folder
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
@@ -389,6 +389,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             raise ValueError("The weights are offloaded: save the model before that, or load it anew and save that.")
         with explain_push(kwargs.get("repo_id") or folder) if kwargs.get("push_to_hub") else nullcontext():
             super().save_pretrained(folder, **kwargs)
+        make_readable(folder)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
         """Upload the model as `ModelMixin.push_to_hub` does; errors say what to do."""
@@ -403,6 +404,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save a LoRA adapter as `PeftAdapterMixin.save_lora_adapter` does, as safetensors only."""
         super().save_lora_adapter(saving_folder(save_directory, kwargs), **kwargs)
+        make_readable(save_directory)
 
     def enable_cache(self, config: Any) -> None:
         """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.

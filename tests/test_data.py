@@ -441,6 +441,11 @@ def test_files_without_common_genes_are_refused(two_files):
         open_table(two_files)
 
 
+def test_files_of_names_and_ids_are_not_taken_for_other_genes(two_files):
+    with pytest.raises(ValueError, match="No gene is in two of the files.*gene_key"):
+        open_table(two_files, join="outer")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -415,6 +415,12 @@ def test_adapter_changes_what_the_saved_pipeline_says(tuned):
     assert (latents(pipe) - without).abs().max() > 1e-5
 
 
+def test_adapter_of_other_genes_is_refused(tuned, pretrained):
+    pipe = SCRDiTPipeline.from_pretrained(pretrained)
+    with pytest.raises(ValueError, match="trained on other genes or labels"):
+        pipe.load_lora_weights(tuned["lora"])
+
+
 @pytest.fixture(scope="module")
 def adapter(train, cells, pretrained, tmp_path_factory):
     arguments = ["--pretrained_model_name_or_path", pretrained, "--lora_rank", 2]

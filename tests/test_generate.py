@@ -107,6 +107,26 @@ def test_scheduler_is_swapped(generate, tmp_path):
     assert ad.read_h5ad(tmp_path / "cells.h5ad").uns["scrdit"]["scheduler"] == "DDIMScheduler"
 
 
+def test_library_size_is_used(generate, tmp_path):
+    for size in (20, 80):
+        generate("--num_cells", 20, "--library_size", size, "--output", tmp_path / f"{size}.h5ad")
+    totals = [ad.read_h5ad(tmp_path / f"{size}.h5ad").X.sum() / 20 for size in (20, 80)]
+    assert totals == [pytest.approx(20, rel=0.3), pytest.approx(80, rel=0.3)]
+
+
+def test_adapter_is_loaded(generate, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(SCRDiTPipeline, "load_lora_weights", lambda pipe, source: loaded.append(source))
+    generate("--num_cells", 2, "--lora_weights", "adapter", "--output", tmp_path / "cells.h5ad")
+    assert loaded == ["adapter"]
+
+
+def test_adapter_that_is_not_used_is_told(generate, pipeline, tmp_path, caplog):
+    (pipeline / "pytorch_lora_weights.safetensors").touch()
+    generate("--num_cells", 2, "--output", tmp_path / "cells.h5ad")
+    assert "holds an adapter, which is not used" in caplog.text
+
+
 @pytest.fixture
 def whole(generate, tmp_path):
     """Fifty cells generated at once."""
@@ -232,6 +252,10 @@ BAD_ARGUMENTS = {
     "no cells": (["--num_cells", 0], "num_cells must be at least 1"),
     "empty shards": (["--num_cells", 2, "--shard_size", 0], "--shard_size must be at least 1"),
     "no batches": (["--num_cells", 2, "--batch_size", 0], "--batch_size must be at least 1"),
+    "no device": (["--num_cells", 2, "--device", "gpu"], "--device gpu: Expected one of cpu"),
+    "negative seed": (["--num_cells", 2, "--seed", -1], "--seed must be at least 0"),
+    "library size of zero": (["--num_cells", 2, "--library_size", 0], "library_size must be at least 1"),
+    "too much noise": (["--num_cells", 2, "--scheduler", "DDIMScheduler", "--eta", 2], "eta must be a number from 0"),
     "other format": (["--num_cells", 2, "--output", "cells.csv"], "must end in .h5ad or .zarr"),
 }
 

@@ -118,6 +118,27 @@ def test_save_pretrained_names_the_repository_by_the_folder(hub, count_pipe, tmp
     assert set(hub.files(REPO)) == wanted
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_saved_weights_may_be_read_by_whom_other_files_may(count_pipe, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        count_pipe.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "transformer" / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_folder_that_is_not_there_is_not_taken_for_a_repository():
+    with pytest.raises(OSError, match="/nowhere is neither a folder here nor the name of a repository"):
+        SCRDiTPipeline.from_pretrained("/nowhere")
+
+
+def test_a_training_that_is_not_finished_is_named(tmp_path):
+    (tmp_path / "checkpoint-5" / "transformer").mkdir(parents=True)
+    with pytest.raises(OSError, match="no pipeline yet, but checkpoints .*--resume_from_checkpoint latest"):
+        SCRDiTPipeline.from_pretrained(tmp_path)
+
+
 def test_pickled_weights_are_not_written(count_pipe, tmp_path):
     for saved in (count_pipe, count_pipe.transformer):
         with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):

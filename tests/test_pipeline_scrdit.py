@@ -393,6 +393,14 @@ def test_total_counts_follow_the_library_size(count_pipe):
     assert totals[50:].mean() == pytest.approx(90, rel=0.15)
 
 
+def test_library_sizes_out_of_reach_are_told(count_pipe, caplog):
+    count_pipe(library_size=1e7, num_inference_steps=2, generator=seeded())
+    assert "library_size is 10000000 to 10000000, that of the training cells" in caplog.text
+    caplog.clear()
+    count_pipe(library_size=60, num_inference_steps=2, generator=seeded())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("library_size", "error", "message"),
     [
@@ -488,6 +496,7 @@ REFUSED_CALLS = {
         ValueError,
         r"conditions\['batch'\] lists 1 labels for 2 cells",
     ),
+    "eta above one": (dict(eta=2), ValueError, "eta must be a number from 0"),
     "eta without DDIM": (dict(eta=0.5), ValueError, "takes no eta; eta=0.5 needs DDIMScheduler"),
     "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "one per cell: got 1 for 2 cells"),
     "generator a seed": (dict(generator=0), TypeError, "generator"),

@@ -580,7 +580,7 @@ def test_interrupt_saves_a_checkpoint(dataset, tmp_path):
 
 def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
     arguments = ["--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"]
-    with pytest.raises(RuntimeError, match=r"not finite at step \d+ .*lower --learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+ .*lower --learning_rate"):
         train_here(dataset, tmp_path, *arguments)
 
 
@@ -603,6 +603,8 @@ BAD_ARGUMENTS = {
     "no layers": (["--num_layers", "0"], "num_layers must be at least 1"),
     "negative rate": (["--learning_rate", "-1"], "--learning_rate must be positive"),
     "all cells held out": (["--val_fraction", "1"], "--val_fraction must be at least 0 and below 1"),
+    "no genes": (["--n_top_genes", "0"], "--n_top_genes must be positive"),
+    "unknown tracker": (["--report_to", "foo"], "foo"),
     "no gene list": (["--genes", "nowhere.txt"], "is no file"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "is no checkpoint"),
     "decoding below what is trained": (["--decode_timestep", "100"], "--decode_timestep"),
@@ -610,6 +612,11 @@ BAD_ARGUMENTS = {
     "velocity prediction with counts": (["--prediction_type", "v_prediction"], "v_prediction needs --decode round"),
     "counts for log values": (["--value_space", "log_normalized"], "holds only integers"),
 }
+
+
+def test_all_rare_labels_are_named_before_training(train_here, dataset, tmp_path, caplog):
+    train_here(dataset, tmp_path, "--labels_key", "cell_type", "--val_fraction", "0.7", "--dry_run", "true")
+    assert "Few training cells for some of cell_type" in caplog.text
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)

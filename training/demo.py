@@ -4,6 +4,7 @@ The cells are the 700 blood cells (765 genes, 10 labels) that come with scanpy: 
 shows what real against real gives, 20 % are the test cells whose labels the generated cells take.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -50,6 +51,7 @@ def run(*command: str) -> None:
 
 def main() -> None:
     """Do the whole job."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # has no arguments but --help
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
     cells = pbmc68k_counts()

@@ -107,6 +107,10 @@ def check_args(args: EvaluationArguments) -> None:
     for name in ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     for name in ("max_cells", "min_label_cells"):
         if getattr(args, name) < metrics.MIN_CELLS:
             raise ValueError(f"--{name} must be at least {metrics.MIN_CELLS}, got {getattr(args, name)}.")
@@ -116,7 +120,8 @@ def check_args(args: EvaluationArguments) -> None:
         raise ValueError(f"--steps_curve {args.steps_curve} --baselines {args.baselines}: 0 and none stand alone.")
     if "scvi_prior" in args.baselines and not importlib.util.find_spec("scvi"):
         raise ValueError("--baselines scvi_prior needs scvi-tools: pip install scvi-tools")
-    if (args.pipeline or args.synthetic) and (Path(args.output_dir) / "metrics.json").exists() and not args.overwrite:
+    finished = (Path(args.output_dir) / "report.html").exists()  # metrics.json grows seed by seed, it comes last
+    if (args.pipeline or args.synthetic) and finished and not args.overwrite:
         raise ValueError(f"{args.output_dir} holds results; give --overwrite to replace them, or another --output_dir.")
 
 

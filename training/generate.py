@@ -58,6 +58,13 @@ class GenerationArguments:
         default=None, metadata={"help": "Table with a row per cell and conditions as columns: .csv, .tsv or .h5ad."}
     )
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of the scheduler."})
+    lora_weights: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of an adapter for the pipeline."}
+    )
+    library_size: float | None = field(
+        default=None,
+        metadata={"help": "Total count of each cell over the model's genes; drawn from the training cells'."},
+    )
     scheduler: str | None = field(
         default=None, metadata={"help": "diffusers scheduler to swap in, such as DDIMScheduler."}
     )
@@ -81,7 +88,8 @@ def read_obs(path: str) -> pd.DataFrame:
         raise ValueError(f"--obs must be a .csv, .tsv or .h5ad file, got {path}.")
     if suffix == ".h5ad":
         return ad.read_h5ad(path, backed="r").obs
-    return pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
+    obs = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
+    return obs.drop(columns="Unnamed: 0", errors="ignore")  # the index, as pandas writes it
 
 
 def check_args(args: GenerationArguments) -> None:
@@ -100,6 +108,12 @@ def check_args(args: GenerationArguments) -> None:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}.")
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
     if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
@@ -108,6 +122,10 @@ def check_args(args: GenerationArguments) -> None:
 def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
     """Load the pipeline, with another scheduler if asked for."""
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
+    if args.lora_weights:
+        pipe.load_lora_weights(args.lora_weights)
+    elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
+        logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
     if args.scheduler:
         pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     return pipe
@@ -117,7 +135,7 @@ def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict
     """Let the pipeline check what is asked for, for all cells at once: not hours later, when their turn comes."""
     pipe.check_inputs(
         **request,
-        library_size=None,
+        library_size=args.library_size,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
@@ -187,6 +205,7 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
         num_cells=len(cells),
         conditions=request["conditions"],
         obs=None if obs is None else obs.iloc[cells.start : cells.stop],
+        library_size=args.library_size,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
@@ -69,6 +70,7 @@ from scrdit_diffusers import (
     split_cells,
     split_stream,
 )
+from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
@@ -147,7 +149,7 @@ class TrainingArguments:
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
     learning_rate: float | None = arg(None, "Peak learning rate; 3e-3 x 128 / width of the model if not given.")
     lr_scheduler: str = arg("cosine", "Learning-rate schedule of diffusers.optimization.get_scheduler.")
-    lr_warmup_steps: int | None = arg(None, "Warm-up steps; 200, but in fine-tuning at most a tenth, if not given.")
+    lr_warmup_steps: int | None = arg(None, "Warm-up steps; 200, at most two thirds (fine-tuning: a tenth).")
     adam_beta1: float = arg(0.9, "AdamW beta 1.")
     adam_beta2: float = arg(0.99, "AdamW beta 2.")
     adam_weight_decay: float = arg(0.1, "AdamW weight decay.")
@@ -194,7 +196,7 @@ def check_args(args: TrainingArguments) -> None:
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
     positive += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
     positive += ["lora_rank", "learning_rate", "max_loss_weight", "prior_std", "max_grad_norm"]
-    positive += ["checkpoints_total_limit"]
+    positive += ["checkpoints_total_limit", "n_top_genes"]
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
@@ -211,6 +213,8 @@ def check_args(args: TrainingArguments) -> None:
             f"--prediction_type {args.prediction_type} needs --decode round: where counts are sampled, the denoised "
             "cell follows from their posterior."
         )
+    if args.report_to not in ("none", "all") and not filter_trackers(args.report_to, args.output_dir):
+        raise ValueError(f"--report_to {args.report_to}: it is not installed, or Accelerate does not know it.")
     if args.lora_rank and not args.pretrained_model_name_or_path:
         raise ValueError(
             f"--lora_rank {args.lora_rank} needs --pretrained_model_name_or_path: adapters change a trained model."
@@ -517,7 +521,8 @@ def main(args: TrainingArguments) -> None:
         args.max_train_steps = min(max(DEFAULT_EPOCHS * updates_per_epoch, 300), 2500)
 
     if args.lr_warmup_steps is None:
-        args.lr_warmup_steps = 200 if pretrained is None else min(200, args.max_train_steps // 10)
+        longest = args.max_train_steps * 2 // 3 if pretrained is None else args.max_train_steps // 10
+        args.lr_warmup_steps = min(200, longest)
     if args.learning_rate is None:
         args.learning_rate = 3e-3 * 128 / width
 
@@ -530,6 +535,9 @@ def main(args: TrainingArguments) -> None:
         f"{cells.num_train} training and {cells.num_val} validation cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
+    for key, numbers in (processor.label_counts if processor.composition else {}).items():
+        if rare := {name: number for name, number in numbers.items() if number < RARE_LABEL_CELLS}:
+            logger.warning(f"Few training cells for some of {key}, expect little of the cells generated for it: {rare}")
     logger.info(
         f"{args.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "
         f"{model.flops_per_cell() / 1e6:.1f} MFLOP per cell forward; {args.max_train_steps} steps of {cells_per_step} "
@@ -820,7 +828,7 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
     else:
         cause = f"training diverged; lower --learning_rate (now {args.learning_rate:g}) or raise --lr_warmup_steps"
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    raise RuntimeError(
+    raise FloatingPointError(
         f"The loss is not finite at step {step} (epoch {epoch}, batch {micro_step}, cells {bad[:10]} "
         f"of it at timesteps {timesteps[bad[:10]].tolist()}). Likely cause: {cause}. Checkpoints stay intact."
     )
@@ -829,5 +837,5 @@ def raise_not_finite(step, epoch, micro_step, batch, losses, timesteps, args) ->
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError, pickle.UnpicklingError) as error:
+    except (ValueError, OSError, FloatingPointError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
