@@ -27,6 +27,7 @@ from .processing_scrdit import _check_gene_names, check_values, get_matrix
 logger = logging.getLogger(__name__)
 
 JOINS = ("inner", "outer")
+ROWS_OF_COLUMN = 2**20  # read of a column at a time
 VALUES_PER_CHUNK = 2**22  # read at a time, whatever the number of genes
 MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
 
@@ -110,6 +111,11 @@ class CellFile:
         if hasattr(stored, "keys"):  # numbers or strings, of which some are missing
             return pd.Series(_rows_of(stored["values"], rows)).astype(object).mask(stored["mask"][rows])
         return pd.Series(_rows_of(stored, rows))
+
+    def num_missing(self, key: str) -> int:
+        """Count the cells without a value in a column of obs."""
+        rows = [slice(start, start + ROWS_OF_COLUMN) for start in range(0, self.n_obs, ROWS_OF_COLUMN)]
+        return sum(int(self.column(key, part).isna().sum()) for part in rows)
 
     def column_type(self, key: str) -> Any:
         """Type of a column of obs in a table, without reading all of it."""

@@ -329,6 +329,9 @@ def open_table(
                     _check_label(pd.DataFrame(columns=file.columns), key)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
+            for key in labels_key:
+                if missing := file.num_missing(key):
+                    raise ValueError(f"{path}: obs[{key!r}] holds {missing} NaN; give every cell a label or drop it.")
     var, positions = gene_vocabulary(files, join, gene_key)
     if len(files) > 1:
         for path, place in zip(files, positions, strict=True):

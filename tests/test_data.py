@@ -436,6 +436,14 @@ def test_files_are_joined_as_anndata_joins_them(adata, two_files, tmp_path, join
     assert f"{two_files[0]}: 20 genes, {lacking}" in caplog.text
 
 
+def test_missing_labels_are_refused_before_anything_is_converted(adata, tmp_path, monkeypatch):
+    adata.obs.loc[adata.obs_names[3:5], "cell_type"] = np.nan
+    path = write(adata, tmp_path / "cells.h5ad")
+    monkeypatch.setattr(anndata_builder.AnnDataBuilder, "for_files", lambda *args: pytest.fail("it was converted"))
+    with pytest.raises(ValueError, match=r"cells\.h5ad: obs\['cell_type'\] holds 2 NaN"):
+        open_table(path, labels_key=["cell_type"])
+
+
 def test_files_without_common_genes_are_refused(two_files):
     with pytest.raises(ValueError, match="no gene in common; their genes look like"):
         open_table(two_files)

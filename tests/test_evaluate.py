@@ -350,6 +350,20 @@ def test_another_split_by_than_that_of_the_split_is_refused(evaluate, split_dir)
     refuse(evaluate, "was not split by 'donor'", "--split_dir", split_dir, "--split_by", "donor")
 
 
+def test_split_of_other_cells_is_refused(evaluate, split_dir):
+    refuse(
+        evaluate, "is a split of .*cells.h5ad, not of other.h5ad", "--split_dir", split_dir, "--dataset", "other.h5ad"
+    )
+
+
+def test_values_that_cannot_be_trained_on_are_refused_before_splitting(evaluate, split_dir, tmp_path):
+    cells = ad.read_h5ad(split_dir / "cells.h5ad")
+    cells.X[0, 0] = np.nan
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    refuse(evaluate, "NaN or infinite", "--split_dir", tmp_path / "split", "--dataset", tmp_path / "cells.h5ad")
+    assert not (tmp_path / "split").exists()
+
+
 def test_incomplete_split_is_refused(evaluate, split_dir, tmp_path):
     shutil.copy(split_dir / "train.h5ad", tmp_path)
     refuse(evaluate, r"holds only \['train'\]", "--split_dir", tmp_path, "--dataset", split_dir / "cells.h5ad")

@@ -36,7 +36,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, model_card, read_cells, split_cells
-from scrdit_diffusers.processing_scrdit import label_categories
+from scrdit_diffusers.processing_scrdit import get_matrix, label_categories
 from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, render_report
 
 matplotlib.use("Agg")
@@ -131,6 +131,7 @@ def check_args(args: EvaluationArguments) -> None:
 def make_split(args: EvaluationArguments) -> None:
     """Split the cells 60 / 20 / 20 and write the parts, all or none."""
     cells = read_cells(args.dataset)
+    get_matrix(cells, args.layer, counts=False)  # no NaN, none negative: training would refuse the part
     keys = [args.labels_key] if args.labels_key else []
     if args.split_by:
         if (num_groups := len(label_categories(cells.obs, args.split_by))) < len(PARTS):
@@ -174,6 +175,10 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
     split = json.loads((folder / "split.json").read_text()) if (folder / "split.json").is_file() else {}
     if args.split_by and args.split_by != split.get("split_by"):
         raise ValueError(f"{folder} was not split by {args.split_by!r}; give another --split_dir to make that split.")
+    if found and args.dataset and split.get("dataset", args.dataset) != args.dataset:
+        raise ValueError(f"{folder} is a split of {split['dataset']}, not of {args.dataset}; give another --split_dir.")
+    if found and args.dataset:
+        print(f"{folder} holds the split already.")
     args.layer = args.layer or split.get("layer")
     return split
 
