@@ -604,6 +604,8 @@ BAD_ARGUMENTS = {
     "negative rate": (["--learning_rate", "-1"], "--learning_rate must be positive"),
     "all cells held out": (["--val_fraction", "1"], "--val_fraction must be at least 0 and below 1"),
     "no genes": (["--n_top_genes", "0"], "--n_top_genes must be positive"),
+    "unknown schedule": (["--lr_scheduler", "cosin"], "--lr_scheduler must be one of .*cosine"),
+    "unknown precision": (["--mixed_precision", "fp8"], "--mixed_precision must be no, fp16 or bf16"),
     "unknown tracker": (["--report_to", "foo"], "foo"),
     "no gene list": (["--genes", "nowhere.txt"], "is no file"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "is no checkpoint"),

@@ -34,7 +34,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -213,6 +213,11 @@ def check_args(args: TrainingArguments) -> None:
             f"--prediction_type {args.prediction_type} needs --decode round: where counts are sampled, the denoised "
             "cell follows from their posterior."
         )
+    schedules = [schedule.value for schedule in SchedulerType]
+    if args.lr_scheduler not in schedules:
+        raise ValueError(f"--lr_scheduler must be one of {schedules}, got {args.lr_scheduler}.")
+    if args.mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"--mixed_precision must be no, fp16 or bf16, got {args.mixed_precision}.")
     if args.report_to not in ("none", "all") and not filter_trackers(args.report_to, args.output_dir):
         raise ValueError(f"--report_to {args.report_to}: it is not installed, or Accelerate does not know it.")
     if args.lora_rank and not args.pretrained_model_name_or_path:
