@@ -609,7 +609,7 @@ def test_refuses_another_number_of_genes(processor, method):
     ("conditions", "message"),
     [
         ({"cell_type": "Tt"}, r"Unknown cell_type 'Tt', did you mean 'T'\? Known: \['T', 'B', 'NK'\]"),
-        ({"cell_type": ["T", "monocyte"]}, r"Unknown cell_type 'monocyte'\? Known"),
+        ({"cell_type": ["T", "monocyte"]}, r"Unknown cell_type 'monocyte'\. Known"),
         ({"tissue": "blood"}, r"Unknown condition 'tissue'; the model's conditions are \['cell_type', 'batch'\]"),
         ({"cell_type": ["T"]}, r"conditions\['cell_type'\] lists 1 labels for 2 cells"),
         ({"cell_type": ["T", None]}, r"'cell_type' holds 1 NaN"),
