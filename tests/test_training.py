@@ -585,13 +585,15 @@ def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "steps"), [(16, 900), (81, 300), (4, 2500)], ids=["150 passes", "at least 300", "at most 2,500"]
+    ("batch_size", "val_fraction", "steps"),
+    [(81, 0.1, 300), (16, 0.1, 900), (4, 0.1, 2500), (1, 0.1, 4860), (1, 0, 5000)],
+    ids=["at least 300", "150 passes", "2,500", "60 passes", "at most 5,000"],
 )
 @pytest.mark.usefixtures("train_here")  # which cleans up
-def test_default_number_of_steps(train_script, dataset, tmp_path, capsys, batch_size, steps):
-    """81 training cells: 6, 1 and 21 steps a pass."""
+def test_default_number_of_steps(train_script, dataset, tmp_path, capsys, batch_size, val_fraction, steps):
+    """81 training cells, or 90."""
     size = dict(n_top_genes=30, patch_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8)
-    output = dict(output_dir=str(tmp_path / "model"), report_to="none", dry_run=True)
+    output = dict(output_dir=str(tmp_path / "model"), report_to="none", dry_run=True, val_fraction=val_fraction)
     train_script.main(train_script.TrainingArguments(str(dataset), train_batch_size=batch_size, **size, **output))
     assert json.loads(capsys.readouterr().out)["arguments"]["max_train_steps"] == steps
 

@@ -75,7 +75,8 @@ from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
-DEFAULT_EPOCHS = 150
+DEFAULT_STEPS = (300, 2500, 5000)  # at least, where EPOCHS allow it, at most
+EPOCHS = (60, 150)  # passes over the cells, at least and at most
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
 SHAPE_RATE = 10  # learning rate of what shapes the distributions of counts over that of the rest
 
@@ -143,7 +144,9 @@ class TrainingArguments:
     overwrite_output_dir: bool = arg(False, "Start anew although --output_dir holds checkpoints; they are deleted.")
     seed: int = arg(0, "Seed of everything.")
     train_batch_size: int = arg(128, "Cells per step and process.")
-    max_train_steps: int | None = arg(None, "Optimiser steps; 150 passes, but 300 to 2,500 steps, if not given.")
+    max_train_steps: int | None = arg(
+        None, "Optimiser steps; 2,500, but 60 to 150 passes within 300 to 5,000, if not given."
+    )
     num_train_epochs: int | None = arg(None, "Passes over the cells; overrides --max_train_steps.")
     gradient_accumulation_steps: int = arg(1, "Batches per optimiser step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
@@ -523,7 +526,9 @@ def main(args: TrainingArguments) -> None:
     if args.num_train_epochs is not None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
     elif args.max_train_steps is None:  # small sets are learned by heart by more passes
-        args.max_train_steps = min(max(DEFAULT_EPOCHS * updates_per_epoch, 300), 2500)
+        least, usual, most = DEFAULT_STEPS
+        steps = np.clip(usual, EPOCHS[0] * updates_per_epoch, EPOCHS[1] * updates_per_epoch)
+        args.max_train_steps = int(np.clip(steps, least, most))
 
     if args.lr_warmup_steps is None:
         longest = args.max_train_steps * 2 // 3 if pretrained is None else args.max_train_steps // 10
