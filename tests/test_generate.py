@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, default_scheduler
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, default_scheduler
 
 SCRIPT = Path(__file__).parents[1] / "training" / "generate.py"
 
@@ -114,11 +114,16 @@ def test_library_size_is_used(generate, tmp_path):
     assert totals == [pytest.approx(20, rel=0.3), pytest.approx(80, rel=0.3)]
 
 
-def test_adapter_is_loaded(generate, tmp_path, monkeypatch):
+def test_adapter_is_loaded_with_the_composition_it_was_trained_on(generate, pipeline, tmp_path, monkeypatch):
+    processor = SCRDiTProcessor.from_pretrained(pipeline, subfolder="processor")
+    processor.composition, processor.log_library_sizes = [processor.composition[0]], [processor.log_library_sizes[0]]
+    processor.save_pretrained(tmp_path / "adapter" / "processor")
     loaded = []
     monkeypatch.setattr(SCRDiTPipeline, "load_lora_weights", lambda pipe, source: loaded.append(source))
-    generate("--num_cells", 2, "--lora_weights", "adapter", "--output", tmp_path / "cells.h5ad")
-    assert loaded == ["adapter"]
+    generate("--num_cells", 20, "--lora_weights", tmp_path / "adapter", "--output", tmp_path / "cells.h5ad")
+    assert loaded == [str(tmp_path / "adapter")]
+    obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
+    assert len(obs[processor.condition_keys].drop_duplicates()) == 1
 
 
 def test_adapter_that_is_not_used_is_told(generate, pipeline, tmp_path, caplog):

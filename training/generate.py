@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 import scrdit_diffusers
-from scrdit_diffusers import SCRDiTPipeline
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
 
 logger = logging.getLogger("generate")
 
@@ -124,6 +124,8 @@ def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
     if args.lora_weights:
         pipe.load_lora_weights(args.lora_weights)
+        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of what it was trained on
+            pipe.processor = SCRDiTProcessor.from_pretrained(args.lora_weights, subfolder="processor")
     elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
         logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
     if args.scheduler:
