@@ -22,6 +22,8 @@ METRIC_NAMES = {
     "classifier_pcs_auroc": "classifier on PCs, AUROC",
     "classifier_genes_auroc": "classifier on all genes, AUROC",
     "nearest_neighbor_accuracy": "1-nearest-neighbour accuracy",
+    "nearest_neighbor_accuracy_of_synthetic": "... of generated cells alone",
+    "nearest_neighbor_accuracy_of_real": "... of real cells alone",
     "ilisi": "iLISI (mixing)",
     "gene_mean_r": "gene means, r",
     "gene_variance_r": "gene variances, r",
