@@ -29,6 +29,8 @@ from .count_head import SCRDiTCountHead
 from .hub import explain_push
 from .safe_loading import load_safely, make_readable, saving_folder
 
+CELLS_PER_COMPONENT = 20  # training cells for each principal component that cell tokens start from
+
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
@@ -453,8 +455,11 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
     @torch.no_grad()
     def initialize_cell_tokens(self, values: torch.Tensor) -> None:
-        """Let the cell tokens read the principal components of cells (cells, G) in model space."""
-        num_components = min(self.cell_embed.out_features, *values.shape)
+        """Let the cell tokens read the principal components of cells (cells, G) in model space.
+
+        One for every 20 cells at most: those after it are noise of these cells, which would be learned by heart.
+        """
+        num_components = min(self.cell_embed.out_features, -(-len(values) // CELLS_PER_COMPONENT), *values.shape)
         _, _, components = torch.pca_lowrank(values.float(), num_components, niter=4)  # (G, components)
         self.cell_embed.weight[:num_components] = components.T.to(self.cell_embed.weight)
 

@@ -453,7 +453,7 @@ def test_loaded_adapter_equals_the_model_that_was_trained(adapter, pretrained):
 def test_processor_of_an_adapter_holds_the_new_composition(adapter, cells):
     processor = SCRDiTProcessor.from_pretrained(adapter, subfolder="processor")
     numbers = {processor.conditions["cell_type"][code]: number for code, number in processor.composition}
-    assert sum(numbers.values()) == 54  # of 60, a tenth is for validation
+    assert sum(numbers.values()) == 60
     assert numbers.keys() == set(ad.read_h5ad(cells / "same.h5ad").obs["cell_type"])
 
 
@@ -477,7 +477,7 @@ def test_training_writes_a_card(tuned, pretrained, kind):
     assert f"`{pretrained.name}`: 20 genes kept in place, 0 moved, 3 new, 3 dropped" in text
     assert ("pipe.load_lora_weights(" in text) == (kind == "lora")
     facts = json.loads((tuned[kind] / "card.json").read_text())
-    assert sum(facts["labels"]["cell_type"].values()) == facts["recipe"]["train_cells"] == 54
+    assert sum(facts["labels"]["cell_type"].values()) == facts["recipe"]["train_cells"] == 60
 
 
 def test_card_says_what_the_arguments_say(train, cells, tmp_path):

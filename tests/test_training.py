@@ -182,12 +182,20 @@ def assert_same_run(folder, other):
     assert logged(folder) == logged(other) and len(logged(folder)) == 3
 
 
-def logged(folder):
-    """(step, loss) of each report, as tensorboard shows them."""
+def logged(folder, tag="train_loss"):
+    """(step, loss) of each report, as tensorboard shows them; none where there are no such reports."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(folder / "logs" / "scrdit"))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("train_loss")]
+    return [(event.step, event.value) for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])]
+
+
+def test_only_held_out_cells_give_a_validation_loss(train_here, trained, dataset, tmp_path):
+    assert logged(trained) and not logged(trained, "val_loss")
+    train_here(dataset, tmp_path, "--val_fraction", "0.1", "--report_to", "tensorboard")
+    assert [step for step, _ in logged(tmp_path, "val_loss")] == [4, 8]
+    config = json.loads((tmp_path / "train_config.json").read_text())
+    assert (config["train_cells"], config["val_cells"]) == (81, 9)
 
 
 def train_until_killed(train_script, moment, dataset, output_dir):
@@ -301,6 +309,7 @@ def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, 
 
 # 81 training cells and 16 per step: the last batch of an epoch has one cell, and the second process none.
 TWO = ["--labels_key", "cell_type", "--dropout", "0", "--max_train_steps", "12", "--validation_steps", "100"]
+TWO += ["--val_fraction", "0.1"]
 # With its usual epsilon Adam makes full steps of gradients that are rounding errors, such as that of the keys' bias.
 TWO += ["--adam_epsilon", "1e-3"]
 
@@ -670,16 +679,16 @@ def test_a_data_set_trains_as_the_file_does(train_here, trained, parquet_folder,
 
 
 def test_a_streamed_data_set_trains(train_here, parquet_folder, tmp_path):
-    """Eight steps of 16 of its 81 training cells: into a second epoch."""
+    """Eight steps of 16 of its 90 cells: into a second epoch."""
     train_here(parquet_folder, tmp_path, "--labels_key", "cell_type", "--streaming", "True")
     assert weights(tmp_path)["proj_out.weight"].abs().max() > 0
-    assert sum(number for *_, number in SCRDiTPipeline.from_pretrained(tmp_path).processor.composition) == 81
+    assert sum(number for *_, number in SCRDiTPipeline.from_pretrained(tmp_path).processor.composition) == 90
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["first epoch", "second epoch"])
 def test_a_streamed_run_resumes_to_the_same_result(train_here, parquet_folder, tmp_path, step):
     """Five steps are an epoch; with dropout, and validation on the way."""
-    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--dropout", "0.1"]
+    arguments = ["--labels_key", "cell_type", "--streaming", "True", "--dropout", "0.1", "--val_fraction", "0.1"]
     train_here(parquet_folder, tmp_path / "whole", *arguments, "--checkpoints_total_limit", "9")
     AcceleratorState._reset_state(reset_partial_state=True)
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
@@ -695,4 +704,4 @@ def test_several_files_train(train_here, dataset, tmp_path):
     adata[40:, ::-1].copy().write_h5ad(tmp_path / "cells" / "b.h5ad")
     train_here(tmp_path / "cells", tmp_path / "model", "--labels_key", "cell_type")
     processor = SCRDiTPipeline.from_pretrained(tmp_path / "model").processor
-    assert sum(number for *_, number in processor.composition) == 81
+    assert sum(number for *_, number in processor.composition) == 90

@@ -306,11 +306,13 @@ def test_count_head_starts_at_the_average_profile(patch_embed_type):
 
 
 def test_cell_tokens_read_the_principal_components_and_reach_all_genes():
-    values = np.random.default_rng(0).normal(size=(60, 4)) @ np.random.default_rng(1).normal(size=(4, 23))
+    values = np.random.default_rng(0).normal(size=(80, 4)) @ np.random.default_rng(1).normal(size=(4, 23))
     model = make_model(num_cell_tokens=2)
     model.initialize_weights()
+    others = model.cell_embed.weight[4:].detach().clone()
     model.initialize_cell_tokens(torch.from_numpy(values))
     read = model.cell_embed.weight[:4].detach().numpy()
+    torch.testing.assert_close(model.cell_embed.weight[4:], others)  # 80 cells show four components
     components = PCA(4).fit(values).components_
     np.testing.assert_allclose(np.abs(np.sum(read * components, axis=1)), 1, atol=1e-4)
 

@@ -110,11 +110,8 @@ def draw(real: ad.AnnData, synthetic: ad.AnnData, train: ad.AnnData, pipeline_fo
     pictures["genes"] = plotting.gene_statistics(real, synthetic)
     pictures["cells"] = plotting.cell_statistics(real, synthetic)
     events = EventAccumulator(str(next((pipeline_folder / "logs").glob("*/")))).Reload()
-    train_loss, val_loss = (
-        ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
-        for tag in ("train_loss", "val_loss")
-    )
-    pictures["loss"] = plotting.loss_curve(*train_loss, validation=val_loss)
+    losses = events.Scalars("train_loss")
+    pictures["loss"] = plotting.loss_curve([event.step for event in losses], [event.value for event in losses])
     for name, axes in pictures.items():
         np.ravel(axes)[0].figure.savefig(OUTPUT / f"{name}.png", dpi=120, bbox_inches="tight")
 

@@ -110,7 +110,7 @@ class TrainingArguments:
     n_top_genes: int | None = arg(None, "Number of genes; that of the pretrained pipeline, or 2000, if not given.")
     flavor: str = arg("seurat", "Choice of genes: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all.")
     genes: str | None = arg(None, "Text file with one gene name per line, instead of a choice by --flavor.")
-    val_fraction: float = arg(0.1, "Share of the cells of each label held out for the validation loss.")
+    val_fraction: float = arg(0.0, "Share of the cells of each label held out of training for a validation loss.")
     # fine-tuning
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline to start from: a folder or an id on the Hub.")
     revision: str | None = arg(None, "Revision of the pretrained pipeline on the Hub.")
@@ -138,7 +138,7 @@ class TrainingArguments:
     decode_timestep: int = arg(200, "Timestep at which counts are sampled from their posterior.")
     prior_std: float = arg(0.16, "Counts: width of the prior of log fold changes, against overfitting.")
     min_timestep: int = arg(200, "Lowest timestep to train where counts are sampled; the ones below are not used.")
-    class_dropout_prob: float = arg(0.1, "Share of cells trained without labels, for classifier-free guidance.")
+    class_dropout_prob: float = arg(0.02, "Share of cells trained without labels, for classifier-free guidance.")
     # optimisation
     output_dir: str = arg("scrdit-model", "Folder of the pipeline, the checkpoints and the logs.")
     overwrite_output_dir: bool = arg(False, "Start anew although --output_dir holds checkpoints; they are deleted.")
@@ -166,8 +166,8 @@ class TrainingArguments:
     checkpointing_steps: int = arg(2000, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = arg(2, "Number of checkpoints to keep.")
     resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.")
-    validation_steps: int = arg(1000, "Steps between validation losses and sample pictures.")
-    num_validation_cells: int = arg(256, "Cells in the validation loss and in the sample pictures.")
+    validation_steps: int = arg(1000, "Steps between sample pictures, and validation losses where cells are held out.")
+    num_validation_cells: int = arg(256, "Cells in the sample pictures and in the validation loss.")
     report_to: str = arg("tensorboard", "Tracker known to Accelerate, or none.")
     logging_dir: str = arg("logs", "Tracker's folder in --output_dir.")
     dry_run: bool = arg(False, "Print the resolved configuration and the cost, then stop.")
@@ -542,7 +542,7 @@ def main(args: TrainingArguments) -> None:
     cells_per_step = joined_size * args.gradient_accumulation_steps
     flops = 3 * model.flops_per_cell() * cells_per_step * args.max_train_steps
     logger.info(
-        f"{cells.num_train} training and {cells.num_val} validation cells, {processor.num_genes} genes, "
+        f"{cells.num_train} training and {cells.num_val} held-out cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
     for key, numbers in (processor.label_counts if processor.composition else {}).items():
@@ -676,27 +676,28 @@ def main(args: TrainingArguments) -> None:
         plain.load_state_dict(state)
         return plain.eval()
 
-    def validate(trained: SCRDiTTransformer, step: int) -> float:
+    def validation_loss(trained: SCRDiTTransformer) -> float:
         count = len(val_batch["values"])
         timesteps = torch.linspace(min_timestep, args.num_train_timesteps - 1, count).to(accelerator.device, torch.long)
         generator = seeded_generator(accelerator.device, args.seed)
         noise = torch.randn(val_batch["values"].shape, generator=generator, device=accelerator.device)
         with torch.no_grad():
-            loss = diffusion_loss(trained, noise_scheduler, val_batch, timesteps, noise, *weights).mean().item()
+            return diffusion_loss(trained, noise_scheduler, val_batch, timesteps, noise, *weights).mean().item()
+
+    def draw_samples(trained: SCRDiTTransformer, step: int) -> None:
         pipe = SCRDiTPipeline(trained, scheduler, processor, **pipeline_config)
         pipe.set_progress_bar_config(disable=True)
         obs = processor.decode_labels(val_batch["class_labels"].cpu().numpy())
-        synthetic = pipe(count, obs=obs, generator=torch.Generator().manual_seed(args.seed)).adata
+        synthetic = pipe(len(val_batch["values"]), obs=obs, generator=torch.Generator().manual_seed(args.seed)).adata
         real = ad.AnnData(processor.inverse_transform(val_batch["values"].cpu().numpy()), var=synthetic.var)
         try:
             figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=args.value_space))[0].figure
         except ValueError as error:  # a model at its beginning may give cells that cannot be drawn
             logger.warning(f"No picture at step {step}: {error}")
-            return loss
+            return
         os.makedirs(os.path.join(args.output_dir, "samples"), exist_ok=True)
         figure.savefig(os.path.join(args.output_dir, "samples", f"step-{step}.png"), dpi=100)
         matplotlib.pyplot.close(figure)
-        return loss
 
     # 4. Train
     step = first_step
@@ -763,10 +764,13 @@ def main(args: TrainingArguments) -> None:
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 _, averaged = gather_weights(accelerator.unwrap_model(model), ema)
                 if accelerator.is_main_process:
-                    val_loss = validate(whole_model(averaged), step)
-                    accelerator.log({"val_loss": val_loss}, step=step)
-                    postfix["val_loss"] = f"{val_loss:.4f}"
-                    progress.set_postfix(postfix)
+                    trained = whole_model(averaged)
+                    draw_samples(trained, step)
+                    if cells.num_val:
+                        val_loss = validation_loss(trained)
+                        accelerator.log({"val_loss": val_loss}, step=step)
+                        postfix["val_loss"] = f"{val_loss:.4f}"
+                        progress.set_postfix(postfix)
             if signals:
                 accelerator.set_trigger()
             stopped = accelerator.check_trigger()  # the processes agree on the step
