@@ -28,6 +28,7 @@ from .processing_scrdit import MAX_COUNT
 EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
+LABEL_TABLES = ("class_log_mean", "class_log_dispersion")  # parameters with a row for each label
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -85,7 +86,7 @@ class SCRDiTCountHead(nn.Module):
     h(k) = exp(b(k)) Gamma(k + theta) / (Gamma(theta) k!).
 
     b is a table of genes and bins, theta depends on the gene and the labels. With several conditions log theta is a sum
-    over them, and so is the part of log h(k) that differs from that of no labels.
+    over them, and so are the part of log h(k) that differs from that of no labels and what labels alone add to log mu.
 
     Parameters
     ----------
@@ -126,8 +127,9 @@ class SCRDiTCountHead(nn.Module):
         self.register_buffer("log_library_size", torch.tensor([0.0, 1.0]))  # mean and standard deviation
         self.log_mean = nn.Parameter(torch.zeros(num_genes))  # of a cell of typical library size
         self.log_dispersion = nn.Parameter(torch.zeros(num_genes))  # log theta
-        # What each label of each condition, one after the other, adds to the latter.
+        # What each label of each condition, one after the other, adds to the log mean and to log theta.
         self.num_classes = list(num_classes)
+        self.class_log_mean = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
         self.class_log_dispersion = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
         # b of each gene, in the order of the model, and bin: what its distribution has that is not negative binomial.
         self.log_base = nn.Parameter(torch.zeros(num_genes, max(bins_per_gene for _, bins_per_gene in bins)))
@@ -136,8 +138,7 @@ class SCRDiTCountHead(nn.Module):
         """Set the bins, and the means and dispersions from which training starts, from the training cells.
 
         Dispersions are moment estimates around means that are proportional to the library size within each combination
-        of labels. Training alone moves them too slowly. Those of labels start equal, and distributions as negative
-        binomials.
+        of labels. Training alone moves them too slowly. Labels start equal, and distributions as negative binomials.
 
         Parameters
         ----------
@@ -189,6 +190,7 @@ class SCRDiTCountHead(nn.Module):
             "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
             "log_mean": np.log(np.maximum(typical, 1e-4)),
             "log_dispersion": np.log(statistics.inverse_dispersion()),
+            "class_log_mean": np.zeros(self.class_log_mean.shape),
             "class_log_dispersion": np.zeros(self.class_log_dispersion.shape),
             "log_base": np.zeros(self.log_base.shape),
         }
@@ -216,21 +218,28 @@ class SCRDiTCountHead(nn.Module):
         return (library_size.to(like.device).float().clamp(min=1).log() - mean) / std
 
     @_inside_forward
-    def predict_log_mean(self, shift: torch.Tensor, standardized_library_size: torch.Tensor) -> torch.Tensor:
+    def predict_log_mean(
+        self, shift: torch.Tensor, standardized_library_size: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         """Log of the mean of each gene's count that the rest of the cell predicts, shape (B, G).
+
+        What labels say is a sum over conditions, so that a combination that was never seen gets the sum of its parts.
 
         Parameters
         ----------
         shift
-            The network's part, shape (B, G): zero gives every cell the average profile times its library size.
+            The network's part, shape (B, G): zero gives every cell its labels' profile times its library size.
         standardized_library_size
             Shape (B,).
+        class_labels
+            Codes, shape (B, K).
         """
         log_size = standardized_library_size * self.log_library_size[1].float()  # (B,), relative to a typical cell
-        return self.log_mean.float() + log_size[:, None] + shift.float()
+        of_labels = _with_no_label(self.class_log_mean)[self._rows(class_labels)].sum(dim=1)  # (B, G)
+        return self.log_mean.float() + log_size[:, None] + of_labels + shift.float()
 
     def _rows(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """Rows of the labels (B, K) in the table of all labels; of no label it is the row after the last."""
+        """Rows of the labels (B, K) in a table of all labels; of no label it is the row after the last."""
         ends = np.cumsum([0, *self.num_classes])
         rows = [
             torch.where(codes < n, codes + int(start), int(ends[-1]))
@@ -255,7 +264,7 @@ class SCRDiTCountHead(nn.Module):
         """
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
         rows = self._rows(class_labels)  # (B, K)
-        of_label = F.pad(self.class_log_dispersion.float(), (0, 0, 0, 1))  # (labels + 1, G), zero without a label
+        of_label = _with_no_label(self.class_log_dispersion)  # (labels + 1, G)
         log_dispersion = self.log_dispersion.float() + of_label[rows].sum(dim=1)  # (B, G)
         log_odds = log_mean - torch.logaddexp(log_mean, log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
@@ -376,6 +385,11 @@ class SCRDiTCountHead(nn.Module):
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:
         """Bring values (G, B) from the order of the groups to (B, G) in that of the model."""
         return torch.empty_like(values).index_copy(0, self.gene_order, values).T
+
+
+def _with_no_label(table: torch.Tensor) -> torch.Tensor:
+    """Append the row of no label, which is zero, to a table (labels, G)."""
+    return F.pad(table.float(), (0, 0, 0, 1))
 
 
 def _log_base(count: torch.Tensor, dispersion: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from .cell_statistics import CellStatistics
-from .count_head import count_bins
+from .count_head import LABEL_TABLES, count_bins
 from .objective import diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
@@ -330,9 +330,9 @@ def transfer_weights(
         new[name][~known] = True
 
     # Labels; the last entry of a table is the null label's.
-    in_head = "count_head.class_log_dispersion"
-    if model.count_head is not None:
-        new[in_head][:] = True
+    in_head = [] if model.count_head is None else [f"count_head.{name}" for name in LABEL_TABLES]
+    for name in in_head:
+        new[name][:] = True
     for k, (key, names) in enumerate(after.conditions.items()):
         name = f"class_embed.{k}.weight"
         new[name][:] = True
@@ -346,9 +346,9 @@ def transfer_weights(
             new[name][-1] = False
             row = torch.nonzero(code >= 0) + sum(after.num_classes[:k])  # (labels, 1)
             row_before = code[code >= 0][:, None] + sum(before.num_classes[:place_before])
-            if model.count_head is not None:
-                state[in_head][row, torch.nonzero(known).T] = old[in_head][row_before, source]
-                new[in_head][row, torch.nonzero(known).T] = False
+            for name in in_head:
+                state[name][row, torch.nonzero(known).T] = old[name][row_before, source]
+                new[name][row, torch.nonzero(known).T] = False
     for k, key in enumerate(before.condition_keys):
         if key not in after.conditions:
             state["time_embed.linear_2.bias"] += old[f"class_embed.{k}.weight"][-1]
@@ -398,6 +398,16 @@ def start_new_labels(
     same = position >= 0
     training, started = model.training, dict[str, dict[str, str]]()
     model.eval()
+
+    def start_as(own: torch.Tensor, row: int, embedding: torch.Tensor, row_before: int | None) -> None:
+        """Copy the embedding of a known label and its rows of the count head's tables; `None` is no label."""
+        own.copy_(embedding)
+        if model.count_head is not None and pretrained.transformer.count_head is not None:
+            for name in LABEL_TABLES:
+                of_labels = pretrained.transformer.count_head.get_parameter(name)  # (labels, G before)
+                of_label = 0.0 if row_before is None else of_labels[row_before, position[same]]
+                model.count_head.get_parameter(name)[row, same] = of_label
+
     for k, (key, names) in enumerate(processor.conditions.items()):
         if key not in before.conditions:
             continue
@@ -407,27 +417,22 @@ def start_new_labels(
         place_before = before.condition_keys.index(key)
         embeddings = pretrained.transformer.get_parameter(f"class_embed.{place_before}.weight")  # (labels + 1, D)
         table = model.get_parameter(f"class_embed.{k}.weight")
-        start = table.clone()
         for code, rows in cells_of.items():
             batch = {name: tensor[rows] for name, tensor in cells.items()}
             # Mid to high noise, where the cell itself does not yet tell its label; the same draws for each known one.
             low, high = int(0.4 * num_timesteps), int(0.9 * num_timesteps)
             timesteps = torch.randint(low, high, (len(rows),), generator=generator)
             noise = torch.randn(batch["values"].shape, generator=generator)
+            row, first = sum(processor.num_classes[:k]) + code, sum(before.num_classes[:place_before])
+            rows_before: list[int | None] = [*range(first, first + len(known)), None]  # the last is no label
             losses = []
-            for embedding in embeddings:  # the last is that of no label
-                table[code] = embedding
+            for embedding, row_of_known in zip(embeddings, rows_before, strict=True):
+                start_as(table[code], row, embedding, row_of_known)
                 losses.append(diffusion_loss(model, noise_scheduler, batch, timesteps, noise).mean().item())
             best = int(np.argmin(losses))
-            start[code] = embeddings[best]
-            if best == len(known):
-                continue
-            started.setdefault(key, {})[names[code]] = known[best]
-            if model.count_head is not None and pretrained.transformer.count_head is not None:
-                row, row_before = sum(processor.num_classes[:k]) + code, sum(before.num_classes[:place_before]) + best
-                dispersions = pretrained.transformer.count_head.class_log_dispersion[row_before]  # (G before,)
-                model.count_head.class_log_dispersion[row, same] = dispersions[position[same]]
-        table.copy_(start)
+            start_as(table[code], row, embeddings[best], rows_before[best])
+            if best < len(known):
+                started.setdefault(key, {})[names[code]] = known[best]
     model.train(training)
     return started
 

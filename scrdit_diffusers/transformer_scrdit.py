@@ -65,7 +65,8 @@ class SCRDiTTransformerOutput(BaseOutput):
         `sample` is then left out.
     squared_fold_changes
         Along with `count_nll` in training mode, squared log fold change of each gene that the last projections make of
-        independent inputs of unit variance, shape (G,); for the prior, [`negative_log_prior`].
+        independent inputs of unit variance, plus those of all labels over the width of a token, shape (G,); for the
+        prior, [`negative_log_prior`].
     squared_shape_changes
         Along with it, sum of the squares of what is learned of the shapes of distributions, dispersions by label and
         base measures, shape ().
@@ -570,7 +571,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head.predict_log_mean(sample, depth)  # (B, G)
+            log_mean = self.count_head.predict_log_mean(sample, depth, class_labels)  # (B, G)
             if counts is None:
                 sample = self.count_head.denoise(log_mean, noisy, timestep, class_labels).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean)
@@ -585,6 +586,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         assert self.count_head is not None
         head = self.count_head
         weights: dict[str, Any] = {"dispersions": head.class_log_dispersion, "bases": head.log_base}
+        weights["labels"] = head.class_log_mean
         weights["patches"] = self.proj_out.weight
         if self.config.num_cell_tokens:
             weights["cell"] = self.cell_out.weight
@@ -606,6 +608,9 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         fold_changes = fold_changes[: self.config.num_genes]  # (G,)
         if self.config.num_cell_tokens:
             fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
+        # Over the width, so that a label's log fold change itself has the standard deviation of the prior.
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        fold_changes = fold_changes + squares["labels"].sum(dim=0) / width  # (G,)
         return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
 
     def flops_per_cell(self) -> int:

@@ -141,7 +141,7 @@ def test_order_of_genes_does_not_matter():
         inputs = log_mean[:, genes], noisy[:, genes], timestep, NO_LABELS.expand(4, 0)
         nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
         drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4))
+        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4), NO_LABELS.expand(4, 0))
         results.append((head.denoise(*inputs), drawn, prior, nll))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
@@ -173,7 +173,7 @@ def test_a_gene_that_is_on_or_off_is_learned():
     nothing_else = torch.zeros(1000, 1), torch.full((1000,), LAST), NO_LABELS.expand(1000, 0)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
     for _ in range(300):
-        log_mean = head.predict_log_mean(torch.zeros(1000, 1), torch.zeros(1000))
+        log_mean = head.predict_log_mean(torch.zeros(1000, 1), torch.zeros(1000), nothing_else[2])
         loss = head.nll(torch.from_numpy(counts), log_mean, *nothing_else).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -265,14 +265,26 @@ def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    log_mean = head.predict_log_mean(
-        torch.zeros(3, len(LARGEST)), head.standardize_library_size(sizes, like=torch.zeros(3, 1))
-    )
+    depth = head.standardize_library_size(sizes, like=torch.zeros(3, 1))
+    log_mean = head.predict_log_mean(torch.zeros(3, len(LARGEST)), depth, NO_LABELS.expand(3, 0))
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile
     np.testing.assert_allclose(log_mean.exp()[:, expressed], expected[:, expressed], rtol=1e-4)
     assert (log_mean.exp()[:, ~expressed] < 1e-2).all()
+
+
+def test_label_means_add_up_over_conditions_and_are_zero_without_a_label():
+    counts = random_counts()
+    labels = np.random.default_rng(1).integers(0, 2, (len(counts), 2))
+    head = make_head(counts, labels)
+    head.class_log_mean.copy_(torch.randn(4, len(LARGEST), generator=torch.Generator().manual_seed(0)))
+    codes = torch.tensor([[2, 2], [1, 2], [2, 0], [1, 0]])  # 2 means no label
+    log_mean = head.predict_log_mean(torch.zeros(4, len(LARGEST)), torch.zeros(4), codes)
+    torch.testing.assert_close(log_mean[0], head.log_mean)
+    torch.testing.assert_close(log_mean[1] - log_mean[0], head.class_log_mean[1])
+    torch.testing.assert_close(log_mean[2] - log_mean[0], head.class_log_mean[2])
+    torch.testing.assert_close(log_mean[3] - log_mean[0], head.class_log_mean[1] + head.class_log_mean[2])
 
 
 def test_without_a_library_size_it_is_that_of_a_typical_cell():

@@ -78,7 +78,7 @@ logger = logging.getLogger("train")
 DEFAULT_STEPS = (300, 2500, 5000)  # at least, where EPOCHS allow it, at most
 EPOCHS = (60, 150)  # passes over the cells, at least and at most
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
-SHAPE_RATE = 10  # learning rate of what shapes the distributions of counts over that of the rest
+TABLE_RATE = 10  # learning rate of the tables of the count head over that of the rest
 
 
 def arg(default, help, **kwargs):
@@ -565,16 +565,17 @@ def main(args: TrainingArguments) -> None:
         return
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    # Dispersions and base measures of the counts are single numbers on a log scale that may have far to go. What LoRA
+    # Tables of genes and labels or bins in the count head are numbers on a log scale that may have far to go. What LoRA
     # trains of the model itself shares its tensors with what is frozen, which must not decay.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    shapes = [trained.pop(name) for name in list(trained) if name.endswith(("log_dispersion", "log_base"))]
+    of_genes = ("log_dispersion", "log_base", "class_log_mean")
+    tables = [trained.pop(name) for name in list(trained) if name.endswith(of_genes)]
     partly = [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
     groups = [{"params": list(trained.values())}]
     if partly:
         groups.append({"params": partly, "weight_decay": 0.0})
-    if shapes:
-        groups.append({"params": shapes, "lr": SHAPE_RATE * args.learning_rate, "weight_decay": 0.0})
+    if tables:
+        groups.append({"params": tables, "lr": TABLE_RATE * args.learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(  # Accelerate steps it once per process
         args.lr_scheduler,
