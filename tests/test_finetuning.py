@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import CellStatistics, SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, finetuning
+from scrdit_diffusers.count_head import LABEL_TABLES
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 OTHER_GENES = [f"gene{i}" for i in range(20)] + ["new0", "new1", "new2"]  # without gene20, gene21, gene22
@@ -153,6 +154,9 @@ def test_known_genes_get_what_the_pretrained_model_says(pipe, noisy, patch_embed
 
 def test_known_counts_get_the_means_that_the_pretrained_head_says(count_pipe, noisy):
     """The library size is over other genes, but the means of the known ones add up as before."""
+    for name in LABEL_TABLES:
+        table = count_pipe.transformer.count_head.get_parameter(name)
+        torch.nn.init.normal_(table, generator=torch.Generator().manual_seed(0))
     adata = other_cells()
     processor, model, _ = adapt(count_pipe, adata)
     old_head, new_head = count_pipe.transformer.count_head, model.count_head
@@ -190,9 +194,11 @@ def test_the_prior_is_centred_on_the_pretrained_weights(count_pipe):
     with torch.no_grad():
         model.proj_out.weight[0, :, 0] += 1  # the width is 16
         model.count_head.log_base[0, 0] += 3
+        model.count_head.class_log_mean[0, 1] += 4
     inputs = torch.zeros(4, 23), 300, torch.zeros(4, 2, dtype=torch.long), torch.full((4,), 50.0), torch.ones(4, 23)
     output = model.train()(*inputs)
-    torch.testing.assert_close(output.squared_fold_changes, torch.eye(23)[0] * 16, rtol=1e-4, atol=1e-8)
+    expected = torch.zeros(23).index_put((torch.tensor([0, 1]),), torch.tensor([16.0, 4**2 / 16]))
+    torch.testing.assert_close(output.squared_fold_changes, expected, rtol=1e-4, atol=1e-8)
     assert output.squared_shape_changes.item() == pytest.approx(9)
 
 
@@ -239,9 +245,10 @@ def test_new_labels_start_as_the_known_one_that_fits_their_cells(pipe, label):
     assert torch.equal(after, before[[code, -1]])
 
 
-def test_new_labels_have_the_dispersions_of_the_known_one(count_pipe):
-    dispersions = count_pipe.transformer.count_head.class_log_dispersion
-    torch.nn.init.normal_(dispersions, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", LABEL_TABLES)
+def test_new_labels_have_the_means_and_dispersions_of_the_known_one(count_pipe, name):
+    known = count_pipe.transformer.count_head.get_parameter(name)
+    torch.nn.init.normal_(known, std=0.1, generator=torch.Generator().manual_seed(0))
     adata = other_cells(cell_types=["Mono"])
     processor, model, _ = adapt(count_pipe, adata)
     counts = torch.tensor(processor.get_values(adata).toarray())
@@ -249,8 +256,8 @@ def test_new_labels_have_the_dispersions_of_the_known_one(count_pipe):
     cells["class_labels"] = torch.tensor(processor.encode_labels(adata.obs))
     started = finetuning.start_new_labels(count_pipe, model, processor, cells)["cell_type"]["Mono"]
     row = count_pipe.processor.conditions["cell_type"].index(started)
-    assert torch.equal(model.count_head.class_log_dispersion[0, :20], dispersions[row, :20])
-    assert not model.count_head.class_log_dispersion[0, 20:].any()
+    table = model.count_head.get_parameter(name)
+    assert torch.equal(table[0, :20], known[row, :20]) and not table[0, 20:].any()
 
 
 def test_a_condition_that_is_left_out_is_one_without_label(pipe, noisy):

@@ -335,6 +335,15 @@ def test_squared_fold_changes_are_those_of_unit_inputs(patch_embed_type):
     torch.testing.assert_close(squares, fold_changes.square().mean(dim=0), rtol=0.05, atol=0)
 
 
+def test_squared_fold_changes_of_labels_are_over_the_width():
+    model = make_model(num_genes=25, count_bins=[[25, 4]]).train()
+    inputs = make_inputs(num_genes=25) | {"counts": torch.ones(4, 25)}
+    before = model(**inputs).squared_fold_changes
+    torch.nn.init.normal_(model.count_head.class_log_mean, generator=torch.Generator().manual_seed(0))
+    added = model(**inputs).squared_fold_changes - before
+    torch.testing.assert_close(added, model.count_head.class_log_mean.square().sum(dim=0) / 16)
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
