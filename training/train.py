@@ -566,14 +566,16 @@ def main(args: TrainingArguments) -> None:
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     # Tables of genes and labels or bins in the count head are numbers on a log scale that may have far to go. What LoRA
-    # trains of the model itself shares its tensors with what is frozen, which must not decay.
+    # trains of the model itself shares its tensors with what is frozen, which must not decay. Neither must the log means:
+    # decay pulls those of rare genes, far below zero, up by half their counts.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     of_genes = ("log_dispersion", "log_base", "class_log_mean")
     tables = [trained.pop(name) for name in list(trained) if name.endswith(of_genes)]
-    partly = [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
+    kept = [trained.pop(name) for name in list(trained) if name.endswith("log_mean")]
+    kept += [trained.pop(name) for name in list(trained) if args.lora_rank and "lora_" not in name]
     groups = [{"params": list(trained.values())}]
-    if partly:
-        groups.append({"params": partly, "weight_decay": 0.0})
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
     if tables:
         groups.append({"params": tables, "lr": TABLE_RATE * args.learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
