@@ -566,7 +566,7 @@ def main(args: TrainingArguments) -> None:
 
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     # Tables of genes and labels or bins in the count head are numbers on a log scale that may have far to go. What LoRA
-    # trains of the model itself shares its tensors with what is frozen, which must not decay. Neither must the log means:
+    # trains of the model itself shares its tensors with what is frozen, which must not decay. Nor must the log means:
     # decay pulls those of rare genes, far below zero, up by half their counts.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     of_genes = ("log_dispersion", "log_base", "class_log_mean")
