@@ -587,6 +587,18 @@ def test_interrupt_saves_a_checkpoint(dataset, tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 
+def test_weight_decay_spares_the_log_means(train_here, dataset, tmp_path):
+    """Decay would pull the log means of rare genes towards zero, their counts up."""
+    log_means = []
+    for decay in ("0", "10"):  # a decay of 0.43 in eight steps; gradients move a log mean by 0.08 at most
+        output = tmp_path / decay
+        train_here(dataset, output, "--adam_weight_decay", decay, "--learning_rate", "0.01", "--use_ema", "False")
+        log_means.append(weights(output)["count_head.log_mean"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert log_means[0].abs().max() > 1
+    torch.testing.assert_close(log_means[1], log_means[0], rtol=0, atol=0.17)
+
+
 def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
     arguments = ["--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"]
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+ .*lower --learning_rate"):
