@@ -98,7 +98,7 @@ def main() -> None:
         "umap_labels.png": "a label should lie at the same place, real or generated",
         "genes.png": "points should lie on the diagonal",
         "cells.png": "the distributions should coincide",
-        "loss.png": "the loss should have flattened",
+        "loss.png": "the training loss should fall",
     }.items():
         print(f"  {name:16} {meaning}")
 
