@@ -767,10 +767,10 @@ def main(args: TrainingArguments) -> None:
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 _, averaged = gather_weights(accelerator.unwrap_model(model), ema)
                 if accelerator.is_main_process:
-                    trained = whole_model(averaged)
-                    draw_samples(trained, step)
+                    averaged_model = whole_model(averaged)
+                    draw_samples(averaged_model, step)
                     if cells.num_val:
-                        val_loss = validation_loss(trained)
+                        val_loss = validation_loss(averaged_model)
                         accelerator.log({"val_loss": val_loss}, step=step)
                         postfix["val_loss"] = f"{val_loss:.4f}"
                         progress.set_postfix(postfix)
