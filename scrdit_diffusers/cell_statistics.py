@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 GENE_FLAVORS = ("seurat", "cell_ranger", "seurat_v3", "cv", "all")
 ROWS_PER_CHUNK = 10_000  # keeps the int32 offsets of a chunk's lists far from overflow
 ROWS_PER_UPDATE = 1000  # of which the temporary arrays fit a processor's cache
+MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
 MAX_PENDING = 2**20  # library sizes to collect before equal ones are joined
 
 Chunks = Callable[[], Iterator[tuple[sp.csr_matrix, pd.DataFrame]]]
@@ -84,6 +85,45 @@ def normalize_total(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
 def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
     """Log-normalise counts: `log1p(counts / library size x target_sum)`, the library size over all columns."""
     return normalize_total(sp.csr_matrix(counts), target_sum).log1p()
+
+
+def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Find the counts behind log-normalised values `log1p(c x counts)`, where c differs between cells.
+
+    The smallest value of a cell is one count (or two or three), and all others are whole multiples.
+
+    Parameters
+    ----------
+    values
+        Natural logarithms as scanpy's `normalize_total` and `log1p` give them, shape (cells, n_vars).
+
+    Returns
+    -------
+    Counts, shape (cells, n_vars); c of each cell, shape (cells,), infinite for a cell without any; and whether all of a
+    cell's values are whole multiples, shape (cells,).
+    """
+    values = sp.csr_matrix(values, dtype=np.float64).expm1()
+    values.eliminate_zeros()
+    num_cells = values.shape[0]
+    rows = np.repeat(np.arange(num_cells), np.diff(values.indptr))
+    smallest = np.full(num_cells, np.inf)
+    np.minimum.at(smallest, rows, values.data)
+    one_count, exact = smallest.copy(), np.zeros(num_cells, dtype=bool)
+    for of_smallest in (1, 2, 3):
+        one_count[~exact] = smallest[~exact] / of_smallest
+        # The smallest value may be rounded; all of up to 50 counts together know better.
+        multiples = values.data / one_count[rows]
+        few = multiples < 50
+        total = np.bincount(rows[few], values.data[few], num_cells)
+        count = np.bincount(rows[few], np.rint(multiples[few]), num_cells)
+        one_count = np.divide(total, count, out=one_count, where=count > 0)
+        multiples = values.data / one_count[rows]
+        off = np.abs(multiples - np.rint(multiples)) > 0.05 + 1e-3 * multiples  # of values with three decimals
+        exact = np.bincount(rows[off | (multiples > MAX_COUNT)], minlength=num_cells) == 0
+        if exact.all():
+            break
+    counts = sp.csr_matrix((np.maximum(np.rint(multiples), 1), values.indices, values.indptr), shape=values.shape)
+    return counts, one_count, exact
 
 
 def gene_moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
@@ -332,15 +372,17 @@ class CellStatistics:
             return np.zeros(len(codes), dtype=np.int64)
         return np.ravel_multi_index(tuple(codes.T), self._shape)
 
-    def update(self, counts: sp.csr_matrix | None, class_labels: np.ndarray) -> None:
-        """Take in more cells: counts (cells, G), and codes (cells, K)."""
+    def update(
+        self, counts: sp.csr_matrix | None, class_labels: np.ndarray, library_sizes: np.ndarray | None = None
+    ) -> None:
+        """Take in more cells: counts (cells, G), codes (cells, K), and library sizes where these are no sums."""
         of_cell = np.searchsorted(self._keys, self._key(class_labels))  # (cells,)
         present, of_present, number = np.unique(of_cell, return_inverse=True, return_counts=True)
         self.num_cells[present] += number
         if counts is None:
             return
         counts = sp.csr_matrix(counts, dtype=np.float64)
-        size = counts.sum(axis=1).A1
+        size = np.rint(counts.sum(axis=1).A1 if library_sizes is None else library_sizes)
         self._pending.append(of_cell * 2**40 + size.astype(np.int64))
         if sum(map(len, self._pending)) > MAX_PENDING:
             self._join_sizes()
@@ -394,7 +436,7 @@ class CellStatistics:
         return np.stack([np.quantile(of_one, np.linspace(0, 1, num_levels)) for of_one in cells])
 
     def mean_profile(self) -> np.ndarray:
-        """Share of each gene in the counts of all cells, shape (G,)."""
+        """Share of each gene in the library sizes of all cells, shape (G,)."""
         _, size, number = self.library_sizes()
         return self.count_sum.sum(axis=0) / (np.maximum(size, 1) * number).sum()
 

@@ -680,12 +680,14 @@ class CellCollator:
     var
         Gene vocabulary of the table.
     counts
-        Also give the counts, for a model with a count head.
+        Also give counts and library sizes, for a model with a count head.
     """
 
     def __init__(self, processor: SCRDiTProcessor, var: pd.DataFrame, counts: bool = False):
-        if counts and processor.value_space != "counts":
-            raise ValueError(f'counts=True needs a processor with value_space="counts", not {processor.value_space!r}.')
+        if counts and not processor.models_counts:
+            raise ValueError(
+                'counts=True needs a processor whose model sees counts (value_space="counts" or recover_counts).'
+            )
         self.processor = processor
         self.counts = counts
         self.num_vars = len(var)
@@ -697,10 +699,14 @@ class CellCollator:
 
         Returns
         -------
-        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and if asked for `counts` (B, G) float32.
+        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and if asked for `counts` (B, G) and
+        `library_size` (B,) float32.
         """
         matrix = rows_to_matrix(rows, self.num_vars, self.positions)
-        values = self.processor.select_values(matrix, self.columns)
+        if self.processor.models_counts:
+            values, library_size = self.processor.select_counts(matrix, self.columns)
+        else:
+            values = self.processor.select_values(matrix, self.columns)
         obs = rows_to_obs(rows, self.processor.condition_keys)
         batch = {
             "values": torch.from_numpy(self.processor.transform(values)).float(),
@@ -708,4 +714,5 @@ class CellCollator:
         }
         if self.counts:
             batch["counts"] = torch.from_numpy(values.toarray()).float()
+            batch["library_size"] = torch.from_numpy(library_size).float()
         return batch

@@ -49,8 +49,6 @@ def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> N
         "num_cell_tokens",
     )
     has |= {name: config[name] for name in sizes}
-    if processor.value_space == "log_normalized":  # where values are not counts, they are always rounded
-        has.pop("decode")
     wrong = {name: has[name] for name, value in settings.items() if name in has and value not in (None, has[name])}
     if processor.target_sum != settings.get("target_sum"):
         wrong["target_sum"] = processor.target_sum
@@ -137,7 +135,14 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     Returns
     -------
     The processor to train with: composition and library sizes are those of the new cells.
+
+    Raises
+    ------
+    ValueError
+        The pretrained model sees counts behind log-normalised values, and the new cells hold none, or other ones.
     """
+    if "constant" in (pretrained.normalized_by, fitted.normalized_by):
+        raise ValueError("Values that are no log1p of scaled counts have a scale of their own: train from scratch.")
     before = pretrained.conditions
     categories = []
     composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)
@@ -312,12 +317,13 @@ def transfer_weights(
             new[name][:] = True
             new[name][index] = False
 
-    # Count head: mean counts are relative to the library size, which is now over other genes. It is taken as what the
-    # pretrained genes' would be, so that known means still hold.
+    # Count head: mean counts are relative to the library size. Where that is over the model's genes, these are now
+    # others: it is taken as what the pretrained genes' would be, so that known means still hold.
     if model.count_head is not None:
         rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
-        share = rates[0][known].sum() / rates[0].sum(), rates[1][source].sum() / rates[1].sum()
-        typical = old["count_head.log_library_size"][0] - (share[0] / share[1]).log()
+        typical = old["count_head.log_library_size"][0].clone()
+        if before.normalized_by != "library_size" or after.normalized_by != "library_size":
+            typical -= (rates[0][known].sum() / rates[0].sum() * rates[1].sum() / rates[1][source].sum()).log()
         state["count_head.log_mean"] += typical - state["count_head.log_library_size"][0]
         state["count_head.log_library_size"][0] = typical
         state["count_head.log_library_size"][1] = old["count_head.log_library_size"][1]

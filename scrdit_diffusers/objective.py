@@ -132,7 +132,8 @@ def diffusion_loss(
     noise_scheduler
         Gives the noise process and the prediction type.
     batch
-        `values` (B, G) in model space, `class_labels` (B, K), and for a model with a count head `counts` (B, G).
+        `values` (B, G) in model space, `class_labels` (B, K), and for a model with a count head `counts` (B, G) and
+        `library_size` (B,) where that is not their sum.
     timesteps
         Timesteps, shape (B,).
     noise
@@ -152,7 +153,7 @@ def diffusion_loss(
     noisy = noise_scheduler.add_noise(values, noise, timesteps)  # (B, G)
     if "counts" in batch:
         counts = batch["counts"]  # (B, G)
-        library_size = counts.sum(dim=1)  # (B,)
+        library_size = batch["library_size"] if "library_size" in batch else counts.sum(dim=1)  # (B,)
         output = model(noisy, timesteps, batch["class_labels"], library_size, counts)
         return output.count_nll + (prior(output) if prior else 0.0)  # (B,)
     prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)

@@ -345,6 +345,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
             )
+        if self.processor.normalized_by is not None and self.transformer.count_head is None:
+            raise ValueError("The processor is of a model with a count head; the transformer has none.")
         if library_size is not None and self.transformer.count_head is None:
             raise ValueError("library_size needs a model that predicts counts (with a count head).")
         if library_size is not None:
@@ -556,7 +558,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         library_size
             Total count over the model's genes, one number for all cells or one per cell. `None` draws it from the
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
-            on average.
+            on average. For log-normalised values it is the total over all genes of the training data before they were
+            normalised.
         num_inference_steps
             Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
         guidance_scale
@@ -738,7 +741,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             "scrdit_diffusers_version": version("scrdit_diffusers"),
             "diffusers_version": version("diffusers"),
         }
-        return self._make_output(batches, class_labels, output_type, return_dict, provenance)
+        return self._make_output(batches, class_labels, library_sizes, output_type, return_dict, provenance)
 
     def guide(self, prediction: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off.
@@ -756,6 +759,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self,
         batches: list,
         class_labels: torch.Tensor,
+        library_sizes: torch.Tensor | None,
         output_type: str,
         return_dict: bool,
         provenance: dict[str, Any],
@@ -772,6 +776,9 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             empty = int((samples.getnnz(axis=1) == 0).sum())
             if empty:
                 logger.warning("%d of %d cells have no expressed gene.", empty, samples.shape[0])
+            counts = samples
+            sizes = None if library_sizes is None else library_sizes[: samples.shape[0]].numpy()
+            samples = self.processor.normalize(counts, sizes).astype(np.float32)
         if output_type != "anndata":
             if output_type in ("np", "pt"):
                 samples = samples.toarray()
@@ -783,7 +790,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if self.processor.gene_ids is not None:
             var["gene_ids"] = self.processor.gene_ids
         adata = ad.AnnData(samples, obs=obs.assign(synthetic=True), var=var)
-        if self.processor.value_space == "counts":
-            adata.layers["counts"] = samples.copy()
+        if self.processor.models_counts and self.processor.normalized_by != "constant":
+            adata.layers["counts"] = counts.copy()
         adata.uns["scrdit"] = provenance
         return SCRDiTPipelineOutput(adata=adata) if return_dict else (adata,)

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .cell_statistics import (
+    MAX_COUNT,
     ROWS_PER_UPDATE,
     CellStatistics,
     Chunks,
@@ -21,6 +22,7 @@ from .cell_statistics import (
     GeneMoments,
     check_genes,
     normalize_log1p,
+    recover_counts,
     take_in,
 )
 from .hub import explain_push
@@ -28,11 +30,13 @@ from .hub import explain_push
 logger = logging.getLogger(__name__)
 
 VALUE_SPACES = ("counts", "log_normalized")
+NORMALIZED_BY = ("library_size", "model_genes", "constant")
 LIBRARY_SIZE_QUANTILES = 21
+MAX_INEXACT = 0.01  # share of cells whose values may be no whole multiples, such as those with few genes
+GRAIN = 4  # the count of the smallest of log-normalised values that are no scaled counts
 RARE_LABEL_CELLS = 30  # of labels with fewer training cells little is to be expected
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
 MISTAKEN: Any = {"over": "ignore", "invalid": "ignore"}  # of counts taken for logarithms, which are refused at the end
-MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
 
 
 def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
@@ -71,6 +75,11 @@ def check_values(matrix: sp.csr_matrix, name: str, counts: bool, hint: str = "")
         raise ValueError(f"{name} was taken as counts but holds non-integers such as {example:g}.{hint}")
     if counts and data.size and data.max() > MAX_COUNT:
         raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
+
+
+def _sums(matrix: sp.csr_matrix) -> np.ndarray:
+    """Sum of each row."""
+    return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
 
 
 def _matrix_name(layer: str | None) -> str:
@@ -119,6 +128,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
     - `value_space="counts"`: x = (log1p(v) - mean_g) / std_g. The inverse rounds to integers and is exact.
     - `value_space="log_normalized"` (the paper's): v is a log-normalised value, x = (v - mean_g) / std_g.
+    - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` k / d), with
+      x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size over all genes of the data
+      ("library_size") or over those of the model ("model_genes"). Values that are no scaled counts are taken as such of
+      a fine grain: d is 1 ("constant"), k the nearest integer.
 
     The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
     becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and
@@ -155,8 +168,14 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     composition
         Training cells by combination of categories, rows of K codes and a number of cells.
     log_library_sizes
-        In "counts" space, for each row of `composition` quantiles of the log of its cells' total counts over the G
-        genes, equally spaced from 0 to 1.
+        For a model of counts, for each row of `composition` quantiles of the log of its cells' library sizes, equally
+        spaced from 0 to 1: total counts over the G genes, or over all genes with `normalized_by="library_size"`.
+    normalized_by
+        "library_size", "model_genes" or "constant", see above; `None`: the model does not see log-normalised values as
+        counts.
+    normalized_to
+        Library size to which the counts behind log-normalised values were scaled, or with "constant" the value
+        (before log1p) of one count.
 
     Raises
     ------
@@ -185,6 +204,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         condition_categories: Sequence[Sequence[str]] = (),
         composition: Sequence[Sequence[int]] = (),
         log_library_sizes: Sequence[Sequence[float]] = (),
+        normalized_by: str | None = None,
+        normalized_to: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -201,6 +222,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         self.condition_categories = [[str(name) for name in names] for names in condition_categories]
         self.composition = [[int(number) for number in row] for row in composition]
         self.log_library_sizes = [[float(size) for size in row] for row in log_library_sizes]
+        self.normalized_by = normalized_by
+        self.normalized_to = None if normalized_to is None else float(normalized_to)
 
         if value_space not in VALUE_SPACES:
             raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
@@ -210,6 +233,15 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             )
         if target_sum is not None and not target_sum > 0:
             raise ValueError(f"target_sum must be positive, got {target_sum}.")
+        if normalized_by is not None and (normalized_by not in NORMALIZED_BY or value_space != "log_normalized"):
+            raise ValueError(
+                f"normalized_by must be one of {NORMALIZED_BY}, of log-normalised values; got {normalized_by!r} for "
+                f"{value_space!r}."
+            )
+        if (normalized_by is None) != (normalized_to is None) or normalized_to is not None and not normalized_to > 0:
+            raise ValueError(f"normalized_by={normalized_by!r} does not go with normalized_to={normalized_to}.")
+        if normalized_by is not None and self.zero_negation:
+            raise ValueError("zero_negation is for values that the model does not see as counts.")
         _check_gene_names(self.var_names, "var_names")
         lengths = dict(mean=self.mean.shape, std=self.std.shape)
         if self.gene_ids is not None:
@@ -254,6 +286,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         genes: Sequence[str] | None = None,
         gene_ids_key: str | None = None,
         standardize: bool = True,
+        recover_counts: bool = False,
     ) -> Self:
         """Choose the genes, learn their mean and standard deviation, and store the labels of the training cells.
 
@@ -291,6 +324,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             Column of var with Ensembl ids. `None` looks for "gene_ids", "gene_id", "ensembl_id" and "ensembl".
         standardize
             Whether model space is standardised; the paper's is not (mean 0 and standard deviation 1 are stored).
+        recover_counts
+            With "log_normalized": the model shall see the counts behind the values, see `normalized_by` of the class.
+            Where a cell's values are whole multiples of its smallest one (before log1p), as those of
+            `scanpy.pp.normalize_total` are, these are exact.
 
         Returns
         -------
@@ -326,6 +363,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             genes=genes,
             gene_ids_key=gene_ids_key,
             standardize=standardize,
+            recover_counts=recover_counts,
         )[0]
 
     @classmethod
@@ -346,11 +384,12 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         genes: Sequence[str] | None = None,
         gene_ids_key: str | None = None,
         standardize: bool = True,
+        recover_counts: bool = False,
         map_parts: Callable[..., Iterable[Any]] = map,
     ) -> tuple[Self, CellStatistics]:
         """[`from_anndata`] for cells that come in chunks, of which only one is in memory.
 
-        Takes two passes over the cells, and a third with `flavor="seurat_v3"`.
+        Takes two passes over the cells, and a third with `flavor="seurat_v3"` or `recover_counts`.
 
         Parameters
         ----------
@@ -361,7 +400,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             Genes of the data.
         labels_key, value_space, target_sum, zero_negation, zero_value, zero_threshold, min_std
             As in [`from_anndata`].
-        n_top_genes, flavor, genes, gene_ids_key, standardize
+        n_top_genes, flavor, genes, gene_ids_key, standardize, recover_counts
             As in [`from_anndata`].
         name
             What to call the values in messages.
@@ -389,7 +428,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             _check_gene_names(list(map(str, genes)), "genes")
             check_genes(genes, var_names)
         gene_ids = _gene_ids(var, gene_ids_key)
-        processor = cls(
+        space: dict[str, Any] = dict(
             value_space=value_space,
             target_sum=target_sum,
             zero_negation=zero_negation,
@@ -398,6 +437,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         )
 
         parts = [chunks] if callable(chunks) else list(chunks)
+        if recover_counts and value_space == "log_normalized":
+            by, to = ("library_size", target_sum) if counts else take_in(_Normalization(name), parts, map_parts).found()
+            space |= dict(normalized_by=by, normalized_to=to)
+        processor = cls(**space)
         seen = take_in(_FirstPass(processor, choice, name, counts, labels_key), parts, map_parts)
         choice, moments = seen.choice, seen.moments
         if moments.num_cells < 2:
@@ -418,21 +461,20 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             var_names=[var_names[column] for column in columns],
             mean=moments.mean[columns] + processor._zero if standardize else np.zeros(len(columns)),
             std=np.maximum(std, min_std) if standardize else np.ones(len(columns)),
-            value_space=value_space,
-            target_sum=target_sum,
-            zero_negation=zero_negation,
-            zero_value=zero_value,
-            zero_threshold=zero_threshold,
+            **space,
             gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
             condition_keys=labels_key,
             condition_categories=[label_categories(seen.labels, key, moments.num_cells) for key in labels_key],
         )
         combinations = np.unique(processor.encode_labels(seen.labels), axis=0)
         combinations = combinations if labels_key else np.zeros((1, 0), dtype=np.int64)
-        statistics = CellStatistics(combinations, len(columns) if value_space == "counts" else None)
-        statistics = take_in(_SecondPass(processor, columns, statistics), parts, map_parts).statistics
+        statistics = CellStatistics(combinations, len(columns) if processor.models_counts else None)
+        second = take_in(_SecondPass(processor, columns, statistics), parts, map_parts)
+        statistics = second.statistics
         processor.composition = np.column_stack([combinations, statistics.num_cells]).tolist()
-        if value_space == "counts":
+        if processor.normalized_by == "library_size" and second.no_other_genes:
+            processor.normalized_by = "model_genes"
+        if processor.models_counts:
             quantiles = statistics.library_size_quantiles(LIBRARY_SIZE_QUANTILES)
             processor.log_library_sizes = np.round(quantiles, 4).tolist()
         return processor, statistics
@@ -441,6 +483,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def num_genes(self) -> int:
         """Number of genes G."""
         return len(self.var_names)
+
+    @property
+    def models_counts(self) -> bool:
+        """Whether the model sees counts: those that it is given, or those behind log-normalised values."""
+        return self.value_space == "counts" or self.normalized_by is not None
 
     @property
     def num_classes(self) -> list[int]:
@@ -518,13 +565,81 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             matrix = normalize_log1p(matrix, self.target_sum)
         return matrix[:, columns]
 
+    def get_counts(self, adata: ad.AnnData, layer: str | None = None) -> tuple[sp.csr_matrix, np.ndarray]:
+        """Take what a model of counts sees out of an AnnData: the counts behind the values, if need be.
+
+        Parameters
+        ----------
+        adata
+            Cells, with at least the model's genes. Library sizes and counts are found from all of its genes.
+        layer
+            Layer that holds the values; `None` takes X.
+
+        Returns
+        -------
+        Counts as a CSR matrix, shape (cells, G), and library sizes, shape (cells,).
+
+        Raises
+        ------
+        ValueError
+            As [`get_values`]; or the model does not see counts, or there are none behind the values.
+        """
+        recover = self.normalized_by in ("library_size", "model_genes") and self.target_sum is None
+        matrix = get_matrix(adata, layer, counts=self.value_space == "counts" or self.target_sum is not None)
+        if recover and (~recover_counts(matrix)[2]).mean() > MAX_INEXACT:
+            raise ValueError(f"{_matrix_name(layer)} is no log1p of scaled counts, as that of the training cells is.")
+        return self.select_counts(matrix, self.gene_columns(adata.var_names))
+
+    def select_counts(self, matrix: sp.csr_matrix, columns: np.ndarray | slice) -> tuple[sp.csr_matrix, np.ndarray]:
+        """[`get_counts`] for a checked matrix whose gene columns are known, as in a training batch."""
+        if not self.models_counts:
+            raise ValueError("This processor is of a model that sees log-normalised values themselves, not as counts.")
+        library_sizes = None
+        if self.normalized_by == "constant":
+            matrix = sp.csr_matrix(matrix, dtype=np.float64).expm1()
+            matrix.eliminate_zeros()
+            matrix.data = np.clip(np.rint(matrix.data / self.normalized_to), 1, MAX_COUNT)
+        elif self.normalized_by is not None and self.target_sum is None:
+            matrix, one_count, _ = recover_counts(matrix)
+            library_sizes = self.normalized_to / one_count
+        elif self.normalized_by is not None:
+            library_sizes = _sums(matrix)
+        counts = matrix[:, columns]
+        if self.normalized_by != "library_size" or library_sizes is None:
+            library_sizes = _sums(counts)
+        return counts, library_sizes
+
+    def normalize(self, counts: sp.csr_matrix, library_sizes: np.ndarray | None = None) -> sp.csr_matrix:
+        """Turn counts of a model into values like those that it was trained on.
+
+        Parameters
+        ----------
+        counts
+            CSR matrix, shape (cells, G).
+        library_sizes
+            Shape (cells,); only needed with `normalized_by="library_size"`.
+
+        Returns
+        -------
+        CSR matrix of the same shape: log-normalised values with `normalized_by`, else `counts`.
+        """
+        if self.normalized_by is None:
+            return counts
+        divisor = np.ones(counts.shape[0])
+        if self.normalized_by == "library_size":
+            divisor = np.asarray(library_sizes, dtype=np.float64)
+        elif self.normalized_by == "model_genes":
+            divisor = _sums(counts)
+        scale = np.repeat(self.normalized_to / np.maximum(divisor, 1e-9), np.diff(counts.indptr))
+        return sp.csr_matrix((np.log1p(counts.data * scale), counts.indices, counts.indptr), shape=counts.shape)
+
     def transform(self, values: np.ndarray | sp.spmatrix) -> np.ndarray:
         """Values to model space.
 
         Parameters
         ----------
         values
-            Counts or log-normalised values, shape (cells, G), dense or sparse.
+            Counts or log-normalised values, as the model sees them, shape (cells, G), dense or sparse.
 
         Returns
         -------
@@ -533,7 +648,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         ValueError
-            The number of genes is not G.
+            The number of genes is not G, or the model sees counts behind values and `values` are not these.
         TypeError
             `values` is an AnnData.
         """
@@ -543,6 +658,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if values.shape[1] != self.num_genes:
             raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
         values.eliminate_zeros()
+        if self.normalized_by is not None and not np.array_equal(values.data, np.rint(values.data)):
+            raise ValueError("This model sees the counts behind log-normalised values: transform those of get_counts.")
         dense = np.repeat(((self._zero - self.mean) / self.std)[None], values.shape[0], axis=0)  # (cells, G)
         rows = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
         columns = values.indices
@@ -559,7 +676,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
         Returns
         -------
-        Float32 array of the same shape: non-negative integers in "counts", values >= 0 in "log_normalized".
+        Float32 array of the same shape: non-negative integers where the model sees counts, else values >= 0.
 
         Raises
         ------
@@ -570,7 +687,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise ValueError(f"samples has {samples.shape[-1]} genes, the processor has {self.num_genes}.")
         values = np.asarray(samples, dtype=np.float64) * self.std + self.mean
         values = np.where(values <= max(self.zero_threshold, ZERO_TOLERANCE), 0.0, values)
-        if self.value_space == "counts":
+        if self.models_counts:
             values = np.rint(np.expm1(np.minimum(values, np.log1p(MAX_COUNT))))
         return values.astype(np.float32)
 
@@ -582,11 +699,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def _forward(self, nonzero: np.ndarray) -> np.ndarray:
         """Positive values before standardisation."""
         nonzero = np.asarray(nonzero, dtype=np.float64)
-        return np.log1p(nonzero) if self.value_space == "counts" else nonzero
+        return np.log1p(nonzero) if self.models_counts else nonzero
 
     def _offset(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
         """Values before standardisation minus that of zero, hence still sparse."""
-        offset = normalize_log1p(matrix, self.target_sum) if self.target_sum is not None else matrix
+        offset = self.select_counts(matrix, slice(None))[0] if self.models_counts else matrix
+        if not self.models_counts and self.target_sum is not None:
+            offset = normalize_log1p(matrix, self.target_sum)
         if not offset.data.all():
             offset = offset.copy()
             offset.eliminate_zeros()
@@ -786,15 +905,61 @@ class _SecondPass:
 
     def __init__(self, processor: SCRDiTProcessor, columns: np.ndarray, statistics: CellStatistics):
         self.processor, self.columns, self.statistics = processor, columns, statistics
+        self.no_other_genes = True  # all counts of all cells are of the model's genes
 
     def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
         """Take in more cells."""
-        counts = matrix[:, self.columns] if self.statistics.counts else None
-        self.statistics.update(counts, self.processor.encode_labels(obs))
+        counts = library_sizes = None
+        if self.statistics.counts:
+            counts, library_sizes = self.processor.select_counts(matrix, self.columns)
+            self.no_other_genes = self.no_other_genes and np.allclose(_sums(counts), library_sizes, rtol=1e-3)
+        self.statistics.update(counts, self.processor.encode_labels(obs), library_sizes)
 
     def merge(self, other: "_SecondPass") -> None:
         """Take in the cells of another one."""
         self.statistics.merge(other.statistics)
+        self.no_other_genes = self.no_other_genes and other.no_other_genes
+
+
+class _Normalization:
+    """How log-normalised values were made from counts."""
+
+    # Of values before log1p: finer than the bins of the count head, and wide enough for whatever fits float32.
+    EDGES = np.geomspace(1e-8, 1e8, 1601)
+
+    def __init__(self, name: str):
+        self.name = name
+        self.num_cells, self.num_exact, self.total = 0, 0, 0.0
+        self.histogram = np.zeros(len(self.EDGES) - 1, dtype=np.int64)
+
+    def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
+        """Take in more cells."""
+        check_values(matrix, self.name, counts=False)
+        with np.errstate(**MISTAKEN):
+            self.num_exact += int(recover_counts(matrix)[2].sum())
+            values = np.expm1(matrix.data[matrix.data > 0], dtype=np.float64)
+        self.num_cells += matrix.shape[0]
+        self.total += values.sum()
+        self.histogram += np.histogram(np.clip(values, self.EDGES[0], self.EDGES[-1]), self.EDGES)[0]
+
+    def merge(self, other: "_Normalization") -> None:
+        """Take in the cells of another one."""
+        for name in ("num_cells", "num_exact", "total"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.histogram += other.histogram
+
+    def found(self) -> tuple[str, float]:
+        """`normalized_by` and `normalized_to` of [`SCRDiTProcessor`]."""
+        if self.num_cells - self.num_exact <= MAX_INEXACT * self.num_cells and self.total:
+            return "library_size", float(f"{self.total / self.num_cells:.6g}")  # 10,000 and not 9,999.9997
+        cumulative = np.cumsum(self.histogram)
+        small = self.EDGES[np.searchsorted(cumulative, 0.01 * cumulative[-1])]
+        large = self.EDGES[np.searchsorted(cumulative, cumulative[-1])]
+        logger.warning(
+            "%s is no log1p of scaled counts, which generated cells get nearer to: give counts if there are any.",
+            self.name,
+        )
+        return "constant", float(max(small / GRAIN, 2 * large / MAX_COUNT))
 
 
 def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:

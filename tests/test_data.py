@@ -207,7 +207,7 @@ def test_a_batch_with_its_counts(adata, kwargs):
 
 def test_refuses_the_counts_of_log_normalised_values(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
-    with pytest.raises(ValueError, match='counts=True needs a processor with value_space="counts"'):
+    with pytest.raises(ValueError, match="counts=True needs a processor whose model sees counts"):
         CellCollator(processor, adata.var, counts=True)
 
 

@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 
 from scrdit_diffusers import metrics
 
-LOG = "--value_space log_normalized --target_sum 1e4"
+LOG = "--value_space log_normalized --target_sum 1e4 --decode round"
 # What changes: flags of train.py. Rounded and log-normalised rows are to be read against the first of their kind.
 ROWS = {
     "default": "",

@@ -109,11 +109,12 @@ def batches(args, processor: SCRDiTProcessor):
 
 def dense_batch(processor: SCRDiTProcessor, matrix: sp.csr_matrix, columns: np.ndarray, obs: pd.DataFrame) -> dict:
     """Collate as [`CellCollator`] does."""
-    values = processor.select_values(matrix, columns)
+    values, library_size = processor.select_counts(matrix, columns)
     return {
         "values": torch.from_numpy(processor.transform(values)).float(),
         "class_labels": torch.from_numpy(processor.encode_labels(obs)),
         "counts": torch.from_numpy(values.toarray()).float(),
+        "library_size": torch.from_numpy(library_size).float(),
     }
 
 

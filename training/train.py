@@ -28,6 +28,7 @@ import anndata as ad
 import diffusers
 import matplotlib
 import numpy as np
+import scipy.sparse as sp
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -211,7 +212,9 @@ def check_args(args: TrainingArguments) -> None:
             f"--min_timestep {args.min_timestep}, --decode_timestep {args.decode_timestep} and --num_train_timesteps "
             f"{args.num_train_timesteps} must be in this order."
         )
-    if args.decode == "sample" and args.value_space == "counts" and args.prediction_type != "sample":
+    if args.decode == "sample" and args.zero_negation:
+        raise ValueError("--zero_negation True needs --decode round: where counts are sampled, zeros are counts, too.")
+    if args.decode == "sample" and args.prediction_type != "sample":
         raise ValueError(
             f"--prediction_type {args.prediction_type} needs --decode round: where counts are sampled, the denoised "
             "cell follows from their posterior."
@@ -419,6 +422,7 @@ def open_cells(
     names += ["standardize"]
     options = {name: getattr(args, name) for name in names}
     options |= {"name": str(args.dataset), "num_proc": args.preprocessing_num_workers}
+    options["recover_counts"] = sample_counts
     genes = Path(args.genes).read_text().split() if args.genes else None
     if pretrained is not None:
         known = pretrained.processor.var_names
@@ -501,7 +505,7 @@ def main(args: TrainingArguments) -> None:
     # 1. Cells
     pretrained = load_pretrained(args)
     args.n_top_genes = args.n_top_genes or (pretrained.processor.num_genes if pretrained else 2000)
-    sample_counts = args.value_space == "counts" and args.decode == "sample"
+    sample_counts = args.decode == "sample"
     cells = open_cells(args, accelerator, sample_counts, pretrained)
     processor, loader, val_batch = cells.processor, cells.loader, cells.val_batch
 
@@ -692,7 +696,9 @@ def main(args: TrainingArguments) -> None:
         pipe.set_progress_bar_config(disable=True)
         obs = processor.decode_labels(val_batch["class_labels"].cpu().numpy())
         synthetic = pipe(len(val_batch["values"]), obs=obs, generator=torch.Generator().manual_seed(args.seed)).adata
-        real = ad.AnnData(processor.inverse_transform(val_batch["values"].cpu().numpy()), var=synthetic.var)
+        values = sp.csr_matrix(processor.inverse_transform(val_batch["values"].cpu().numpy()))
+        library_size = val_batch["library_size"].cpu().numpy() if sample_counts else None
+        real = ad.AnnData(processor.normalize(values, library_size), var=synthetic.var)
         try:
             figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=args.value_space))[0].figure
         except ValueError as error:  # a model at its beginning may give cells that cannot be drawn

@@ -13,7 +13,7 @@ dataset=${1:?$usage}
 output_dir=${2:?$usage}
 accelerate launch --num_processes 1 "$(dirname "$0")/../train.py" \
     --dataset "$dataset" --output_dir "$output_dir" --preset scrdit-paper-d1 --dropout 0 \
-    --value_space log_normalized --zero_negation True --zero_value -10 --standardize False \
+    --value_space log_normalized --decode round --zero_negation True --zero_value -10 --standardize False \
     --flavor cv --n_top_genes 2000 --val_fraction 0 \
     --num_train_timesteps 1000 --beta_schedule linear --prediction_type epsilon \
     --loss_weighting epsilon --max_loss_weight 1e9 \
