@@ -63,7 +63,7 @@ def describe_pipeline(
     start = record.get("pretrained_model_name_or_path") or ""
     recipe["base_model"] = (Path(start).name if Path(start).exists() else start) or None
     recipe["base_model_on_hub"] = bool(start) and not Path(start).exists()
-    space = {name: getattr(processor, name) for name in ("value_space", "target_sum", "num_genes")}
+    space = {name: getattr(processor, name) for name in ("value_space", "target_sum", "normalized_by", "num_genes")}
     parameters = {"parameters": transformer.num_parameters(), "library_size": transformer.count_head is not None}
     return {
         "about": {name: about.get(name) for name in ABOUT},

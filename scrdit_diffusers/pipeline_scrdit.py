@@ -349,6 +349,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
         if library_size is not None and self.transformer.count_head is None:
             raise ValueError("library_size needs a model that predicts counts (with a count head).")
+        if library_size is not None and self.processor.normalized_by == "constant":
+            raise ValueError("library_size is a number of counts; the values of this model are no scaled counts.")
         if library_size is not None:
             try:
                 sizes_of_cells = np.asarray(library_size, dtype=np.float64)
@@ -500,15 +502,16 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             return
         table = np.exp(np.asarray(self.processor.log_library_sizes))
         smallest, largest = table.min(), table.max()
+        over_all_genes = self.processor.normalized_by == "library_size"
         if library_size.max() > 1.5 * largest or library_size.min() < smallest / 1.5:
             logger.warning(
-                "library_size is %.0f to %.0f, that of the training cells %.0f to %.0f over the model's %d genes: "
+                "library_size is %.0f to %.0f, that of the training cells %.0f to %.0f over %s: "
                 "the counts will not add up to it.",
                 library_size.min(),
                 library_size.max(),
                 smallest,
                 largest,
-                self.processor.num_genes,
+                "all genes" if over_all_genes else f"the model's {self.processor.num_genes} genes",
             )
 
     def prepare_latents(

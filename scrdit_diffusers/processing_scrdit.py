@@ -72,7 +72,10 @@ def check_values(matrix: sp.csr_matrix, name: str, counts: bool, hint: str = "")
         )
     if counts and not np.array_equal(data, np.rint(data)):
         example = data[data != np.rint(data)][0]
-        raise ValueError(f"{name} was taken as counts but holds non-integers such as {example:g}.{hint}")
+        raise ValueError(
+            f"{name} was taken as counts but holds non-integers such as {example:g}.{hint} Log-normalised values need "
+            'value_space="log_normalized".'
+        )
     if counts and data.size and data.max() > MAX_COUNT:
         raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
 

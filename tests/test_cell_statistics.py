@@ -75,11 +75,17 @@ def names():
         dict(flavor="all"),
         dict(genes=["g9", "g70", "g3"], zero_negation=True),
         dict(flavor="cv", n_top_genes=30, value_space="log_normalized", target_sum=1e4),
+        dict(n_top_genes=30, value_space="log_normalized", recover_counts=True),
+        dict(n_top_genes=30, value_space="log_normalized", recover_counts=True, per_length=True),
     ],
-    ids=["counts", "some genes", "log-normalised"],
+    ids=["counts", "some genes", "log-normalised", "counts behind them", "no counts behind them"],
 )
 def test_chunks_give_the_processor_of_the_whole(counts, obs, kwargs):
     labels = ["cell_type", "batch"]
+    kwargs = dict(kwargs)
+    lengths = np.linspace(0.5, 3, counts.shape[1]) if kwargs.pop("per_length", False) else 1.0
+    if "recover_counts" in kwargs:
+        counts = normalize_log1p(sp.csr_matrix(counts.multiply(1 / lengths)), 1e4)
     adata = ad.AnnData(counts, obs=obs.set_axis(obs.index.astype(str)), var=pd.DataFrame(index=names()))
     whole = SCRDiTProcessor.from_anndata(adata, labels, **kwargs)
     processor, _ = SCRDiTProcessor.from_chunks(chunked(counts, obs, 17), adata.var, labels, **kwargs)
@@ -87,6 +93,7 @@ def test_chunks_give_the_processor_of_the_whole(counts, obs, kwargs):
     assert processor.condition_categories == whole.condition_categories == [["T", "NK", "B"], ["8", "9", "10"]]
     assert processor.composition == whole.composition
     assert processor.log_library_sizes == whole.log_library_sizes
+    assert (processor.normalized_by, processor.normalized_to) == (whole.normalized_by, whole.normalized_to)
     np.testing.assert_allclose(processor.mean, whole.mean, rtol=1e-12)
     np.testing.assert_allclose(processor.std, whole.std, rtol=1e-12)
 

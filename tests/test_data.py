@@ -200,9 +200,22 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
 def test_a_batch_with_its_counts(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     rows = CellDataset(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
-    counts = CellCollator(processor, adata.var, counts=True)(rows)["counts"]
-    assert counts.dtype == torch.float32
-    assert np.array_equal(counts.numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
+    batch = CellCollator(processor, adata.var, counts=True)(rows)
+    assert batch["counts"].dtype == batch["library_size"].dtype == torch.float32
+    assert np.array_equal(batch["counts"].numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
+    assert torch.equal(batch["library_size"], batch["counts"].sum(dim=1))
+
+
+def test_a_batch_with_the_counts_behind_log_normalised_values(adata):
+    """Library sizes are over all genes."""
+    options = dict(value_space="log_normalized", recover_counts=True, genes=["gene9", "gene3", "gene20"])
+    processor = SCRDiTProcessor.from_anndata(adata, "cell_type", "lognorm", **options)
+    rows = CellDataset(anndata_to_table(adata, "lognorm")).__getitems__([5, 59, 0, 17])
+    batch = CellCollator(processor, adata.var, counts=True)(rows)
+    counts = adata[[5, 59, 0, 17]].layers["counts"].toarray()
+    assert np.array_equal(batch["counts"].numpy(), counts[:, [9, 3, 20]])
+    np.testing.assert_allclose(batch["library_size"], counts.sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(batch["values"], processor.transform(counts[:, [9, 3, 20]]), rtol=1e-6)
 
 
 def test_refuses_the_counts_of_log_normalised_values(adata):

@@ -107,6 +107,62 @@ def test_return_dict_false_gives_a_tuple(pipe, output_type):
     assert np.array_equal(np.asarray(first), np.asarray(expected))
 
 
+@pytest.fixture
+def log_pipe(adata, count_model):
+    """The count pipeline for log-normalised values of the same cells, with a fourth of the genes left out."""
+
+    def make(layer="lognorm", genes=None, **options):
+        options |= dict(value_space="log_normalized", recover_counts=True, genes=genes, flavor="all")
+        processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], layer, **options)
+        counts, _ = processor.get_counts(adata, layer)
+        config = dict(count_model.config) | dict(num_genes=processor.num_genes, count_bins=count_bins(counts))
+        torch.manual_seed(0)
+        model = SCRDiTTransformer.from_config(config).eval()
+        codes = processor.encode_labels(adata.obs)
+        model.count_head.initialize(counts, codes, processor.mean, processor.std)
+        pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+def test_log_normalized_output_of_a_count_model(log_pipe, adata):
+    """Values are log1p(10,000 counts / library size), the counts stay, and library sizes are over all genes."""
+    pipe = log_pipe(genes=list(adata.var_names[:17]))
+    sizes = np.linspace(50, 90, 12)
+    options = dict(library_size=sizes, num_inference_steps=3)
+    cells = pipe(**options, generator=seeded()).adata
+    counts = cells.layers["counts"].toarray()
+    assert np.array_equal(counts, np.rint(counts)) and counts.max() > 1 and cells.X.dtype == np.float32
+    np.testing.assert_allclose(cells.X.toarray(), np.log1p(1e4 * counts / sizes[:, None]), rtol=1e-5)
+    assert not np.allclose(counts.sum(axis=1), sizes, rtol=0.05)
+    values = pipe(**options, generator=seeded(), output_type="np").samples
+    assert np.array_equal(values, cells.X.toarray())
+
+
+def test_log_normalized_output_over_all_genes_has_their_sum(log_pipe):
+    cells = log_pipe()(num_cells=12, num_inference_steps=3, generator=seeded()).adata
+    np.testing.assert_allclose(np.expm1(cells.X.toarray().astype(np.float64)).sum(axis=1), 1e4, rtol=1e-4)
+
+
+def test_output_of_a_count_model_for_values_that_are_no_counts(log_pipe, adata):
+    adata.layers["tpm"] = adata.layers["lognorm"].multiply(np.linspace(0.3, 1, 23)).tocsr()
+    pipe = log_pipe("tpm")
+    assert pipe.processor.normalized_by == "constant"
+    cells = pipe(num_cells=40, num_inference_steps=3, generator=seeded()).adata
+    assert "counts" not in cells.layers
+    assert adata.layers["tpm"].max() * 1.2 > cells.X.max() > 1
+    with pytest.raises(ValueError, match="library_size is a number of counts"):
+        pipe(library_size=100)
+
+
+def test_a_processor_of_counts_needs_a_count_head(log_pipe, model):
+    pipe = SCRDiTPipeline(model, default_scheduler(), log_pipe().processor)
+    with pytest.raises(ValueError, match="processor is of a model with a count head"):
+        pipe(2)
+
+
 def test_log_normalized_output_has_no_counts(adata, model):
     processor = SCRDiTProcessor.from_anndata(
         adata, ["cell_type", "batch"], "lognorm", value_space="log_normalized", zero_negation=True, flavor="all"

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, anndata_to_table, save_table
+from scrdit_diffusers.cell_statistics import normalize_log1p
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "training/train.py"]
@@ -538,10 +539,31 @@ def test_accumulated_gradients_train(train_here, dataset, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_other_prediction_types_and_log_normalized_values_train(train_here, dataset, tmp_path, prediction_type):
     arguments = ["--value_space", "log_normalized", "--target_sum", "1e4", "--zero_negation", "True"]
+    arguments += ["--decode", "round"]
     arguments += ["--prediction_type", prediction_type, "--beta_schedule", "linear", "--patch_embed_type", "shared"]
     train_here(dataset, tmp_path, *arguments)
     adata = SCRDiTPipeline.from_pretrained(tmp_path)(3, num_inference_steps=3).adata
     assert adata.n_obs == 3 and "counts" not in adata.layers
+
+
+def test_log_normalised_values_train_as_the_counts_behind_them(train_here, dataset, tmp_path):
+    """Of all genes and from the same seed: the same weights."""
+    adata = ad.read_h5ad(dataset)
+    adata.X = normalize_log1p(adata.X, 1e4).astype(np.float32)
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    genes = tmp_path / "genes.txt"
+    genes.write_text("\n".join(adata.var_names))
+    arguments = ["--labels_key", "cell_type", "--genes", str(genes)]
+    train_here(dataset, tmp_path / "counts", *arguments)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_here(tmp_path / "log.h5ad", tmp_path / "log", *arguments, "--value_space", "log_normalized")
+    assert_close_weights(weights(tmp_path / "log"), weights(tmp_path / "counts"))
+    of_log, of_counts = (SCRDiTPipeline.from_pretrained(tmp_path / name) for name in ("log", "counts"))
+    options = dict(num_cells=5, num_inference_steps=3)
+    cells = of_log(**options, generator=torch.manual_seed(0)).adata
+    counts = of_counts(**options, generator=torch.manual_seed(0)).adata.X
+    np.testing.assert_allclose(cells.X.toarray(), normalize_log1p(counts, 1e4).toarray(), rtol=1e-4)
+    assert (tmp_path / "log" / "samples").is_dir()
 
 
 def test_counts_train_with_rounding(train_here, dataset, tmp_path):
@@ -635,6 +657,7 @@ BAD_ARGUMENTS = {
     "decoding below what is trained": (["--decode_timestep", "100"], "--decode_timestep"),
     "noise prediction with counts": (["--prediction_type", "epsilon"], "epsilon needs --decode round"),
     "velocity prediction with counts": (["--prediction_type", "v_prediction"], "v_prediction needs --decode round"),
+    "zero negation of counts": (["--zero_negation", "True"], "zero_negation True needs --decode round"),
     "counts for log values": (["--value_space", "log_normalized"], "holds only integers"),
 }
 
