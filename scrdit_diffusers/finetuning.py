@@ -141,8 +141,8 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     ValueError
         The pretrained model sees counts behind log-normalised values, and the new cells hold none, or other ones.
     """
-    if "constant" in (pretrained.normalized_by, fitted.normalized_by):
-        raise ValueError("Values that are no log1p of scaled counts have a scale of their own: train from scratch.")
+    if pretrained.value_step is not None or fitted.value_step is not None:
+        raise ValueError("Values that are no log1p of scaled counts have steps of their own: train from scratch.")
     before = pretrained.conditions
     categories = []
     composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)

@@ -345,11 +345,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
             )
-        if self.processor.normalized_by is not None and self.transformer.count_head is None:
+        sees_others = self.processor.models_counts and self.processor.value_space != "counts"
+        if sees_others and self.transformer.count_head is None:
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
         if library_size is not None and self.transformer.count_head is None:
             raise ValueError("library_size needs a model that predicts counts (with a count head).")
-        if library_size is not None and self.processor.normalized_by == "constant":
+        if library_size is not None and self.processor.value_step is not None:
             raise ValueError("library_size is a number of counts; the values of this model are no scaled counts.")
         if library_size is not None:
             try:
@@ -793,7 +794,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if self.processor.gene_ids is not None:
             var["gene_ids"] = self.processor.gene_ids
         adata = ad.AnnData(samples, obs=obs.assign(synthetic=True), var=var)
-        if self.processor.models_counts and self.processor.normalized_by != "constant":
+        if self.processor.models_counts and self.processor.value_step is None:
             adata.layers["counts"] = counts.copy()
         adata.uns["scrdit"] = provenance
         return SCRDiTPipelineOutput(adata=adata) if return_dict else (adata,)

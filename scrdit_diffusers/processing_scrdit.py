@@ -30,10 +30,10 @@ from .hub import explain_push
 logger = logging.getLogger(__name__)
 
 VALUE_SPACES = ("counts", "log_normalized")
-NORMALIZED_BY = ("library_size", "model_genes", "constant")
+NORMALIZED_BY = ("library_size", "model_genes")
 LIBRARY_SIZE_QUANTILES = 21
 MAX_INEXACT = 0.01  # share of cells whose values may be no whole multiples, such as those with few genes
-GRAIN = 4  # the count of the smallest of log-normalised values that are no scaled counts
+STEPS_PER_STD = 15  # of log-normalised values that are no scaled counts, and are counted in steps
 RARE_LABEL_CELLS = 30  # of labels with fewer training cells little is to be expected
 ZERO_TOLERANCE = 1e-6  # what standardising an exact zero and back may leave of it
 MISTAKEN: Any = {"over": "ignore", "invalid": "ignore"}  # of counts taken for logarithms, which are refused at the end
@@ -133,8 +133,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     - `value_space="log_normalized"` (the paper's): v is a log-normalised value, x = (v - mean_g) / std_g.
     - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` k / d), with
       x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size over all genes of the data
-      ("library_size") or over those of the model ("model_genes"). Values that are no scaled counts are taken as such of
-      a fine grain: d is 1 ("constant"), k the nearest integer.
+      ("library_size") or over those of the model ("model_genes").
+    - The same with `value_step`, for values that are no scaled counts: the model sees k, which is 0 for an exact zero,
+      else how many steps v is above the gene's smallest value, plus 1: v = `value_min`_g + `value_step` (k - 1).
 
     The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
     becomes `zero_value` before it is standardised, so that zeros lie far from the small positive values. Mean and
@@ -174,11 +175,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         For a model of counts, for each row of `composition` quantiles of the log of its cells' library sizes, equally
         spaced from 0 to 1: total counts over the G genes, or over all genes with `normalized_by="library_size"`.
     normalized_by
-        "library_size", "model_genes" or "constant", see above; `None`: the model does not see log-normalised values as
-        counts.
+        "library_size" or "model_genes", see above; `None` where values are no scaled counts, or not modelled as such.
     normalized_to
-        Library size to which the counts behind log-normalised values were scaled, or with "constant" the value
-        (before log1p) of one count.
+        Library size to which the counts behind log-normalised values were scaled.
+    value_step
+        Step in which other log-normalised values are counted; `None` where they are not.
+    value_min
+        Smallest value of each gene, shape (G,), where values are counted in steps.
 
     Raises
     ------
@@ -209,6 +212,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         log_library_sizes: Sequence[Sequence[float]] = (),
         normalized_by: str | None = None,
         normalized_to: float | None = None,
+        value_step: float | None = None,
+        value_min: Sequence[float] | np.ndarray = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -227,6 +232,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         self.log_library_sizes = [[float(size) for size in row] for row in log_library_sizes]
         self.normalized_by = normalized_by
         self.normalized_to = None if normalized_to is None else float(normalized_to)
+        self.value_step = None if value_step is None else float(value_step)
+        self.value_min = np.asarray(value_min, dtype=np.float64)
 
         if value_space not in VALUE_SPACES:
             raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
@@ -243,10 +250,14 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             )
         if (normalized_by is None) != (normalized_to is None) or normalized_to is not None and not normalized_to > 0:
             raise ValueError(f"normalized_by={normalized_by!r} does not go with normalized_to={normalized_to}.")
-        if normalized_by is not None and self.zero_negation:
+        if value_step is not None and (value_space != "log_normalized" or normalized_by or not value_step > 0):
+            raise ValueError(f"value_step={value_step} is for log-normalised values that are no scaled counts.")
+        if self.zero_negation and value_space == "log_normalized" and self.models_counts:
             raise ValueError("zero_negation is for values that the model does not see as counts.")
         _check_gene_names(self.var_names, "var_names")
         lengths = dict(mean=self.mean.shape, std=self.std.shape)
+        if value_step is not None:
+            lengths["value_min"] = self.value_min.shape
         if self.gene_ids is not None:
             lengths["gene_ids"] = (len(self.gene_ids),)
         for name, shape in lengths.items():
@@ -440,10 +451,20 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         )
 
         parts = [chunks] if callable(chunks) else list(chunks)
+        smallest = np.empty(0)
         if recover_counts and value_space == "log_normalized":
-            by, to = ("library_size", target_sum) if counts else take_in(_Normalization(name), parts, map_parts).found()
-            space |= dict(normalized_by=by, normalized_to=to)
+            library_size = target_sum
+            if not counts:
+                found = take_in(_Normalization(name, len(var_names)), parts, map_parts)
+                library_size = found.library_size()
+            if library_size is not None:
+                space |= dict(normalized_by="library_size", normalized_to=library_size)
+            else:
+                logger.warning("%s is no log1p of scaled counts: give counts if there are any.", name)
+                smallest = np.where(np.isfinite(found.smallest), found.smallest, 0.0)
+                space |= dict(value_step=found.value_step())
         processor = cls(**space)
+        processor.value_min = smallest  # of all genes
         seen = take_in(_FirstPass(processor, choice, name, counts, labels_key), parts, map_parts)
         choice, moments = seen.choice, seen.moments
         if moments.num_cells < 2:
@@ -465,6 +486,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             mean=moments.mean[columns] + processor._zero if standardize else np.zeros(len(columns)),
             std=np.maximum(std, min_std) if standardize else np.ones(len(columns)),
             **space,
+            value_min=smallest[columns] if len(smallest) else (),
             gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
             condition_keys=labels_key,
             condition_categories=[label_categories(seen.labels, key, moments.num_cells) for key in labels_key],
@@ -490,7 +512,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     @property
     def models_counts(self) -> bool:
         """Whether the model sees counts: those that it is given, or those behind log-normalised values."""
-        return self.value_space == "counts" or self.normalized_by is not None
+        return self.value_space == "counts" or self.normalized_by is not None or self.value_step is not None
 
     @property
     def num_classes(self) -> list[int]:
@@ -598,11 +620,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if not self.models_counts:
             raise ValueError("This processor is of a model that sees log-normalised values themselves, not as counts.")
         library_sizes = None
-        if self.normalized_by == "constant":
-            matrix = sp.csr_matrix(matrix, dtype=np.float64).expm1()
-            matrix.eliminate_zeros()
-            matrix.data = np.clip(np.rint(matrix.data / self.normalized_to), 1, MAX_COUNT)
-        elif self.normalized_by is not None and self.target_sum is None:
+        if self.value_step is not None:
+            counts = sp.csr_matrix(matrix[:, columns], dtype=np.float64, copy=True)
+            counts.eliminate_zeros()
+            steps = (counts.data - self.value_min[counts.indices]) / self.value_step
+            counts.data = 1 + np.maximum(np.rint(steps), 0)
+            return counts, _sums(counts)
+        if self.normalized_by is not None and self.target_sum is None:
             matrix, one_count, _ = recover_counts(matrix)
             library_sizes = self.normalized_to / one_count
         elif self.normalized_by is not None:
@@ -624,17 +648,17 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
         Returns
         -------
-        CSR matrix of the same shape: log-normalised values with `normalized_by`, else `counts`.
+        CSR matrix of the same shape: log-normalised values, or `counts` where these are the values.
         """
-        if self.normalized_by is None:
+        if self.value_step is not None:
+            values = self.value_min[counts.indices] + self.value_step * (counts.data - 1)
+        elif self.normalized_by is not None:
+            divisor = _sums(counts) if self.normalized_by == "model_genes" else np.asarray(library_sizes, np.float64)
+            scale = np.repeat(self.normalized_to / np.maximum(divisor, 1e-9), np.diff(counts.indptr))
+            values = np.log1p(counts.data * scale)
+        else:
             return counts
-        divisor = np.ones(counts.shape[0])
-        if self.normalized_by == "library_size":
-            divisor = np.asarray(library_sizes, dtype=np.float64)
-        elif self.normalized_by == "model_genes":
-            divisor = _sums(counts)
-        scale = np.repeat(self.normalized_to / np.maximum(divisor, 1e-9), np.diff(counts.indptr))
-        return sp.csr_matrix((np.log1p(counts.data * scale), counts.indices, counts.indptr), shape=counts.shape)
+        return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
     def transform(self, values: np.ndarray | sp.spmatrix) -> np.ndarray:
         """Values to model space.
@@ -661,7 +685,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if values.shape[1] != self.num_genes:
             raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
         values.eliminate_zeros()
-        if self.normalized_by is not None and not np.array_equal(values.data, np.rint(values.data)):
+        sees_others = self.models_counts and self.value_space != "counts"
+        if sees_others and not np.array_equal(values.data, np.rint(values.data)):
             raise ValueError("This model sees the counts behind log-normalised values: transform those of get_counts.")
         dense = np.repeat(((self._zero - self.mean) / self.std)[None], values.shape[0], axis=0)  # (cells, G)
         rows = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
@@ -925,44 +950,45 @@ class _SecondPass:
 
 
 class _Normalization:
-    """How log-normalised values were made from counts."""
+    """How log-normalised values were made from counts, and what else is known of positive ones."""
 
-    # Of values before log1p: finer than the bins of the count head, and wide enough for whatever fits float32.
-    EDGES = np.geomspace(1e-8, 1e8, 1601)
-
-    def __init__(self, name: str):
+    def __init__(self, name: str, num_vars: int):
         self.name = name
-        self.num_cells, self.num_exact, self.total = 0, 0, 0.0
-        self.histogram = np.zeros(len(self.EDGES) - 1, dtype=np.int64)
+        self.num_cells = self.num_exact = self.num_positive = 0
+        self.total = self.sum = self.squares = 0.0
+        self.smallest = np.full(num_vars, np.inf)
 
     def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
         """Take in more cells."""
         check_values(matrix, self.name, counts=False)
+        positive = matrix.data > 0
+        values = matrix.data[positive].astype(np.float64)
         with np.errstate(**MISTAKEN):
             self.num_exact += int(recover_counts(matrix)[2].sum())
-            values = np.expm1(matrix.data[matrix.data > 0], dtype=np.float64)
+            self.total += np.expm1(values).sum()
         self.num_cells += matrix.shape[0]
-        self.total += values.sum()
-        self.histogram += np.histogram(np.clip(values, self.EDGES[0], self.EDGES[-1]), self.EDGES)[0]
+        self.num_positive += len(values)
+        self.sum += values.sum()
+        self.squares += (values**2).sum()
+        np.minimum.at(self.smallest, matrix.indices[positive], values)
 
     def merge(self, other: "_Normalization") -> None:
         """Take in the cells of another one."""
-        for name in ("num_cells", "num_exact", "total"):
+        for name in ("num_cells", "num_exact", "num_positive", "total", "sum", "squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.histogram += other.histogram
+        np.minimum(self.smallest, other.smallest, out=self.smallest)
 
-    def found(self) -> tuple[str, float]:
-        """`normalized_by` and `normalized_to` of [`SCRDiTProcessor`]."""
-        if self.num_cells - self.num_exact <= MAX_INEXACT * self.num_cells and self.total:
-            return "library_size", float(f"{self.total / self.num_cells:.6g}")  # 10,000 and not 9,999.9997
-        cumulative = np.cumsum(self.histogram)
-        small = self.EDGES[np.searchsorted(cumulative, 0.01 * cumulative[-1])]
-        large = self.EDGES[np.searchsorted(cumulative, cumulative[-1])]
-        logger.warning(
-            "%s is no log1p of scaled counts, which generated cells get nearer to: give counts if there are any.",
-            self.name,
-        )
-        return "constant", float(max(small / GRAIN, 2 * large / MAX_COUNT))
+    def library_size(self) -> float | None:
+        """Library size to which counts were scaled; `None` where there are no scaled counts."""
+        if self.num_cells - self.num_exact > MAX_INEXACT * self.num_cells or not self.total:
+            return None
+        return float(f"{self.total / self.num_cells:.6g}")  # 10,000 and not 9,999.9997
+
+    def value_step(self) -> float:
+        """Choose a fine step of positive values."""
+        number = max(self.num_positive, 1)
+        variance = self.squares / number - (self.sum / number) ** 2
+        return float(np.sqrt(variance)) / STEPS_PER_STD if variance > 1e-12 else 1.0
 
 
 def _check_gene_names(names: list[str], name: str, hint: str = "") -> None:

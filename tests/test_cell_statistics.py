@@ -94,6 +94,8 @@ def test_chunks_give_the_processor_of_the_whole(counts, obs, kwargs):
     assert processor.composition == whole.composition
     assert processor.log_library_sizes == whole.log_library_sizes
     assert (processor.normalized_by, processor.normalized_to) == (whole.normalized_by, whole.normalized_to)
+    assert (processor.value_step is None) == (whole.value_step is None)
+    assert np.array_equal(processor.value_min, whole.value_min)
     np.testing.assert_allclose(processor.mean, whole.mean, rtol=1e-12)
     np.testing.assert_allclose(processor.std, whole.std, rtol=1e-12)
 

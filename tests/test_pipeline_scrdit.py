@@ -149,9 +149,11 @@ def test_log_normalized_output_over_all_genes_has_their_sum(log_pipe):
 def test_output_of_a_count_model_for_values_that_are_no_counts(log_pipe, adata):
     adata.layers["tpm"] = adata.layers["lognorm"].multiply(np.linspace(0.3, 1, 23)).tocsr()
     pipe = log_pipe("tpm")
-    assert pipe.processor.normalized_by == "constant"
+    assert pipe.processor.value_step is not None
     cells = pipe(num_cells=40, num_inference_steps=3, generator=seeded()).adata
     assert "counts" not in cells.layers
+    smallest = adata.layers["tpm"].toarray().min(axis=0, where=adata.layers["tpm"].toarray() > 0, initial=99)
+    assert (cells.X.toarray() >= smallest - 1e-5)[cells.X.toarray() > 0].all()
     assert adata.layers["tpm"].max() * 1.2 > cells.X.max() > 1
     with pytest.raises(ValueError, match="library_size is a number of counts"):
         pipe(library_size=100)

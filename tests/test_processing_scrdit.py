@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from scrdit_diffusers import SCRDiTProcessor
 from scrdit_diffusers.cell_statistics import recover_counts
-from scrdit_diffusers.processing_scrdit import GRAIN, MAX_COUNT, looks_like_counts, normalize_log1p
+from scrdit_diffusers.processing_scrdit import MAX_COUNT, looks_like_counts, normalize_log1p
 
 SEEDS = range(5)
 
@@ -297,14 +297,17 @@ def test_counts_are_recovered_from_genes_chosen_after_normalisation():
 def test_values_that_are_no_scaled_counts_are_taken_as_fine_ones(caplog):
     adata = per_length(few_counts())
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", **RECOVER)
-    assert processor.normalized_by == "constant" and "is no log1p of scaled counts" in caplog.text
+    assert processor.normalized_by is None and "is no log1p of scaled counts" in caplog.text
     counts, sizes = processor.get_counts(adata)
     assert np.array_equal(sizes, counts.sum(axis=1).A1)
     values, back = adata.X.toarray(), processor.normalize(counts).toarray()
     assert np.array_equal(back > 0, values > 0)
-    usual = values > np.quantile(values[values > 0], 0.02)
-    np.testing.assert_allclose(np.expm1(back[usual]), np.expm1(values[usual]), rtol=0.5 / (GRAIN - 0.5))
-    assert np.median(np.abs(back - values)[values > 0]) < 0.03
+    step = values[values > 0].std() / 15
+    assert np.isclose(processor.value_step, step)
+    np.testing.assert_allclose(back, values, atol=0.51 * step)
+    np.testing.assert_allclose(
+        back.min(axis=0, where=back > 0, initial=99), values.min(axis=0, where=values > 0, initial=99), rtol=1e-6
+    )
 
 
 def test_values_of_another_kind_are_refused():
@@ -322,9 +325,12 @@ def test_values_of_another_kind_are_refused():
     [
         (dict(normalized_by="library_size", normalized_to=1e4), "of log-normalised values"),
         (dict(value_space="log_normalized", normalized_by="cells", normalized_to=1e4), "must be one of"),
-        (dict(value_space="log_normalized", normalized_by="constant"), "does not go with normalized_to=None"),
+        (dict(value_space="log_normalized", normalized_by="model_genes"), "does not go with normalized_to=None"),
         (dict(value_space="log_normalized", normalized_to=1e4), "does not go with normalized_to=10000"),
-        (dict(value_space="log_normalized", normalized_by="constant", normalized_to=0.0), "normalized_to=0"),
+        (dict(value_space="log_normalized", normalized_by="library_size", normalized_to=0.0), "normalized_to=0"),
+        (dict(value_step=0.1), "value_step=0.1 is for log-normalised values"),
+        (dict(value_space="log_normalized", value_step=-1.0), "value_step=-1.0 is for log-normalised values"),
+        (dict(value_space="log_normalized", value_step=1.0, value_min=[0.1]), "value_min has shape"),
         (RECOVER | dict(zero_negation=True), "zero_negation is for values"),
     ],
 )
@@ -436,7 +442,7 @@ def test_save_and_load_bit_by_bit(adata, tmp_path, kwargs):
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["var_names"] == processor.var_names
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "zero_threshold", "gene_ids"]
-    for name in [*names, "normalized_by", "normalized_to"]:
+    for name in [*names, "normalized_by", "normalized_to", "value_step"]:
         assert getattr(loaded, name) == getattr(processor, name)
     assert (loaded.conditions, loaded.composition) == (processor.conditions, processor.composition)
     assert loaded.log_library_sizes == processor.log_library_sizes
