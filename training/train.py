@@ -102,7 +102,7 @@ class TrainingArguments:
     preprocessing_num_workers: int | None = arg(None, "Processes that convert files and learn the genes.")
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
-    value_space: str = arg("counts", "What is modelled.", choices=["counts", "log_normalized"])
+    value_space: str = arg("counts", "What the values are, and will be.", choices=["counts", "log_normalized"])
     target_sum: float | None = arg(None, "log_normalized: the values are counts, scale them to this library size.")
     zero_negation: bool = arg(False, "Move exact zeros to --zero_value, away from small positive values.")
     zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
