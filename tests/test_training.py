@@ -629,8 +629,8 @@ def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
 
 @pytest.mark.parametrize(
     ("batch_size", "val_fraction", "steps"),
-    [(81, 0.1, 300), (16, 0.1, 900), (4, 0.1, 2500), (1, 0.1, 4860), (1, 0, 5000)],
-    ids=["at least 300", "150 passes", "2,500", "60 passes", "at most 5,000"],
+    [(81, 0.1, 600), (16, 0.1, 900), (4, 0.1, 2500), (1, 0.1, 4860), (1, 0, 5000)],
+    ids=["at least 600", "150 passes", "2,500", "60 passes", "at most 5,000"],
 )
 @pytest.mark.usefixtures("train_here")  # which cleans up
 def test_default_number_of_steps(train_script, dataset, tmp_path, capsys, batch_size, val_fraction, steps):

@@ -76,7 +76,7 @@ from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 matplotlib.use("Agg")
 logger = logging.getLogger("train")
 
-DEFAULT_STEPS = (300, 2500, 5000)  # at least, where EPOCHS allow it, at most
+DEFAULT_STEPS = (600, 2500, 5000)  # at least (half of that for a pretrained model), where EPOCHS allow it, at most
 EPOCHS = (60, 150)  # passes over the cells, at least and at most
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
 TABLE_RATE = 10  # learning rate of the tables of the count head over that of the rest
@@ -531,6 +531,7 @@ def main(args: TrainingArguments) -> None:
         args.max_train_steps = args.num_train_epochs * updates_per_epoch
     elif args.max_train_steps is None:  # small sets are learned by heart by more passes
         least, usual, most = DEFAULT_STEPS
+        least = least if pretrained is None else least // 2
         steps = np.clip(usual, EPOCHS[0] * updates_per_epoch, EPOCHS[1] * updates_per_epoch)
         args.max_train_steps = int(np.clip(steps, least, most))
 
