@@ -460,7 +460,6 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             if library_size is not None:
                 space |= dict(normalized_by="library_size", normalized_to=library_size)
             else:
-                logger.warning("%s is no log1p of scaled counts: give counts if there are any.", name)
                 smallest = np.where(np.isfinite(found.smallest), found.smallest, 0.0)
                 space |= dict(value_step=found.value_step())
         processor = cls(**space)
@@ -479,6 +478,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         columns = (
             choice.choose(parts, map_parts) if genes is None else check_genes(genes, var_names, choice.num_expressing)
         )
+        if len(smallest):
+            logger.warning("%s is no log1p of scaled counts: give counts if there are any.", name)
         variance = moments.variance()[columns]
         std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))  # 1 for a gene that does not vary
         processor = cls(
