@@ -64,7 +64,8 @@ def describe_pipeline(
     recipe["base_model"] = (Path(start).name if Path(start).exists() else start) or None
     recipe["base_model_on_hub"] = bool(start) and not Path(start).exists()
     space = {name: getattr(processor, name) for name in ("value_space", "target_sum", "normalized_by", "num_genes")}
-    parameters = {"parameters": transformer.num_parameters(), "library_size": transformer.count_head is not None}
+    has_library_size = transformer.count_head is not None and processor.value_step is None
+    parameters = {"parameters": transformer.num_parameters(), "library_size": has_library_size}
     return {
         "about": {name: about.get(name) for name in ABOUT},
         **space,

@@ -153,6 +153,19 @@ def test_log_normalised_and_unlabelled_models_say_so(pipe):
     assert "pipe(\n    num_cells=200,\n    generator=" in text
 
 
+def test_models_of_the_counts_behind_log_normalised_values_say_so(count_pipe):
+    count_pipe.processor.value_space, count_pipe.processor.normalized_by = "log_normalized", "library_size"
+    text = model_card.build_card(model_card.describe_pipeline(count_pipe, RECORD, {}), None, [], "model").text
+    expected = 'Log-normalised values of 23 genes, the counts behind them in `layers["counts"]`, with the library size'
+    assert expected in text
+
+
+def test_models_of_other_values_have_no_library_size_to_ask_for(count_pipe):
+    count_pipe.processor.value_space, count_pipe.processor.value_step = "log_normalized", 0.1
+    text = model_card.build_card(model_card.describe_pipeline(count_pipe, RECORD, {}), None, [], "model").text
+    assert "Log-normalised values of 23 genes.\n" in text
+
+
 def test_quality_against_steps_is_drawn_from_metrics_json(pipe, tmp_path):
     metrics = json.loads((CARDS[0] / "metrics.json").read_text(encoding="utf-8"))
     rows = {row["metric"]: row["value"] for row in metrics["rows"] if row["group"] == "all"}
