@@ -345,8 +345,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
             )
-        sees_others = self.processor.models_counts and self.processor.value_space != "counts"
-        if sees_others and self.transformer.count_head is None:
+        if self.processor.has_counts_behind and self.transformer.count_head is None:
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
         if library_size is not None and self.transformer.count_head is None:
             raise ValueError("library_size needs a model that predicts counts (with a count head).")

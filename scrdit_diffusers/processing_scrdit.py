@@ -252,7 +252,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise ValueError(f"normalized_by={normalized_by!r} does not go with normalized_to={normalized_to}.")
         if value_step is not None and (value_space != "log_normalized" or normalized_by or not value_step > 0):
             raise ValueError(f"value_step={value_step} is for log-normalised values that are no scaled counts.")
-        if self.zero_negation and value_space == "log_normalized" and self.models_counts:
+        if self.zero_negation and self.has_counts_behind:
             raise ValueError("zero_negation is for values that the model does not see as counts.")
         _check_gene_names(self.var_names, "var_names")
         lengths = dict(mean=self.mean.shape, std=self.std.shape)
@@ -511,9 +511,14 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return len(self.var_names)
 
     @property
+    def has_counts_behind(self) -> bool:
+        """Whether values are log-normalised and the model sees the counts behind them."""
+        return self.normalized_by is not None or self.value_step is not None
+
+    @property
     def models_counts(self) -> bool:
         """Whether the model sees counts: those that it is given, or those behind log-normalised values."""
-        return self.value_space == "counts" or self.normalized_by is not None or self.value_step is not None
+        return self.value_space == "counts" or self.has_counts_behind
 
     @property
     def num_classes(self) -> list[int]:
@@ -686,8 +691,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if values.shape[1] != self.num_genes:
             raise ValueError(f"values has {values.shape[1]} genes, the processor has {self.num_genes}.")
         values.eliminate_zeros()
-        sees_others = self.models_counts and self.value_space != "counts"
-        if sees_others and not np.array_equal(values.data, np.rint(values.data)):
+        if self.has_counts_behind and not np.array_equal(values.data, np.rint(values.data)):
             raise ValueError("This model sees the counts behind log-normalised values: transform those of get_counts.")
         dense = np.repeat(((self._zero - self.mean) / self.std)[None], values.shape[0], axis=0)  # (cells, G)
         rows = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
