@@ -1,6 +1,6 @@
-"""Made the pipelines beside this file, at commit 613385b: run it there.
+"""Made the pipelines beside this file, at commit 613385b: run there, from the root, with OMP_NUM_THREADS=1.
 
-From the root of a checkout, with OMP_NUM_THREADS=1. Later code must load them to the same cells, bit for bit (tests/test_published_pipelines.py), so it is never run again.
+Later code must load them to the same cells, bit for bit (tests/test_published_pipelines.py): do not run it again.
 """
 
 import json
