@@ -7,7 +7,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .cell_statistics import CellStatistics
-from .count_head import SCRDiTCountHead, count_bins
+from .count_head import SCRDiTCountHead
 from .data import (
     CellCollator,
     CellDataset,
@@ -24,7 +24,8 @@ from .data import (
     split_stream,
     table_to_anndata,
 )
-from .objective import diffusion_loss, drop_labels, negative_log_prior
+from .initialization import count_bins, initialize_from_cells
+from .objective import FoldChangePrior, diffusion_loss, drop_labels
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
@@ -38,6 +39,7 @@ __all__ = [
     "CellDataset",
     "CellStatistics",
     "CellStream",
+    "FoldChangePrior",
     "SCRDiTCountHead",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
@@ -50,8 +52,8 @@ __all__ = [
     "diffusion_loss",
     "drop_labels",
     "fit_table",
+    "initialize_from_cells",
     "iterate_rows",
-    "negative_log_prior",
     "open_table",
     "push_remote_code",
     "push_table",

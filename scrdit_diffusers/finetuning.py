@@ -15,7 +15,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from .cell_statistics import CellStatistics
-from .count_head import LABEL_TABLES, count_bins
+from .count_head import LABEL_TABLES
+from .initialization import count_bins, initialize_from_cells
 from .objective import diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
@@ -236,17 +237,13 @@ def adapt_transformer(
         bins = None
         if statistics is not None:
             position = pd.Index(before.var_names).get_indexer(pd.Index(processor.var_names))  # (G,), -1 for new genes
-            bins = np.where(position >= 0, source.count_head.bins_of_genes()[position], 0)
-            config["count_bins"] = count_bins(statistics, at_least=bins)
+            bins = np.where(position >= 0, source.count_head.bins_per_gene().cpu().numpy()[position], 0)
+            config["count_bins"] = count_bins(statistics, min_bins=bins)
         model = SCRDiTTransformer(**config)
-        model.initialize_weights()
-        if statistics is not None:
-            model.count_head.initialize_from_statistics(statistics, processor.mean, processor.std, at_least=bins)
+        initialize_from_cells(model, processor, statistics, min_bins=bins)
         new = transfer_weights(source, before, model, processor)
         if cells is not None:
             report["new_labels_start_as"] = start_new_labels(pretrained, model, processor, cells)
-    if model.count_head is not None:
-        model.set_prior_means()
     if lora_rank is not None:
         add_lora(model, lora_rank, new)
     return model, report

@@ -1,4 +1,4 @@
-"""What training minimises: the weighted error of the denoiser, or the likelihood of the counts."""
+"""What training minimizes: the weighted error of the denoiser, or the negative log-likelihood of the counts."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from .transformer_scrdit import SCRDiTTransformerOutput
+from .transformer_scrdit import SCRDiTTransformer
 
 FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): beyond it a gene's log fold changes are hardly shrunk any more
 SHAPE_PRIOR = 4  # standard deviation of what is learned of the shapes of distributions, over that of log fold changes
@@ -17,9 +17,9 @@ def loss_weights(
 ) -> torch.Tensor:
     """Weigh the squared error of a prediction by the signal-to-noise ratio of its timestep.
 
-    A weighting is defined by the weight w of the error of the clean cell: "sample" 1, "epsilon" SNR, "v" SNR + 1, each
-    at most `max_loss_weight` ("epsilon" with 5 is min-SNR). As errors of the noise are sqrt(SNR) times those of the
-    clean cell, and errors of v sqrt(SNR + 1) times, w is divided by the square where the network predicts these.
+    A weighting is defined by the weight w of the error of the clean cell: "x0" 1, "epsilon" SNR, "v" SNR + 1, each at
+    most `max_loss_weight` ("epsilon" with 5 is min-SNR). An error of the noise is sqrt(SNR) times that of the clean
+    cell, and an error of v sqrt(SNR + 1) times, so w is divided by the square where the network predicts these.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def loss_weights(
     prediction_type
         What the network predicts: "epsilon", "v_prediction" or "sample".
     loss_weighting
-        "sample", "epsilon" or "v".
+        "x0", "epsilon" or "v".
     max_loss_weight
         Largest w.
 
@@ -40,7 +40,7 @@ def loss_weights(
     ----------
     Salimans and Ho 2022, arXiv 2202.00512, section 4; min-SNR: Hang et al. 2023, arXiv 2303.09556.
     """
-    weight = {"sample": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[loss_weighting].clamp(max=max_loss_weight)
+    weight = {"x0": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[loss_weighting].clamp(max=max_loss_weight)
     return weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
 
 
@@ -49,7 +49,7 @@ def drop_labels(
 ) -> torch.Tensor:
     """Replace labels by the null code, so that the model also learns cells without labels (classifier-free guidance).
 
-    All labels of a cell are dropped with `probability`; with several conditions each one is also dropped on its own
+    All labels of a cell are dropped with `probability`. With several conditions each one is also dropped on its own
     with `probability`, so that any subset of them may be left out.
 
     Parameters
@@ -78,36 +78,109 @@ def drop_labels(
 
 
 def negative_log_prior(
-    output: SCRDiTTransformerOutput, num_cells: int, width: int, prior_std: float = 0.16
+    squared_fold_changes: torch.Tensor,
+    squared_shape_changes: torch.Tensor,
+    num_cells: int,
+    width: int,
+    prior_std: float = 0.16,
 ) -> torch.Tensor:
-    """Negative log-prior of the weights behind fold changes and shapes, for each cell and gene, shape ().
-
-    Without it a network learns rare genes of single cells by heart: Adam gives weights with small gradients steps as
-    large as the others. It is width c log(1 + f^2 / c) / (2 s^2) for a gene with squared log fold changes f^2: for
-    most genes that of a normal distribution of standard deviation s / sqrt(width) of each weight, with the tails of
-    Student's t for the few whose fold changes are large, those of sex or stress. What N cells say by chance goes with
-    1 / sqrt(N), and so does sqrt(c), where the tails begin.
+    """Negative log-density of [`FoldChangePrior`] for each cell and gene, shape ().
 
     Parameters
     ----------
-    output
-        Of a model with a count head in training mode, given counts.
+    squared_fold_changes
+        f^2 of each gene, shape (G,).
+    squared_shape_changes
+        Summed squares of what is learned of the shapes of distributions, shape ().
     num_cells
         Number of training cells N.
     width
-        Width of a token.
+        Width of a token D.
     prior_std
         s.
+    """
+    tail_start = FREE_FOLD_CHANGE**2 / num_cells  # c
+    fold_changes = width * tail_start * (squared_fold_changes / tail_start).log1p().sum()
+    shapes = squared_shape_changes / SHAPE_PRIOR**2
+    return (fold_changes + shapes) / (2 * prior_std**2 * num_cells * len(squared_fold_changes))
+
+
+class FoldChangePrior:
+    """Negative log-prior of the weights behind fold changes and behind the shapes of distributions.
+
+    Without it a network learns rare genes of single cells by heart, because Adam gives weights with small gradients
+    steps as large as the others. With
+
+        f_g^2 = sum_d W_gd^2 + sum_l m_gl^2 / D
+
+    of the last projections W and the log means m of the labels, the penalty of gene g is
+
+        D c log(1 + f_g^2 / c) / (2 s^2)
+
+    For small f it is a Gaussian prior N(0, s^2 / D) on each weight. For large f it grows like log f (Student's t), so
+    that real marker genes, those of sex or of stress, are not shrunk. What N cells say by chance goes with 1 / sqrt(N),
+    and so does sqrt(c), where the tails begin. Dispersions by label and base measures have a Gaussian prior.
+
+    Parameters
+    ----------
+    model
+        A transformer with a count head, not wrapped. The weights are read at each call.
+    num_cells
+        Number of training cells N.
+    prior_std
+        s.
+    around_present_weights
+        Center the prior on the present weights, as in fine-tuning, instead of on zero.
 
     References
     ----------
     `training/LOG.md`, "a prior with heavy tails".
     """
-    assert output.squared_fold_changes is not None and output.squared_shape_changes is not None
-    free = FREE_FOLD_CHANGE**2 / num_cells
-    fold_changes = width * free * (output.squared_fold_changes / free).log1p().sum()
-    shapes = output.squared_shape_changes / SHAPE_PRIOR**2
-    return (fold_changes + shapes) / (2 * prior_std**2 * num_cells * len(output.squared_fold_changes))
+
+    def __init__(
+        self, model: SCRDiTTransformer, num_cells: int, prior_std: float = 0.16, around_present_weights: bool = False
+    ):
+        self.model, self.num_cells, self.prior_std = model, num_cells, prior_std
+        self.means = {}
+        if around_present_weights:
+            self.means = {name: weight.detach().clone() for name, weight in self._weights().items()}
+
+    def __call__(self) -> torch.Tensor:
+        """Negative log-prior for each cell and gene, shape ()."""
+        return negative_log_prior(*self.squared_changes(), self.num_cells, self._width(), self.prior_std)
+
+    def squared_changes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """f^2 of each gene, shape (G,), and the summed squares of dispersions by label and base measures, shape ()."""
+        config = self.model.config
+        squares = {}
+        for name, weight in self._weights().items():
+            mean = self.means.get(name)
+            squares[name] = (weight if mean is None else weight - mean.to(weight.device)).float().square()
+        fold_changes = squares["patches"].sum(dim=1).flatten()  # (N * P,), or (P,) if shared
+        if config.patch_embed_type == "shared":
+            fold_changes = fold_changes.repeat(self.model.num_patches)  # (N * P,)
+        fold_changes = fold_changes[: config.num_genes]  # (G,)
+        if "cell" in squares:
+            fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
+        # Over the width, so that a label's log fold change itself has the standard deviation of the prior.
+        fold_changes = fold_changes + squares["labels"].sum(dim=0) / self._width()  # (G,)
+        return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
+
+    def _width(self) -> int:
+        return self.model.config.num_attention_heads * self.model.config.attention_head_dim
+
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        model, head = self.model, self.model.count_head
+        assert head is not None
+        weights = {
+            "patches": model.proj_out.get_parameter("weight"),
+            "labels": head.class_log_mean,
+            "dispersions": head.class_log_dispersion,
+            "bases": head.log_base,
+        }
+        if model.config.num_cell_tokens:
+            weights["cell"] = model.cell_out.get_parameter("weight")
+        return weights
 
 
 def diffusion_loss(
@@ -118,7 +191,7 @@ def diffusion_loss(
     noise: torch.Tensor,
     loss_weighting: str = "v",
     max_loss_weight: float = 25.0,
-    prior: Callable[[SCRDiTTransformerOutput], torch.Tensor] | None = None,
+    prior: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Noise cells, denoise them once, and compare.
 
@@ -143,7 +216,7 @@ def diffusion_loss(
     max_loss_weight
         See [`loss_weights`].
     prior
-        [`negative_log_prior`] with its arguments. Only for a model with a count head in training mode.
+        [`FoldChangePrior`], for a model with a count head.
 
     Returns
     -------
@@ -155,7 +228,7 @@ def diffusion_loss(
         counts = batch["counts"]  # (B, G)
         library_size = batch["library_size"] if "library_size" in batch else counts.sum(dim=1)  # (B,)
         output = model(noisy, timesteps, batch["class_labels"], library_size, counts)
-        return output.count_nll + (prior(output) if prior else 0.0)  # (B,)
+        return output.count_nll + (prior() if prior else 0.0)  # (B,)
     prediction = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]  # (B, G)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":

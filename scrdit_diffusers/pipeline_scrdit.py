@@ -1,30 +1,34 @@
 """The pipeline: labels -> noise -> denoise -> cells."""
 
-import bisect
-import importlib
 import inspect
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi
 
-from .hub import explain_push, upload_pipeline
+from .hub import SafePipelineMixin
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
-from .safe_loading import load_safely, make_readable, saving_folder
+from .sampling import (
+    Denoiser,
+    Generators,
+    cells_to_anndata,
+    check_finite,
+    denoise,
+    draw_seeds,
+    draw_uniform,
+    set_timesteps,
+    to_data_values,
+)
 from .schedulers import NOISE_PROCESS, check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
@@ -55,23 +59,7 @@ class SCRDiTPipelineOutput(BaseOutput):
     obs: pd.DataFrame | None = None
 
 
-def draw_uniform(
-    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator], device: torch.device
-) -> torch.Tensor:
-    """Draw uniform random numbers in [0, 1); from a list of generators one row each."""
-    if isinstance(generator, list):
-        return torch.cat([draw_uniform((1, *shape[1:]), g, device) for g in generator])
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
-
-
-def draw_seeds(generator: torch.Generator | list[torch.Generator]) -> int | list[int]:
-    """Draw a seed from a generator, or one from each."""
-    if isinstance(generator, list):
-        return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generator]
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     """Generates cells with a diffusion transformer.
 
     Parameters
@@ -109,168 +97,6 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
         self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, from safetensors only.
-
-        Parameters
-        ----------
-        pretrained_model_name_or_path
-            Folder, or id of a repository on the Hub.
-        **kwargs
-            Those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `local_files_only`, `dtype`, ...
-
-        Raises
-        ------
-        OSError
-            There is no such repository, revision or file, or it cannot be reached; or it holds no safetensors.
-        ValueError
-            `use_safetensors=False` was given.
-        """
-        with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only.
-
-        Parameters
-        ----------
-        save_directory
-            Folder to write.
-        push_to_hub
-            Upload the folder as well, with a card if it has none: [`SCRDiTPipeline.push_to_hub`].
-        **kwargs
-            Those of `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...) and for pushing `repo_id`
-            (the name of the folder if not given), `commit_message`, `private`, `token`, `create_pr`.
-
-        Raises
-        ------
-        ValueError
-            `safe_serialization=False` was given.
-        OSError
-            The upload was refused or broke off; the folder is written.
-        """
-        folder = saving_folder(save_directory, kwargs)
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
-        super().save_pretrained(folder, **kwargs)
-        if push_to_hub:
-            repo_id = options.pop("repo_id", Path(folder).name)
-            with explain_push(repo_id, f"The pipeline is saved in {folder}."):
-                self._upload(folder, repo_id, **options)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
-        """Upload the pipeline as `DiffusionPipeline.push_to_hub` does, with a model card that fits cells.
-
-        The card is that of the folder from which the pipeline was loaded, with its figures. Without one, a repository
-        keeps the card that it has, and one that has none gets a card that says what the pipeline itself knows.
-
-        Parameters
-        ----------
-        repo_id
-            Repository, such as "user/scrdit-pbmc"; made if there is none.
-        commit_message
-            Of the commit; "Upload SCRDiTPipeline" if `None`.
-        private
-            Make a new repository private; `None` takes the account's default.
-        token
-            Token for the Hub; the stored one if `None`.
-        create_pr
-            Open a pull request instead of a commit to the main branch.
-        safe_serialization
-            Nothing but `True` is possible.
-        variant
-            Such as "fp16": part of the names of the files with the weights.
-        subfolder
-            Folder of the repository to write to; no card is written then.
-
-        Returns
-        -------
-        Address of the commit.
-
-        Raises
-        ------
-        OSError
-            The Hub refused, or cannot be reached, with what to do.
-        """
-        with tempfile.TemporaryDirectory() as folder, explain_push(repo_id):
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return self._upload(folder, repo_id, commit_message, private, token, create_pr, subfolder)
-
-    def _upload(
-        self,
-        folder: str,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ) -> str:
-        """Upload a folder to which the pipeline was saved, with a card."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not subfolder and not (Path(folder) / "README.md").is_file():
-            try:  # not at the top of the file: cards need matplotlib and Jinja, and the code on the Hub has none
-                cards = importlib.import_module("scrdit_diffusers.model_card")
-            except ImportError as error:
-                logger.warning("No model card is written (%s): pip install 'scrdit-diffusers[train]'.", error)
-            else:
-                has_card = api.file_exists(repo_id, "README.md")
-                cards.write_card_of(self, folder, repo_id, from_scratch=not has_card)
-        return upload_pipeline(folder, repo_id, token, commit_message or "Upload SCRDiTPipeline", create_pr, subfolder)
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
-        """Read LoRA weights, from safetensors only."""
-        with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
-            return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], *args, **kwargs):
-        """Load an adapter as diffusers' LoRA pipelines do.
-
-        Raises
-        ------
-        ValueError
-            The adapter was trained on other genes or labels than this pipeline's, by the processor beside it.
-        """
-        self._check_adapter(pretrained_model_name_or_path_or_dict, kwargs)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
-
-    def _check_adapter(self, source: str | dict[str, torch.Tensor], kwargs: Mapping[str, Any]) -> None:
-        """Raise ValueError for an adapter of other genes or labels; their numbers alone may be equal."""
-        if isinstance(source, dict) or Path(source).is_file():
-            return
-        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        try:
-            of_adapter = SCRDiTProcessor.from_pretrained(
-                source, subfolder="processor", **{name: kwargs[name] for name in names if name in kwargs}
-            )
-        except OSError:  # an adapter that another program wrote
-            return
-        mine = self.processor
-        if (of_adapter.var_names, of_adapter.conditions) != (mine.var_names, mine.conditions):
-            raise ValueError(
-                f"The adapter in {source} was trained on other genes or labels than those of this pipeline. If it came "
-                f"with the pipeline that it belongs to: SCRDiTPipeline.from_pretrained({str(source)!r}), then load it."
-            )
-
-    @classmethod
-    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save LoRA weights as diffusers' LoRA pipelines do, as safetensors only."""
-        super().save_lora_weights(saving_folder(save_directory, kwargs), *args, **kwargs)
-        make_readable(save_directory)
 
     @property
     def guidance_scale(self) -> float:
@@ -311,7 +137,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_inference_steps: int,
         guidance_scale: float,
         eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators | None,
         batch_size: int,
         latents: torch.Tensor | None,
         output_type: str,
@@ -422,40 +248,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"{decode_timestep or 0}" + (", as rounding the last sample would." if not decode_timestep else ".")
             )
 
-    def set_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> tuple[int, int]:
-        """Set as many scheduler steps as put `num_inference_steps` timesteps at or above `decode_timestep`.
-
-        Returns
-        -------
-        Number of steps of the whole schedule, and how many of `scheduler.timesteps` to visit. Some schedulers visit
-        more timesteps than they are told steps; without `decode_timestep` all are visited.
-        """
-        num_train_timesteps = self.scheduler.config.num_train_timesteps
-
-        def visited(num_steps: int) -> int:
-            self.scheduler.set_timesteps(num_steps, device=self._execution_device)
-            timesteps = self.scheduler.timesteps
-            return len(timesteps) if decode_timestep is None else int((timesteps >= decode_timestep - 1).sum())
-
-        if decode_timestep is None:
-            return num_inference_steps, visited(num_inference_steps)
-        num_steps = 1 + bisect.bisect_left(range(1, num_train_timesteps), num_inference_steps, key=visited)
-        num_timesteps = min(visited(num_steps), num_inference_steps)
-        if num_timesteps < num_inference_steps:
-            logger.warning(
-                "Only %d timesteps lie above decode_timestep=%d: as many network calls, instead of %d.",
-                num_timesteps,
-                decode_timestep,
-                num_inference_steps,
-            )
-        return num_steps, num_timesteps
-
     def prepare_class_labels(
         self,
         num_cells: int,
         conditions: Mapping[str, str | Sequence[str]] | None,
         obs: pd.DataFrame | None,
-        generator: torch.Generator | list[torch.Generator],
+        generator: Generators,
     ) -> torch.Tensor:
         """Codes (cells, K) of the labels: given ones, and the others drawn from the training composition."""
         if obs is not None:
@@ -484,7 +282,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self,
         library_size: float | Sequence[float] | None,
         class_labels: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator],
+        generator: Generators,
     ) -> torch.Tensor | None:
         """Library sizes (cells,): the given ones, or drawn from those of the training cells with the same labels."""
         if self.transformer.count_head is None:
@@ -514,9 +312,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "all genes" if over_all_genes else f"the model's {self.processor.num_genes} genes",
             )
 
-    def prepare_latents(
-        self, num_cells: int, generator: torch.Generator | list[torch.Generator], latents: torch.Tensor | None
-    ) -> torch.Tensor:
+    def prepare_latents(self, num_cells: int, generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
         """Draw the noise to start from (cells, G), or take `latents`, and scale it for the scheduler."""
         device = self._execution_device
         if latents is None:
@@ -536,7 +332,7 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         eta: float = 0.0,
         decode: str | None = None,
         decode_timestep: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         batch_size: int = 512,
         latents: torch.Tensor | None = None,
         output_type: str = "anndata",
@@ -572,8 +368,8 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         eta
             Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
         decode
-            "sample" draws counts from their posterior at `decode_timestep`, "round" denoises to the end and rounds.
-            `None`: "sample" where the pipeline has a `decode_timestep`.
+            "posterior" draws counts from their posterior at `decode_timestep`, "round" denoises to the end and rounds.
+            `None`: "posterior" where the pipeline has a `decode_timestep`.
         decode_timestep
             Replaces the pipeline's.
         generator
@@ -619,14 +415,14 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             given = conditions.values() if isinstance(conditions, Mapping) else ()
             lists = [entries for entries in (*given, library_size) if np.ndim(entries) == 1]
             num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
-        if decode not in (None, "sample", "round"):
-            raise ValueError(f'decode must be "sample", "round" or None, got {decode!r}.')
+        if decode not in (None, "posterior", "round"):
+            raise ValueError(f'decode must be "posterior", "round" or None, got {decode!r}.')
         if decode == "round" and decode_timestep is not None:
             raise ValueError('decode="round" goes to the end and takes no decode_timestep.')
         if decode_timestep is None and decode != "round":
             decode_timestep = self.config.decode_timestep
-        if decode == "sample" and decode_timestep is None:
-            raise ValueError('decode="sample" needs a decode_timestep: the pipeline has none.')
+        if decode == "posterior" and decode_timestep is None:
+            raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
         self.check_inputs(
             num_cells,
             conditions,
@@ -653,59 +449,47 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         # 2. Labels and library sizes of all cells
         class_labels = self.prepare_class_labels(num_cells, conditions, obs, generator)  # (cells, K)
         library_sizes = self.prepare_library_size(library_size, class_labels, generator)  # (cells,) or None
-        null_labels = torch.tensor(self.processor.num_classes, dtype=torch.long)  # (K,)
-
-        accepted = inspect.signature(self.scheduler.step).parameters
-        num_steps, self._num_timesteps = self.set_timesteps(num_inference_steps, decode_timestep)
+        num_steps, self._num_timesteps = set_timesteps(self.scheduler, num_inference_steps, decode_timestep, device)
         starts = range(0, num_cells, batch_size)
-        batches = []
+        batches: list = []
         with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:
+
+            def on_step_start(t: torch.Tensor) -> bool:
+                self._current_timestep = t
+                return not self.interrupt
+
+            def on_step_end(i: int, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = {"latents": x_t}[name]
+                    x_t = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", x_t)
+                progress_bar.update()
+                return x_t
+
             for start in starts:
                 # 3. Noise of this batch of cells
                 chunk = slice(start, min(start + batch_size, num_cells))
                 chunk_generator = generator[chunk] if isinstance(generator, list) else generator
-                chunk_labels = class_labels[chunk].to(device)  # (B, K)
                 x_t = self.prepare_latents(
                     chunk.stop - chunk.start, chunk_generator, None if latents is None else latents[chunk]
                 )  # (B, G)
-                chunk_sizes = None if library_sizes is None else library_sizes[chunk].to(device)  # (B,)
-                if self.do_classifier_free_guidance:
-                    chunk_sizes = None if chunk_sizes is None else torch.cat([chunk_sizes] * 2)  # (2B,)
-                    chunk_labels = torch.cat([null_labels.to(device).expand_as(chunk_labels), chunk_labels])  # (2B, K)
-                step_kwargs = {"eta": eta, "generator": chunk_generator}
-                step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+                denoiser = Denoiser(
+                    self.transformer,
+                    self.scheduler,
+                    class_labels[chunk].to(device),
+                    None if library_sizes is None else library_sizes[chunk].to(device),
+                    guidance_scale,
+                    attention_kwargs,
+                    step_kwargs={"eta": eta, "generator": chunk_generator},
+                )
 
                 # 4. Denoise
-                self.transformer._reset_stateful_cache()  # which would carry over from other cells
-                self.scheduler.set_timesteps(num_steps, device=device)
-                if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
-                    self.scheduler.noise_sampler_seed = draw_seeds(chunk_generator)
-                for i, t in enumerate(self.scheduler.timesteps[: self._num_timesteps]):
-                    if self.interrupt:
-                        continue
-                    self._current_timestep = t
-                    model_input = torch.cat([x_t] * 2) if self.do_classifier_free_guidance else x_t  # (B or 2B, G)
-                    model_input = self.scheduler.scale_model_input(model_input, t).to(self.transformer.dtype)
-                    with self.transformer.cache_context("cond_uncond"):
-                        output = self.transformer(
-                            model_input,
-                            timestep=t.expand(model_input.shape[0]),
-                            class_labels=chunk_labels,
-                            library_size=chunk_sizes,
-                            attention_kwargs=attention_kwargs,
-                        )
-                    if decode_timestep is not None and i == self._num_timesteps - 1:
-                        log_mean = self.guide(output.count_log_mean)  # (B, G)
-                    else:
-                        prediction = self.guide(output.sample)  # (B, G)
-                        x_t = self.scheduler.step(prediction, t, x_t, **step_kwargs, return_dict=False)[0]  # (B, G)
-
-                    if callback_on_step_end is not None:
-                        callback_kwargs = {}
-                        for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = {"latents": x_t}[name]
-                        x_t = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", x_t)
-                    progress_bar.update()
+                self.reset_state(num_steps, chunk_generator)
+                timesteps = self.scheduler.timesteps[: self._num_timesteps]
+                x_t, output = denoise(
+                    denoiser, x_t, timesteps, decode_timestep is not None, on_step_start, on_step_end
+                )  # (B, G)
 
                 # 5. Model space -> values
                 if output_type == "latent":
@@ -714,19 +498,12 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 if self.interrupt:
                     logger.warning("Interrupted: %d of %d cells are finished.", start, num_cells)
                     break
-                if not torch.isfinite(x_t if decode_timestep is None else log_mean).all():
-                    raise ValueError(
-                        "The model returned NaN or infinite values. Is it trained, and its dtype not float16?"
-                    )
-                if decode_timestep is None:
+                if decode_timestep is None or output is None:
+                    check_finite(x_t)
                     values = self.processor.inverse_transform(x_t.cpu().numpy())  # (B, G)
                 else:
                     uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
-                    noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
-                    values = self.transformer.count_head.sample(
-                        log_mean, noisy, t.expand(len(noisy)), chunk_labels[-len(noisy) :], uniform
-                    )  # (B, G)
-                    values = values.cpu().numpy()
+                    values = denoiser.draw_counts(output, timesteps[-1], x_t, uniform).cpu().numpy()  # (B, G)
                 batches.append(sp.csr_matrix(values))
 
         self._current_timestep = None
@@ -739,61 +516,47 @@ class SCRDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             "num_inference_steps": int(num_inference_steps),
             "guidance_scale": float(guidance_scale),
             "eta": float(eta),
-            "decode": "round" if decode_timestep is None else f"sample at timestep {decode_timestep}",
+            "decode": "round" if decode_timestep is None else f"posterior at timestep {decode_timestep}",
             "seed": seeds if isinstance(generator, list) else seeds[0],
             "scrdit_diffusers_version": version("scrdit_diffusers"),
             "diffusers_version": version("diffusers"),
         }
-        return self._make_output(batches, class_labels, library_sizes, output_type, return_dict, provenance)
+        output = self.make_output(batches, class_labels, library_sizes, output_type, provenance)
+        return output if return_dict else output.to_tuple()[:1]
 
-    def guide(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance: (2B, G) without and with labels to (B, G); nothing to do where it is off.
+    def reset_state(self, num_steps: int, generator: Generators) -> None:
+        """Start caches and scheduler anew for a batch of cells: activations of other cells must not carry over."""
+        HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks(recurse=True)
+        self.scheduler.set_timesteps(num_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
+            self.scheduler.noise_sampler_seed = draw_seeds(generator)
 
-        Steps of the scheduler guide the prediction, in which the score is linear. Drawing counts needs a distribution
-        and guides its log means, whose counts stay positive. Log means at every step, the other consistent rule, were
-        tried: totals inflate twice as much and cells are told from real ones more easily.
-        """
-        if not self.do_classifier_free_guidance:
-            return prediction.float()
-        uncond, cond = prediction.float().chunk(2)
-        return uncond + self.guidance_scale * (cond - uncond)
-
-    def _make_output(
+    def make_output(
         self,
         batches: list,
         class_labels: torch.Tensor,
         library_sizes: torch.Tensor | None,
         output_type: str,
-        return_dict: bool,
-        provenance: dict[str, Any],
-    ) -> SCRDiTPipelineOutput | tuple:
+        provenance: Mapping[str, Any],
+    ) -> SCRDiTPipelineOutput:
         """Join the batches of cells into the output that was asked for."""
-        num_genes = self.processor.num_genes
         if output_type == "latent":
-            samples: Any = torch.cat(batches)
-        else:
-            samples = sp.vstack([sp.csr_matrix((0, num_genes), dtype=np.float32), *batches], format="csr")
-        obs = self.processor.decode_labels(class_labels[: samples.shape[0]].numpy())
-        obs.index = [f"synthetic_{i}" for i in range(len(obs))]
-        if output_type != "latent":
-            empty = int((samples.getnnz(axis=1) == 0).sum())
-            if empty:
-                logger.warning("%d of %d cells have no expressed gene.", empty, samples.shape[0])
-            counts = samples
-            sizes = None if library_sizes is None else library_sizes[: samples.shape[0]].numpy()
-            samples = self.processor.normalize(counts, sizes).astype(np.float32)
-        if output_type != "anndata":
-            if output_type in ("np", "pt"):
-                samples = samples.toarray()
-            if output_type == "pt":
-                samples = torch.from_numpy(samples)
-            return SCRDiTPipelineOutput(samples=samples, obs=obs) if return_dict else (samples,)
+            latents = torch.cat(batches)  # (cells, G)
+            return SCRDiTPipelineOutput(samples=latents, obs=self._make_obs(class_labels[: len(latents)]))
+        values = sp.vstack([sp.csr_matrix((0, self.processor.num_genes), dtype=np.float32), *batches], format="csr")
+        num_cells = values.shape[0]  # fewer than were asked for after an interruption
+        obs = self._make_obs(class_labels[:num_cells])
+        empty = int((values.getnnz(axis=1) == 0).sum())
+        if empty:
+            logger.warning("%d of %d cells have no expressed gene.", empty, num_cells)
+        sizes = None if library_sizes is None else library_sizes[:num_cells].numpy()
+        if output_type == "anndata":
+            return SCRDiTPipelineOutput(adata=cells_to_anndata(self.processor, values, obs, sizes, provenance))
+        samples = to_data_values(self.processor, values, sizes).toarray()
+        return SCRDiTPipelineOutput(samples=torch.from_numpy(samples) if output_type == "pt" else samples, obs=obs)
 
-        var = pd.DataFrame(index=pd.Index(self.processor.var_names))
-        if self.processor.gene_ids is not None:
-            var["gene_ids"] = self.processor.gene_ids
-        adata = ad.AnnData(samples, obs=obs.assign(synthetic=True), var=var)
-        if self.processor.models_counts and self.processor.value_step is None:
-            adata.layers["counts"] = counts.copy()
-        adata.uns["scrdit"] = provenance
-        return SCRDiTPipelineOutput(adata=adata) if return_dict else (adata,)
+    def _make_obs(self, class_labels: torch.Tensor) -> pd.DataFrame:
+        """Label names of new cells, whose names are counted."""
+        obs = self.processor.decode_labels(class_labels.numpy())
+        obs.index = [f"synthetic_{i}" for i in range(len(obs))]
+        return obs

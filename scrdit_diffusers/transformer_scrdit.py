@@ -5,18 +5,12 @@ timestep and on any number of categorical labels, and becomes a cell again (B, G
 """
 
 import dataclasses
-import functools
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import OffloadedWeightsLoader
 from diffusers import ModelMixin, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -26,8 +20,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from .count_head import SCRDiTCountHead
-from .hub import explain_push
-from .safe_loading import load_safely, make_readable, saving_folder
+from .hub import SafeModelMixin
 
 CELLS_PER_COMPONENT = 20  # training cells for each principal component that cell tokens start from
 
@@ -59,24 +52,15 @@ class SCRDiTTransformerOutput(BaseOutput):
         the scheduler says.
     count_log_mean
         With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
-        [`SCRDiTCountHead.sample`] draws counts from it.
+        [`CountPosterior.sample`] draws counts from it.
     count_nll
-        With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,);
+        With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,).
         `sample` is then left out.
-    squared_fold_changes
-        Along with `count_nll` in training mode, squared log fold change of each gene that the last projections make of
-        independent inputs of unit variance, plus those of all labels over the width of a token, shape (G,); for the
-        prior, [`negative_log_prior`].
-    squared_shape_changes
-        Along with it, sum of the squares of what is learned of the shapes of distributions, dispersions by label and
-        base measures, shape ().
     """
 
     sample: torch.Tensor | None = None
     count_log_mean: torch.Tensor | None = None
     count_nll: torch.Tensor | None = None
-    squared_fold_changes: torch.Tensor | None = None
-    squared_shape_changes: torch.Tensor | None = None
 
 
 class SCRDiTAttnProcessor:
@@ -201,7 +185,7 @@ class SCRDiTPerPatchLinear(nn.Module):
         return output.transpose(0, 1)  # (B, N, out)
 
 
-class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""A diffusion transformer over the genes of a cell.
 
     Genes are cut into N = ceil(G / P) tokens of P consecutive genes. The last token is filled up with zeros inside
@@ -307,7 +291,6 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         dim = num_attention_heads * attention_head_dim
         self.num_patches = num_patches = -(-num_genes // patch_size)
         self.gradient_checkpointing = False
-        self._prior_means: dict[str, torch.Tensor] = {}
 
         self.patch_embed: nn.Module
         self.proj_out: nn.Module
@@ -348,73 +331,20 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self.dropout_out = nn.Dropout(dropout)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only, and all of it.
-
-        A `device_map` may name the "disk" for any part (with `offload_folder`), but diffusers 0.42 fails where all
-        parts on the disk have no weights, such as "norm_out" alone.
-
-        Raises
-        ------
-        OSError
-            Weights are missing, which `ModelMixin` would leave without values.
-        """
-        with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
-            asked = kwargs.pop("output_loading_info", False)
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-            if missing := sorted(info["missing_keys"]):
-                raise OSError(
-                    f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}: it is "
-                    "damaged, or of another version of scrdit_diffusers than the one installed."
-                )
-            if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-                # Buffers of parts on a disk stay in memory, where diffusers leaves what the constructor put into them.
-                stored = OffloadedWeightsLoader(save_folder=kwargs["offload_folder"])
-                for name, buffer in model.named_buffers():
-                    if name in stored:
-                        buffer.copy_(stored[name])
-            return (model, info) if asked else model  # type: ignore[return-value]  # as its own from_pretrained
-
-    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the model as `ModelMixin.save_pretrained` does, as safetensors only.
-
-        Raises
-        ------
-        ValueError
-            Weights are not in memory but offloaded; those of group offloading to a disk would be saved as garbage.
-        """
-        folder = saving_folder(save_directory, kwargs)
-        hook = _get_top_level_group_offload_hook(self)
-        on_disk = hook is not None and hook.config.offload_to_disk_path is not None
-        if on_disk or any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError("The weights are offloaded: save the model before that, or load it anew and save that.")
-        with explain_push(kwargs.get("repo_id") or folder) if kwargs.get("push_to_hub") else nullcontext():
-            super().save_pretrained(folder, **kwargs)
-        make_readable(folder)
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        """Upload the model as `ModelMixin.push_to_hub` does; errors say what to do."""
-        with explain_push(repo_id):
-            return super().push_to_hub(repo_id, *args, **kwargs)
-
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
-        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
-        with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
-            return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
-
-    def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save a LoRA adapter as `PeftAdapterMixin.save_lora_adapter` does, as safetensors only."""
-        super().save_lora_adapter(saving_folder(save_directory, kwargs), **kwargs)
-        make_readable(save_directory)
-
     def enable_cache(self, config: Any) -> None:
         """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.
 
         The lite mode of TaylorSeer leaves the blocks out and extrapolates the last projection, of which there are two
         here: that of the cell tokens would go on with zeros.
         """
+        # FirstBlockCache, TaylorSeer and the like look blocks up in this table of diffusers. It is private: imported
+        # here, a change of it breaks caches and not the import of this package.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(
+            SCRDiTTransformerBlock,
+            TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="hidden_states"),
+        )
         if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
             config = dataclasses.replace(
                 config,
@@ -428,7 +358,7 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
 
         Loading, LoRA and caching compare outputs, so the constructor leaves PyTorch's non-zero defaults in place.
-        A count head starts from the training cells: [`SCRDiTCountHead.initialize`].
+        [`~scrdit_diffusers.initialization.initialize_from_cells`] also sets what starts from the training cells.
         """
         # Linear layers and patch projections: Xavier uniform, zero bias.
         for module in self.modules():
@@ -517,8 +447,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         Returns
         -------
-        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter, the
-        negative log-likelihoods (B,), and in training mode what the prior needs.
+        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
+        negative log-likelihoods (B,).
 
         Raises
         ------
@@ -540,8 +470,8 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         for k, embed in enumerate(self.class_embed):
             temb = temb + embed(class_labels[:, k])  # (B, D)
         if self.count_head is not None:
-            depth = self.count_head.standardize_library_size(library_size, like=hidden_states)  # (B,)
-            temb = temb + self.library_size_embed(depth[:, None].to(temb.dtype))  # (B, D)
+            posterior = self.count_head(class_labels, library_size)  # of cells with these labels and library sizes
+            temb = temb + self.library_size_embed(posterior.library_size[:, None].to(temb.dtype))  # (B, D)
 
         # 2. Genes -> tokens
         padding = self.num_patches * self.config.patch_size - num_genes
@@ -571,47 +501,14 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 5. What the cell says about each gene, and the gene's own noisy value -> counts
         if self.count_head is not None:
-            log_mean = self.count_head.predict_log_mean(sample, depth, class_labels)  # (B, G)
+            log_mean = posterior.log_mean + sample.float()  # (B, G)
             if counts is None:
-                sample = self.count_head.denoise(log_mean, noisy, timestep, class_labels).to(noisy.dtype)  # (B, G)
+                sample = posterior.mean(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
-                nll = self.count_head.nll(counts, log_mean, noisy, timestep, class_labels)  # (B,)
-                for_prior = self._squared_changes() if self.training else ()
-                output = SCRDiTTransformerOutput(None, log_mean, nll, *for_prior)
+                nll = posterior.nll(counts, log_mean, noisy, timestep)  # (B,)
+                output = SCRDiTTransformerOutput(None, log_mean, nll)
         return output if return_dict else output.to_tuple()
-
-    def _weights_with_prior(self) -> dict[str, Any]:
-        """Give what makes log fold changes, and what shapes the distributions of counts."""
-        assert self.count_head is not None
-        head = self.count_head
-        weights: dict[str, Any] = {"dispersions": head.class_log_dispersion, "bases": head.log_base}
-        weights["labels"] = head.class_log_mean
-        weights["patches"] = self.proj_out.weight
-        if self.config.num_cell_tokens:
-            weights["cell"] = self.cell_out.weight
-        return weights
-
-    def set_prior_means(self) -> None:
-        """Centre the prior of fold changes and shapes on the present weights, as in fine-tuning, instead of zero."""
-        self._prior_means = {name: weight.detach().clone() for name, weight in self._weights_with_prior().items()}
-
-    def _squared_changes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`squared_fold_changes` (G,) and `squared_shape_changes` () of the output."""
-        squares = {}
-        for name, weight in self._weights_with_prior().items():
-            mean = self._prior_means.get(name)
-            squares[name] = (weight if mean is None else weight - mean.to(weight.device)).float().square()
-        fold_changes = squares["patches"].sum(dim=1).flatten()  # (N * P,), or (P,) if shared
-        if self.config.patch_embed_type == "shared":
-            fold_changes = fold_changes.repeat(self.num_patches)  # (N * P,)
-        fold_changes = fold_changes[: self.config.num_genes]  # (G,)
-        if self.config.num_cell_tokens:
-            fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
-        # Over the width, so that a label's log fold change itself has the standard deviation of the prior.
-        width = self.config.num_attention_heads * self.config.attention_head_dim
-        fold_changes = fold_changes + squares["labels"].sum(dim=0) / width  # (G,)
-        return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
 
     def flops_per_cell(self) -> int:
         """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""
@@ -626,10 +523,3 @@ class SCRDiTTransformer(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             per_cell += sum(genes * bins for genes, bins in self.config.count_bins)  # mean of the posterior
         per_cell += 2 * n * p * dim + 2 * self.config.num_genes * c * dim  # genes -> tokens -> genes
         return 2 * (self.config.num_layers * (c + n) * per_token + per_cell)
-
-
-# The cache hooks (FirstBlockCache, TaylorSeer, ...) look blocks up in this table of diffusers, which is private.
-TransformerBlockRegistry.register(
-    SCRDiTTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="hidden_states"),
-)

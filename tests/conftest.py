@@ -19,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
+from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.initialization import initialize_count_head
 
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # the default one is shared with other processes; one that is killed keeps it
@@ -90,7 +92,7 @@ def count_model(adata, processor) -> SCRDiTTransformer:
     bins = count_bins(adata.X)
     model = SCRDiTTransformer(**MODEL, num_cell_tokens=1, count_bins=bins, beta_schedule="linear").eval()
     codes = processor.encode_labels(adata.obs)
-    model.count_head.initialize(adata.X, codes, processor.mean, processor.std)
+    initialize_count_head(model.count_head, CellStatistics.from_counts(adata.X, codes), processor.mean, processor.std)
     return model
 
 

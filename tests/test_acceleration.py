@@ -23,6 +23,8 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
 )
+from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.objective import loss_weights
 
 RECIPE = REPOSITORY / "training/recipes/scrdit-paper.sh"
@@ -151,7 +153,12 @@ def save_tiny_pipelines(folder):
         SCRDiTPipeline(model, default_scheduler("epsilon"), processor).save_pretrained(str(folder / name))
     processor = SCRDiTProcessor.from_anndata(train, "cell_type", flavor="all")
     model = SCRDiTTransformer(**sizes, num_classes=[2], count_bins=count_bins(train.X), beta_schedule="linear")
-    model.count_head.initialize(train.X, processor.encode_labels(train.obs), processor.mean, processor.std)
+    initialize_count_head(
+        model.count_head,
+        CellStatistics.from_counts(train.X, processor.encode_labels(train.obs)),
+        processor.mean,
+        processor.std,
+    )
     pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=200, min_timestep=200)
     pipe.save_pretrained(str(folder / "default"))
 

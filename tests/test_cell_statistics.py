@@ -10,6 +10,7 @@ import torch
 
 from scrdit_diffusers import CellStatistics, SCRDiTProcessor, SCRDiTTransformer, cell_statistics, count_bins
 from scrdit_diffusers.cell_statistics import GeneMoments, normalize_log1p, take_in
+from scrdit_diffusers.initialization import initialize_count_head
 
 NUM_CELLS, NUM_GENES = 211, 120
 
@@ -181,8 +182,10 @@ def test_count_head_starts_from_statistics_as_from_counts(counts, obs):
     for _ in range(2):
         model = SCRDiTTransformer(counts.shape[1], num_classes=[3], count_bins=count_bins(statistics), **kwargs)
         heads.append(model.count_head)
-    heads[0].initialize(counts, processor.encode_labels(obs), processor.mean, processor.std)
-    heads[1].initialize_from_statistics(statistics, processor.mean, processor.std)
+    initialize_count_head(
+        heads[0], CellStatistics.from_counts(counts, processor.encode_labels(obs)), processor.mean, processor.std
+    )
+    initialize_count_head(heads[1], statistics, processor.mean, processor.std)
     for name, expected in heads[0].state_dict().items():
         torch.testing.assert_close(heads[1].state_dict()[name], expected)
 

@@ -9,7 +9,8 @@ from scipy.stats import nbinom, norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
-from scrdit_diffusers.count_head import BIN_RATIO, MAX_OVERSHOOT
+from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.initialization import BIN_RATIO, MAX_OVERSHOOT, initialize_count_head
 from scrdit_diffusers.processing_scrdit import MAX_COUNT
 
 SCHEDULE = "squaredcos_cap_v2"
@@ -28,7 +29,7 @@ def random_counts(largest=LARGEST, num_cells=50, seed=0):
     return counts
 
 
-def standardisation(counts):
+def standardization(counts):
     logs = np.log1p(counts)
     return logs.mean(axis=0), np.maximum(logs.std(axis=0), 0.3)
 
@@ -37,15 +38,27 @@ def make_head(counts, labels=None, schedule=SCHEDULE):
     labels = np.empty((len(counts), 0), dtype=np.int64) if labels is None else labels
     num_classes = [int(codes.max()) + 1 for codes in labels.T]
     head = SCRDiTCountHead(count_bins(sp.csr_matrix(counts)), num_classes, LAST + 1, schedule)
-    head.initialize(sp.csr_matrix(counts), labels, *standardisation(counts))
+    initialize_count_head(head, CellStatistics.from_counts(sp.csr_matrix(counts), labels), *standardization(counts))
     return head.requires_grad_(False)
 
 
 def bins_of_genes(head):
     """Lower and upper ends of the bins of each gene, without the empty ones, in the order of the model."""
-    ends = [pair for lower, upper, _ in head._bins() for pair in zip(lower, upper, strict=True)]
+    ends = [pair for lower, upper, _ in head.bins() for pair in zip(lower, upper, strict=True)]
     ends = [(lower[upper > lower].numpy(), upper[upper > lower].numpy()) for lower, upper in ends]
     return [ends[place] for place in head.gene_order.argsort().tolist()]
+
+
+def denoise(head, log_mean, noisy, timestep, labels):
+    return head(labels).mean(log_mean, noisy, timestep)
+
+
+def nll(head, counts, log_mean, noisy, timestep, labels):
+    return head(labels).nll(counts, log_mean, noisy, timestep)
+
+
+def sample(head, log_mean, noisy, timestep, labels, uniform):
+    return head(labels).sample(log_mean, noisy, timestep, uniform)
 
 
 class Case:
@@ -63,7 +76,7 @@ class Case:
         self.counts = counts[:num_cells]
         self.timestep = torch.full((num_cells,), timestep)
         self.alpha_bar = DDPMScheduler(beta_schedule=SCHEDULE).alphas_cumprod[timestep].double().item()
-        mean, std = standardisation(counts)
+        mean, std = standardization(counts)
         self.support = [np.arange(np.floor(MAX_OVERSHOOT * largest) + 2) for largest in LARGEST]
         self.values = [(np.log1p(k) - mean[g]) / std[g] for g, k in enumerate(self.support)]
         clean = (np.log1p(self.counts) - mean) / std
@@ -102,15 +115,15 @@ TIMESTEPS = [2, 100, 500, 800, LAST]
 def test_denoised_cells_are_the_posterior_mean(timestep):
     case = Case(timestep)
     expected = case.table(lambda p, cell, gene: p @ case.values[gene])
-    np.testing.assert_allclose(case.head.denoise(*case.arguments), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(denoise(case.head, *case.arguments), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_nll_is_that_of_the_posterior(timestep):
     case = Case(timestep)
     expected = -case.table(lambda p, cell, gene: np.log(p[int(case.counts[cell, gene])])).mean(axis=1)
-    nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
-    np.testing.assert_allclose(nll, expected, rtol=1e-3, atol=1e-4)
+    likelihood = nll(case.head, torch.from_numpy(case.counts), *case.arguments)
+    np.testing.assert_allclose(likelihood, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
@@ -119,7 +132,7 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
     case, draws = Case(timestep, num_cells=2), 1000
     repeated = (tensor.repeat_interleave(draws, dim=0) for tensor in case.arguments)
     uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)[:, None].expand(-1, len(LARGEST))
-    drawn = case.head.sample(*repeated, uniform).view(2, draws, -1).numpy()
+    drawn = sample(case.head, *repeated, uniform).view(2, draws, -1).numpy()
     for cell, gene in np.ndindex(2, len(LARGEST)):
         shares = (drawn[cell, :, gene] == case.support[gene][:, None]).mean(axis=1)
         np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
@@ -127,7 +140,7 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
 
 def test_without_noise_the_counts_come_back():
     case = Case(0, num_cells=50)
-    drawn = case.head.sample(*case.arguments, torch.rand(case.counts.shape))
+    drawn = sample(case.head, *case.arguments, torch.rand(case.counts.shape))
     assert np.array_equal(drawn, case.counts)
 
 
@@ -139,10 +152,10 @@ def test_order_of_genes_does_not_matter():
     results = []
     for head, genes in zip(heads, (np.arange(len(LARGEST)), order), strict=True):
         inputs = log_mean[:, genes], noisy[:, genes], timestep, NO_LABELS.expand(4, 0)
-        nll = head.nll(torch.from_numpy(counts[:4, genes]), *inputs)
-        drawn = head.sample(*inputs, uniform[:, genes].sigmoid())
-        prior = head.predict_log_mean(log_mean[:, genes], torch.zeros(4), NO_LABELS.expand(4, 0))
-        results.append((head.denoise(*inputs), drawn, prior, nll))
+        likelihood = nll(head, torch.from_numpy(counts[:4, genes]), *inputs)
+        drawn = sample(head, *inputs, uniform[:, genes].sigmoid())
+        prior = head(NO_LABELS.expand(4, 0)).log_mean + log_mean[:, genes]
+        results.append((denoise(head, *inputs), drawn, prior, likelihood))
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(first[:, order], second)
     torch.testing.assert_close(results[0][3], results[1][3])
@@ -162,7 +175,7 @@ def prior_of_one_gene(mean, theta, rows, largest=5000):
 def test_without_signal_the_posterior_is_the_negative_binomial():
     head, inputs = prior_of_one_gene(mean=0.5, theta=4, rows=9, largest=8)
     expected = -nbinom.logpmf(np.arange(9), 4, 4 / 4.5)
-    np.testing.assert_allclose(head.nll(torch.arange(9)[:, None], *inputs), expected, rtol=1e-4)
+    np.testing.assert_allclose(nll(head, torch.arange(9)[:, None], *inputs), expected, rtol=1e-4)
 
 
 def test_a_gene_that_is_on_or_off_is_learned():
@@ -173,13 +186,13 @@ def test_a_gene_that_is_on_or_off_is_learned():
     nothing_else = torch.zeros(1000, 1), torch.full((1000,), LAST), NO_LABELS.expand(1000, 0)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
     for _ in range(300):
-        log_mean = head.predict_log_mean(torch.zeros(1000, 1), torch.zeros(1000), nothing_else[2])
-        loss = head.nll(torch.from_numpy(counts), log_mean, *nothing_else).mean()
+        log_mean = head(nothing_else[2]).log_mean + torch.zeros(1000, 1)
+        loss = nll(head, torch.from_numpy(counts), log_mean, *nothing_else).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        drawn = head.sample(log_mean, *nothing_else, torch.from_numpy(rng.random((1000, 1))))
+        drawn = sample(head, log_mean, *nothing_else, torch.from_numpy(rng.random((1000, 1))))
     assert (drawn == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert ((drawn > 0) & (drawn < 8)).float().mean() < 0.02
     assert drawn[drawn > 0].mean().item() == pytest.approx(20, rel=0.05)
@@ -188,7 +201,7 @@ def test_a_gene_that_is_on_or_off_is_learned():
 def test_large_counts_have_the_moments_of_the_negative_binomial():
     rows = 20_000
     head, inputs = prior_of_one_gene(mean=500, theta=3, rows=rows)
-    drawn = head.sample(*inputs, ((torch.arange(rows) + 0.5) / rows)[:, None]).double()
+    drawn = sample(head, *inputs, ((torch.arange(rows) + 0.5) / rows)[:, None]).double()
     assert torch.equal(drawn, drawn.round())
     mean, variance = nbinom.stats(3, 3 / 503)
     assert drawn.mean().item() == pytest.approx(mean, rel=0.01)
@@ -198,7 +211,7 @@ def test_large_counts_have_the_moments_of_the_negative_binomial():
 def test_probabilities_of_bins_are_those_of_the_negative_binomial():
     lower, upper = bins_of_genes(make_head(random_counts([5000])))[0]
     head, inputs = prior_of_one_gene(mean=500, theta=3, rows=int(upper[-1]))
-    p = head.nll(torch.arange(upper[-1])[:, None], *inputs).neg().double().exp().numpy()
+    p = nll(head, torch.arange(upper[-1])[:, None], *inputs).neg().double().exp().numpy()
     assert p.sum() == pytest.approx(1, abs=1e-4)
     distribution = nbinom(3, 3 / 503)
     expected = distribution.cdf(upper - 1) - distribution.cdf(lower - 1)
@@ -207,9 +220,9 @@ def test_probabilities_of_bins_are_those_of_the_negative_binomial():
 
 def test_a_count_beyond_the_last_bin_has_a_finite_nll():
     head, inputs = prior_of_one_gene(mean=500, theta=3, rows=2)
-    nll = head.nll(torch.tensor([[1e5], [1e7]]), *inputs)
-    assert torch.isfinite(nll).all()
-    assert nll[0] == nll[1]
+    likelihood = nll(head, torch.tensor([[1e5], [1e7]]), *inputs)
+    assert torch.isfinite(likelihood).all()
+    assert likelihood[0] == likelihood[1]
 
 
 @pytest.mark.parametrize("largest", [[0, 1, 2, 7, 9, 10, 100, 3000, 20_000], [5, MAX_COUNT]])
@@ -237,7 +250,9 @@ def test_refuses_other_counts():
     head = make_head(random_counts())
     other = random_counts([80] * len(LARGEST))
     with pytest.raises(ValueError, match=r"made for other counts; make it with count_bins=\[\[7, 32\]\]"):
-        head.initialize(sp.csr_matrix(other), np.zeros((50, 0)), *standardisation(other))
+        initialize_count_head(
+            head, CellStatistics.from_counts(sp.csr_matrix(other), np.zeros((50, 0))), *standardization(other)
+        )
 
 
 def test_refuses_bins_of_another_number_of_genes():
@@ -265,8 +280,7 @@ def test_means_are_the_average_profile_times_the_library_size():
     counts = random_counts()
     head = make_head(counts)
     sizes = torch.tensor([5.0, 10.0, 80.0])
-    depth = head.standardize_library_size(sizes, like=torch.zeros(3, 1))
-    log_mean = head.predict_log_mean(torch.zeros(3, len(LARGEST)), depth, NO_LABELS.expand(3, 0))
+    log_mean = head(NO_LABELS.expand(3, 0), sizes).log_mean
     profile = counts.sum(axis=0) / counts.sum()
     expressed = profile > 0
     expected = sizes.numpy()[:, None] * profile
@@ -280,7 +294,7 @@ def test_label_means_add_up_over_conditions_and_are_zero_without_a_label():
     head = make_head(counts, labels)
     head.class_log_mean.copy_(torch.randn(4, len(LARGEST), generator=torch.Generator().manual_seed(0)))
     codes = torch.tensor([[2, 2], [1, 2], [2, 0], [1, 0]])  # 2 means no label
-    log_mean = head.predict_log_mean(torch.zeros(4, len(LARGEST)), torch.zeros(4), codes)
+    log_mean = head(codes).log_mean + torch.zeros(4, len(LARGEST))
     torch.testing.assert_close(log_mean[0], head.log_mean)
     torch.testing.assert_close(log_mean[1] - log_mean[0], head.class_log_mean[1])
     torch.testing.assert_close(log_mean[2] - log_mean[0], head.class_log_mean[2])
@@ -291,10 +305,9 @@ def test_without_a_library_size_it_is_that_of_a_typical_cell():
     counts = random_counts()
     head = make_head(counts)
     typical = torch.tensor([np.exp(np.log(counts.sum(axis=1)).mean())])
-    like = torch.zeros(1, 1)
-    torch.testing.assert_close(
-        head.standardize_library_size(typical, like), head.standardize_library_size(None, like), rtol=0, atol=1e-5
-    )
+    given, left_out = head(NO_LABELS, typical), head(NO_LABELS)
+    torch.testing.assert_close(given.library_size, left_out.library_size, rtol=0, atol=1e-5)
+    torch.testing.assert_close(given.log_mean, left_out.log_mean, rtol=0, atol=1e-5)
 
 
 def test_cells_of_equal_size_and_empty_cells_are_no_problem():
@@ -308,7 +321,7 @@ def test_cells_of_equal_size_and_empty_cells_are_no_problem():
 
 def test_timesteps_between_integers_are_interpolated():
     head = make_head(random_counts())
-    low, half, high = head.alpha_bar(torch.tensor([400, 400.5, 401]))
+    low, half, high = head(NO_LABELS).alpha_bar(torch.tensor([400, 400.5, 401]))
     assert half.item() == pytest.approx((low + high).item() / 2)
     alphas_cumprod = DDPMScheduler(beta_schedule=SCHEDULE).alphas_cumprod
     torch.testing.assert_close(torch.stack([low, high]), alphas_cumprod[[400, 401]])
@@ -316,7 +329,8 @@ def test_timesteps_between_integers_are_interpolated():
 
 def test_timesteps_beyond_the_ends_are_those_of_the_ends():
     head = make_head(random_counts())
-    assert torch.equal(head.alpha_bar(torch.tensor([-1.0, 2000.0])), head.alpha_bar(torch.tensor([0, LAST])))
+    beyond, ends = (head(NO_LABELS).alpha_bar(torch.tensor(steps)) for steps in ([-1.0, 2000.0], [0, LAST]))
+    assert torch.equal(beyond, ends)
 
 
 @pytest.mark.parametrize("timestep", [700, 700.5])
@@ -325,7 +339,7 @@ def test_dtype_of_timesteps_does_not_matter(timestep):
     dtypes = [torch.float32, torch.float64] + [torch.int64] * (timestep == 700)
     log_mean, noisy, _, labels = case.arguments
     timesteps = [torch.full((6,), timestep, dtype=dtype) for dtype in dtypes]
-    results = [case.head.denoise(log_mean, noisy, timestep, labels) for timestep in timesteps]
+    results = [denoise(case.head, log_mean, noisy, timestep, labels) for timestep in timesteps]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -356,12 +370,12 @@ def test_gradients_are_finite_and_reach_every_parameter(count_model, inputs, aut
 
 def test_autocast_leaves_the_posterior_in_float32():
     case = Case(300)
-    expected = case.head.denoise(*case.arguments)
+    expected = denoise(case.head, *case.arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        denoised = case.head.denoise(*case.arguments)
-        nll = case.head.nll(torch.from_numpy(case.counts), *case.arguments)
+        denoised = denoise(case.head, *case.arguments)
+        likelihood = nll(case.head, torch.from_numpy(case.counts), *case.arguments)
     assert torch.equal(denoised, expected)
-    assert torch.equal(nll, case.head.nll(torch.from_numpy(case.counts), *case.arguments))
+    assert torch.equal(likelihood, nll(case.head, torch.from_numpy(case.counts), *case.arguments))
 
 
 @torch.no_grad()
@@ -424,6 +438,7 @@ def test_loading_in_half_precision_leaves_its_counts_in_float32(count_model, tmp
 def test_logits_are_no_matrix_product():
     """TF32 would round one to three digits, and a logit of hundreds has to be right to 0.01."""
     case = Case(300)
+    log_mean, noisy, timestep, labels = case.arguments
     with FlopCounterMode(display=False) as counter:
-        case.head._logits(*case.arguments)
+        case.head(labels).logits(log_mean, noisy, timestep)
     assert counter.get_total_flops() == 0

@@ -1,14 +1,11 @@
 """The training objective: weights, dropped labels, count likelihood."""
 
-import functools
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from scrdit_diffusers import default_scheduler, negative_log_prior
-from scrdit_diffusers.objective import diffusion_loss, drop_labels, loss_weights
-from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
+from scrdit_diffusers import SCRDiTTransformer, default_scheduler
+from scrdit_diffusers.objective import FoldChangePrior, diffusion_loss, drop_labels, loss_weights, negative_log_prior
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -32,7 +29,7 @@ class Oracle(torch.nn.Module):
         return (predictions[self.scheduler.config.prediction_type],)
 
 
-@pytest.mark.parametrize("loss_weighting", ["sample", "epsilon", "v"])
+@pytest.mark.parametrize("loss_weighting", ["x0", "epsilon", "v"])
 def test_loss_does_not_depend_on_prediction_type(loss_weighting):
     torch.manual_seed(0)
     values, guess, noise = torch.randn(3, 8, 5)
@@ -86,7 +83,7 @@ def test_the_loss_of_counts_is_their_nll_given_the_noisy_cell_and_the_library_si
     alpha_bar = noise_scheduler("sample").alphas_cumprod[timesteps][:, None]
     noisy = alpha_bar.sqrt() * values + (1 - alpha_bar).sqrt() * noise
     output = count_model(noisy, timesteps, labels, library_size=counts.sum(dim=1))
-    expected = count_model.count_head.nll(counts, output.count_log_mean, noisy, timesteps, labels)
+    expected = count_model.count_head(labels).nll(counts, output.count_log_mean, noisy, timesteps)
     torch.testing.assert_close(loss, expected)
 
 
@@ -95,12 +92,10 @@ def test_the_prior_is_added(count_model, adata, processor):
     labels = torch.from_numpy(processor.encode_labels(adata.obs[:3]))
     batch = {"values": values, "class_labels": labels, "counts": torch.from_numpy(adata.X[:3].toarray())}
     arguments = (count_model.train(), noise_scheduler("sample"), batch, torch.full((3,), 500), torch.zeros(3, 23))
-    noisy = noise_scheduler("sample").add_noise(values, torch.zeros(3, 23), torch.full((3,), 500))
-    output = count_model(noisy, 500, labels, batch["counts"].sum(dim=1), batch["counts"])
-    prior = functools.partial(negative_log_prior, num_cells=60, width=16)
-    assert prior(output) > 0
+    prior = FoldChangePrior(count_model, num_cells=60)
+    assert prior() > 0
     added = diffusion_loss(*arguments, prior=prior) - diffusion_loss(*arguments)
-    torch.testing.assert_close(added, prior(output).expand(3))
+    torch.testing.assert_close(added, prior().expand(3))
 
 
 def test_the_prior_is_normal_for_small_fold_changes_and_flat_for_large_ones():
@@ -108,22 +103,21 @@ def test_the_prior_is_normal_for_small_fold_changes_and_flat_for_large_ones():
 
     def prior(fold_change, shape=0.0):
         squares = torch.tensor([fold_change**2, 0.0], dtype=torch.float64)
-        output = SCRDiTTransformerOutput(None, None, None, squares, torch.tensor(shape**2))
-        of_a_cell_and_gene = negative_log_prior(output, num_cells=100, width=16, prior_std=0.2)
-        return 2 * 100 * of_a_cell_and_gene
+        per_cell_and_gene = negative_log_prior(squares, torch.tensor(shape**2), num_cells=100, width=16, prior_std=0.2)
+        return 2 * 100 * per_cell_and_gene
 
     weights = torch.distributions.Normal(0.0, 0.2 / 16**0.5)
     normal = 16 * (weights.log_prob(torch.tensor(0.0)) - weights.log_prob(torch.tensor(0.01 / 16**0.5)))
     torch.testing.assert_close(prior(0.01).float(), normal, rtol=2e-3, atol=0)
     assert prior(1.8) - prior(0.9) < 0.03 * 16 * (1.8**2 - 0.9**2) / (2 * 0.2**2)
-    of_shapes = torch.distributions.Normal(0.0, 4 * 0.2)
-    expected = of_shapes.log_prob(torch.tensor(0.0)) - of_shapes.log_prob(torch.tensor(0.5))
+    shape_weights = torch.distributions.Normal(0.0, 4 * 0.2)
+    expected = shape_weights.log_prob(torch.tensor(0.0)) - shape_weights.log_prob(torch.tensor(0.5))
     torch.testing.assert_close(prior(0.0, 0.5).float(), expected)
 
 
 def test_more_cells_let_smaller_fold_changes_free():
-    output = SCRDiTTransformerOutput(None, None, None, torch.full((3,), 0.04), torch.tensor(0.0))
-    nats = [num_cells * negative_log_prior(output, num_cells, width=16) for num_cells in (100, 1000, 10000)]
+    squares = (torch.full((3,), 0.04), torch.tensor(0.0))
+    nats = [num_cells * negative_log_prior(*squares, num_cells, width=16) for num_cells in (100, 1000, 10000)]
     assert nats[0] > 2 * nats[1] > 8 * nats[2]
 
 
@@ -149,3 +143,29 @@ def test_counts_can_be_learned(count_model, adata, processor):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def make_model(**kwargs):
+    sizes = dict(num_genes=25, patch_size=5, num_attention_heads=2, attention_head_dim=8, num_layers=1)
+    return SCRDiTTransformer(**sizes, num_classes=[3, 2], **kwargs)
+
+
+@pytest.mark.parametrize("patch_embed_type", ["per_patch", "shared"])
+def test_squared_fold_changes_are_those_of_unit_inputs(patch_embed_type):
+    """Oracle: the variance of what the two last layers make of white noise, without their biases."""
+    model = make_model(patch_embed_type=patch_embed_type, num_cell_tokens=1, count_bins=[[25, 4]])
+    squares, _ = FoldChangePrior(model, num_cells=100).squared_changes()
+    with torch.no_grad():
+        tokens = torch.randn(20000, 6, 16, generator=torch.Generator().manual_seed(0))
+        patches = (model.proj_out(tokens[:, 1:]) - model.proj_out.bias).flatten(1)
+        fold_changes = patches + model.cell_out(tokens[:, 0]) - model.cell_out.bias
+    torch.testing.assert_close(squares, fold_changes.square().mean(dim=0), rtol=0.05, atol=0)
+
+
+def test_squared_fold_changes_of_labels_are_over_the_width():
+    model = make_model(patch_embed_type="per_patch", count_bins=[[25, 4]])
+    prior = FoldChangePrior(model, num_cells=100)
+    before, _ = prior.squared_changes()
+    torch.nn.init.normal_(model.count_head.class_log_mean, generator=torch.Generator().manual_seed(0))
+    added = prior.squared_changes()[0] - before
+    torch.testing.assert_close(added, model.count_head.class_log_mean.square().sum(dim=0) / 16)

@@ -20,6 +20,9 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
 )
+from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.count_head import CountPosterior
+from scrdit_diffusers.initialization import initialize_count_head
 
 
 def seeded(seed=0):
@@ -119,7 +122,9 @@ def log_pipe(adata, count_model):
         torch.manual_seed(0)
         model = SCRDiTTransformer.from_config(config).eval()
         codes = processor.encode_labels(adata.obs)
-        model.count_head.initialize(counts, codes, processor.mean, processor.std)
+        initialize_count_head(
+            model.count_head, CellStatistics.from_counts(counts, codes), processor.mean, processor.std
+        )
         pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -314,7 +319,7 @@ def test_counts_are_drawn_at_the_decode_timestep(count_pipe, monkeypatch):
 
     monkeypatch.setattr(count_pipe.transformer, "forward", forward)
     means = []
-    monkeypatch.setattr(count_pipe.transformer.count_head, "sample", lambda m, *_: means.append(m) or m.exp().floor())
+    monkeypatch.setattr(CountPosterior, "sample", lambda _, m, *args: means.append(m) or m.exp().floor())
     cells = count_pipe(num_cells=3, num_inference_steps=6, generator=seeded()).adata
     assert len(seen) == 6
     assert min(seen) >= 49
@@ -337,7 +342,7 @@ def test_decode_round_goes_to_the_end(count_pipe):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(decode="mean"), 'decode must be "sample", "round" or None'),
+        (dict(decode="mean"), 'decode must be "posterior", "round" or None'),
         (dict(decode="round", decode_timestep=5), "takes no decode_timestep"),
         (dict(decode_timestep=1000), "timesteps 0 to 999 and cannot decode at 1000"),
     ],
@@ -347,7 +352,7 @@ def test_refuses_decoding(count_pipe, kwargs, message):
         count_pipe(**kwargs)
 
 
-@pytest.mark.parametrize("kwargs", [dict(decode="sample"), dict(decode_timestep=5)])
+@pytest.mark.parametrize("kwargs", [dict(decode="posterior"), dict(decode_timestep=5)])
 def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs):
     with pytest.raises(ValueError, match="needs a (decode_timestep|transformer with a count head)"):
         pipe(**kwargs)
@@ -357,8 +362,8 @@ def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs):
 @torch.no_grad()
 def test_guidance_of_the_means_of_counts(count_pipe, monkeypatch, scale):
     means = []
-    head = count_pipe.transformer.count_head
-    monkeypatch.setattr(head, "sample", lambda mean, noisy, *_: means.append((mean, noisy)) or noisy.abs().floor())
+    draw = lambda _, mean, noisy, *args: means.append((mean, noisy)) or noisy.abs().floor()  # noqa: E731
+    monkeypatch.setattr(CountPosterior, "sample", draw)
     conditions = {"cell_type": ["B", "NK"], "batch": ["b1", "b2"]}
     kwargs = dict(num_inference_steps=1, decode_timestep=900, library_size=[40, 90], generator=seeded())
     count_pipe(conditions=conditions, guidance_scale=scale, **kwargs)
@@ -385,7 +390,12 @@ def test_refuses_another_prediction_type_than_the_count_heads(count_model, proce
 def test_unconditional_pipeline_with_a_count_head(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
     model = SCRDiTTransformer(23, 5, num_layers=1, count_bins=count_bins(adata.X), beta_schedule="linear")
-    model.count_head.initialize(adata.X, processor.encode_labels(adata.obs), processor.mean, processor.std)
+    initialize_count_head(
+        model.count_head,
+        CellStatistics.from_counts(adata.X, processor.encode_labels(adata.obs)),
+        processor.mean,
+        processor.std,
+    )
     pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(3, num_inference_steps=3).adata.shape == (3, 23)

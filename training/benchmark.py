@@ -29,6 +29,8 @@ from scrdit_diffusers import (
     default_scheduler,
     diffusion_loss,
 )
+from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.initialization import initialize_count_head
 
 NUM_GENES, NUM_LABELS = 2000, 10
 DEFAULT, PAPER = "scrdit-s", "scrdit-paper-d1"
@@ -78,7 +80,9 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
     if ours:
         model.initialize_weights()
         labels = np.arange(1000)[:, None] % NUM_LABELS
-        model.count_head.initialize(counts, labels, processor.mean, processor.std)
+        initialize_count_head(
+            model.count_head, CellStatistics.from_counts(counts, labels), processor.mean, processor.std
+        )
     model.to(device)
     if dtype != torch.float32:
         model.to(dtype)

@@ -8,7 +8,6 @@ depend on the number of processes, given the same number of cells per step, but 
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -52,6 +51,7 @@ from scrdit_diffusers import (
     CellDataset,
     CellStatistics,
     CellStream,
+    FoldChangePrior,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
@@ -62,9 +62,9 @@ from scrdit_diffusers import (
     finetuning,
     fit_table,
     hub,
+    initialize_from_cells,
     iterate_rows,
     model_card,
-    negative_log_prior,
     open_table,
     plotting,
     read_labels,
@@ -131,7 +131,7 @@ class TrainingArguments:
     beta_schedule: str = arg(
         "squaredcos_cap_v2", "Noise schedule.", choices=["linear", "scaled_linear", "squaredcos_cap_v2"]
     )
-    loss_weighting: str = arg("v", "Weight of a timestep in the loss.", choices=["v", "epsilon", "sample"])
+    loss_weighting: str = arg("v", "Weight of a timestep in the loss.", choices=["v", "epsilon", "x0"])
     max_loss_weight: float = arg(25.0, "Largest weight of an error of the clean cell.")
     decode: str = arg(
         "sample", "Counts are sampled from a learned likelihood, or rounded.", choices=["sample", "round"]
@@ -470,11 +470,8 @@ def build_model(args: TrainingArguments, cells: Cells, sample_counts: bool) -> S
         config |= {"count_bins": count_bins(cells.statistics), "beta_schedule": args.beta_schedule}
         config |= {"num_train_timesteps": args.num_train_timesteps}
     model = SCRDiTTransformer(**config)
-    model.initialize_weights()
-    if model.config.num_cell_tokens:
-        model.initialize_cell_tokens(cells.some_cells["values"])
-    if sample_counts:
-        model.count_head.initialize_from_statistics(cells.statistics, cells.processor.mean, cells.processor.std)
+    statistics = cells.statistics if sample_counts else None
+    initialize_from_cells(model, cells.processor, statistics, cells.some_cells["values"])
     return model
 
 
@@ -520,7 +517,9 @@ def main(args: TrainingArguments) -> None:
     min_timestep = args.min_timestep if sample_counts else 0
     weights = (args.loss_weighting, args.max_loss_weight)
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    prior = functools.partial(negative_log_prior, num_cells=cells.num_train, width=width, prior_std=args.prior_std)
+    prior = None
+    if sample_counts:
+        prior = FoldChangePrior(model, cells.num_train, args.prior_std, around_present_weights=pretrained is not None)
     pipeline_config = {"decode_timestep": args.decode_timestep if sample_counts else None, "min_timestep": min_timestep}
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -1,0 +1,139 @@
+"""The weights from which training starts, of a new transformer and of its count head."""
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from .cell_statistics import MAX_COUNT, CellStatistics
+from .count_head import SCRDiTCountHead, midpoint
+from .processing_scrdit import SCRDiTProcessor
+from .transformer_scrdit import SCRDiTTransformer
+
+EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
+BIN_RATIO = 1.12
+MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
+GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
+
+
+def initialize_from_cells(
+    model: SCRDiTTransformer,
+    processor: SCRDiTProcessor,
+    moments: CellStatistics | None = None,
+    values: torch.Tensor | None = None,
+    min_bins: np.ndarray | None = None,
+) -> None:
+    """Set all weights of a new transformer.
+
+    Parameters
+    ----------
+    model
+        The transformer.
+    processor
+        Fitted to the training cells.
+    moments
+        Of the training cells, for a count head.
+    values
+        Some training cells in model space, shape (cells, G), for cell tokens. `None`: these start at random.
+    min_bins
+        As in [`count_bins`].
+    """
+    model.initialize_weights()
+    if values is not None and model.config.num_cell_tokens:
+        model.initialize_cell_tokens(values)
+    if model.count_head is not None and moments is not None:
+        initialize_count_head(model.count_head, moments, processor.mean, processor.std, min_bins)
+
+
+def count_bins(counts: sp.csr_matrix | CellStatistics, min_bins: np.ndarray | None = None) -> list[list[int]]:
+    """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
+
+    Parameters
+    ----------
+    counts
+        Counts of the training cells, shape (cells, G), or their moments.
+    min_bins
+        Number of bins that a gene has in any case, shape (G,), as in a pretrained head.
+
+    Returns
+    -------
+    Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
+    """
+    count_max = counts.count_max if isinstance(counts, CellStatistics) else counts.max(axis=0).toarray().ravel()
+    bins = np.sort(_bins_per_gene(count_max, min_bins))
+    groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
+    return [[len(group), int(group.max())] for group in groups if len(group)]
+
+
+def initialize_count_head(
+    head: SCRDiTCountHead,
+    moments: CellStatistics,
+    mean: np.ndarray,
+    std: np.ndarray,
+    min_bins: np.ndarray | None = None,
+) -> None:
+    """Set the bins of a count head, and the means and dispersions from which training starts.
+
+    Dispersions are moment estimates around means that are proportional to the library size within each combination
+    of labels. Training alone moves them too slowly. Labels start equal, and distributions as negative binomials.
+
+    Parameters
+    ----------
+    head
+        The count head.
+    moments
+        Of the counts of the training cells.
+    mean, std
+        Mean and standard deviation of each gene before standardization, shape (G,), of the processor.
+    min_bins
+        As in [`count_bins`].
+
+    Raises
+    ------
+    ValueError
+        The head was made for other counts.
+    """
+    bins = _bins_per_gene(moments.count_max, min_bins)
+    needed = count_bins(moments, min_bins)
+    if needed != [list(shape) for *_, shape in head.groups]:
+        raise ValueError(f"This head was made for other counts; make it with count_bins={needed}.")
+    order = np.argsort(bins, kind="stable")
+    edges = _bin_edges(MAX_COUNT)
+    parts = []
+    for group_genes, _, (num_genes, num_bins) in head.groups:
+        inside = np.arange(num_bins) < bins[order[group_genes], None]  # (genes, bins)
+        lower = np.tile(edges[:num_bins], num_genes)
+        upper = np.where(inside, edges[1 : num_bins + 1], edges[:num_bins]).ravel()  # a padding bin is empty
+        parts.append((lower, upper, np.repeat(order[group_genes], num_bins)))
+    lower, upper, genes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    value = (np.log1p(midpoint(lower, upper)) - mean[genes]) / std[genes]
+
+    mean_log_size, std_log_size = moments.log_library_size()
+    typical_count = moments.mean_profile() * np.exp(mean_log_size)
+    state = head.state_dict() | {
+        "lower": lower,
+        "upper": upper,
+        "value": value,
+        "gene_order": order,
+        "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
+        "log_mean": np.log(np.maximum(typical_count, 1e-4)),
+        "log_dispersion": np.log(moments.inverse_dispersion()),
+        "class_log_mean": np.zeros(head.class_log_mean.shape),
+        "class_log_dispersion": np.zeros(head.class_log_dispersion.shape),
+        "log_base": np.zeros(head.log_base.shape),
+    }
+    head.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
+
+
+def _bin_edges(largest: float) -> np.ndarray:
+    """Lower edges of the bins of counts: 0, 1, 2, ..., then in growing steps up to beyond `largest`."""
+    edges = list(range(EXACT_COUNTS + 1))
+    while edges[-1] <= largest:
+        edges.append(max(edges[-1] + 1, round(edges[-1] * BIN_RATIO)))
+    return np.array(edges)
+
+
+def _bins_per_gene(count_max: np.ndarray, min_bins: np.ndarray | None) -> np.ndarray:
+    """Count the bins of each gene (G,) for its largest training count (G,)."""
+    largest = np.minimum(np.floor(MAX_OVERSHOOT * count_max.astype(np.float64)) + 1, MAX_COUNT)
+    bins = np.searchsorted(_bin_edges(largest.max()), largest, side="right")
+    return bins if min_bins is None else np.maximum(bins, min_bins)

@@ -1,0 +1,236 @@
+"""What pipelines share: set the timesteps, guide, denoise, draw counts, build the AnnData.
+
+The functions take the parts that they need (transformer, scheduler, processor), so that a new pipeline calls them in
+the order of its own task. Their tensors hold a batch of B cells.
+"""
+
+import bisect
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from diffusers import SchedulerMixin
+
+from .processing_scrdit import SCRDiTProcessor
+from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
+
+logger = logging.getLogger(__name__)
+
+Generators = torch.Generator | list[torch.Generator]  # one for all cells, or one for each
+
+
+def draw_uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Draw uniform random numbers in [0, 1); from a list of generators one row each."""
+    if isinstance(generator, list):
+        return torch.cat([draw_uniform((1, *shape[1:]), g, device) for g in generator])
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def draw_seeds(generator: Generators) -> int | list[int]:
+    """Draw a seed from a generator, or one from each."""
+    if isinstance(generator, list):
+        return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generator]
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin, num_inference_steps: int, decode_timestep: int | None, device: torch.device
+) -> tuple[int, int]:
+    """Set as many scheduler steps as put `num_inference_steps` timesteps at or above `decode_timestep`.
+
+    Returns
+    -------
+    Number of steps of the whole schedule, and how many of `scheduler.timesteps` to visit. Some schedulers visit more
+    timesteps than they are told steps; without `decode_timestep` all are visited.
+    """
+    num_train_timesteps = scheduler.config.num_train_timesteps
+
+    def visited(num_steps: int) -> int:
+        scheduler.set_timesteps(num_steps, device=device)
+        timesteps = scheduler.timesteps
+        return len(timesteps) if decode_timestep is None else int((timesteps >= decode_timestep - 1).sum())
+
+    if decode_timestep is None:
+        return num_inference_steps, visited(num_inference_steps)
+    num_steps = 1 + bisect.bisect_left(range(1, num_train_timesteps), num_inference_steps, key=visited)
+    num_timesteps = min(visited(num_steps), num_inference_steps)
+    if num_timesteps < num_inference_steps:
+        logger.warning(
+            "Only %d timesteps lie above decode_timestep=%d: as many network calls, instead of %d.",
+            num_timesteps,
+            decode_timestep,
+            num_inference_steps,
+        )
+    return num_steps, num_timesteps
+
+
+def guide(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: (2B, G) without and with labels to (B, G). A scale of 1 is off: (B, G) stays (B, G).
+
+    Steps of the scheduler guide the prediction, in which the score is linear. Drawing counts needs a distribution and
+    guides its log means, whose counts stay positive. Log means at every step, the other consistent rule, were tried:
+    totals inflate twice as much and cells are told from real ones more easily.
+    """
+    if guidance_scale == 1.0:
+        return prediction.float()
+    uncond, cond = prediction.float().chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+@dataclass
+class Denoiser:
+    """The network and the scheduler on a batch of B cells with their labels.
+
+    Parameters
+    ----------
+    transformer, scheduler
+        Parts of the pipeline.
+    class_labels
+        Codes, shape (B, K).
+    library_size
+        Shape (B,); `None` for a transformer without a count head.
+    guidance_scale
+        See [`guide`].
+    attention_kwargs
+        Handed to the transformer.
+    step_kwargs
+        Handed to `scheduler.step`, those that it takes: `eta`, `generator`.
+    """
+
+    transformer: SCRDiTTransformer
+    scheduler: SchedulerMixin
+    class_labels: torch.Tensor
+    library_size: torch.Tensor | None
+    guidance_scale: float = 1.0
+    attention_kwargs: dict[str, Any] | None = None
+    step_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self.step_kwargs = {name: value for name, value in self.step_kwargs.items() if name in accepted}
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> SCRDiTTransformerOutput:
+        """Call the network on noisy cells (B, G); with guidance on 2B, those without labels first."""
+        class_labels, library_size = self.class_labels, self.library_size
+        if self.guidance_scale != 1.0:
+            null_labels = self.transformer.null_labels.to(x_t.device)  # (K,)
+            class_labels = torch.cat([null_labels.expand_as(class_labels), class_labels])  # (2B, K)
+            library_size = None if library_size is None else torch.cat([library_size] * 2)  # (2B,)
+            x_t = torch.cat([x_t] * 2)  # (2B, G)
+        with self.transformer.cache_context("cond_uncond"):
+            return self.transformer(
+                self.scheduler.scale_model_input(x_t, t).to(self.transformer.dtype),
+                timestep=t.expand(x_t.shape[0]),
+                class_labels=class_labels,
+                library_size=library_size,
+                attention_kwargs=self.attention_kwargs,
+            )
+
+    def step(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """Take the cells (B, G) to the next timestep."""
+        assert output.sample is not None
+        prediction = guide(output.sample, self.guidance_scale)  # (B, G)
+        return self.scheduler.step(prediction, t, x_t, **self.step_kwargs, return_dict=False)[0]  # (B, G)
+
+    def draw_counts(
+        self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw counts (B, G) from their posterior at timestep `t` with uniform random numbers (B, G)."""
+        assert output.count_log_mean is not None and self.transformer.count_head is not None
+        log_mean = guide(output.count_log_mean, self.guidance_scale)  # (B, G)
+        check_finite(log_mean)
+        posterior = self.transformer.count_head(self.class_labels, self.library_size)
+        noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
+        return posterior.sample(log_mean, noisy, t.expand(len(noisy)), uniform)  # (B, G)
+
+
+def denoise(
+    denoiser: Denoiser,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    draws_counts: bool,
+    on_step_start: Callable[[torch.Tensor], bool] = lambda t: True,
+    on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] = lambda i, t, x_t: x_t,
+) -> tuple[torch.Tensor, SCRDiTTransformerOutput | None]:
+    """Take noisy cells down the timesteps.
+
+    Parameters
+    ----------
+    denoiser
+        Network and scheduler.
+    x_t
+        Noisy cells, shape (B, G).
+    timesteps
+        The timesteps to visit.
+    draws_counts
+        Whether counts are drawn at the last timestep: the network is called there, and no step is taken.
+    on_step_start
+        `on_step_start(t)` returns False to leave out what is left.
+    on_step_end
+        `on_step_end(i, t, x_t)` may replace the cells, as a callback or the known genes of a panel do.
+
+    Returns
+    -------
+    The cells, shape (B, G), and the last output of the network.
+    """
+    output = None
+    for i, t in enumerate(timesteps):
+        if not on_step_start(t):
+            break
+        output = denoiser.predict(x_t, t)
+        if not (draws_counts and i == len(timesteps) - 1):
+            x_t = denoiser.step(output, t, x_t)  # (B, G)
+        x_t = on_step_end(i, t, x_t)
+    return x_t, output
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raise ValueError if the network gave NaN or infinite values."""
+    if not torch.isfinite(values).all():
+        raise ValueError("The model returned NaN or infinite values. Is it trained, and its dtype not float16?")
+
+
+def cells_to_anndata(
+    processor: SCRDiTProcessor,
+    values: sp.csr_matrix,
+    obs: pd.DataFrame,
+    library_sizes: np.ndarray | None,
+    provenance: Mapping[str, Any],
+) -> ad.AnnData:
+    """Build the AnnData of generated cells; [`SCRDiTPipelineOutput`] says which fields are written.
+
+    Parameters
+    ----------
+    processor
+        Genes and transform.
+    values
+        What the model generates, counts where it models these, shape (cells, G).
+    obs
+        One row for each cell.
+    library_sizes
+        Those that were asked for, shape (cells,), or `None`.
+    provenance
+        Written to `uns["scrdit"]`.
+    """
+    var = pd.DataFrame(index=pd.Index(processor.var_names))
+    if processor.gene_ids is not None:
+        var["gene_ids"] = processor.gene_ids
+    adata = ad.AnnData(to_data_values(processor, values, library_sizes), obs=obs.assign(synthetic=True), var=var)
+    if processor.models_counts and processor.value_step is None:
+        adata.layers["counts"] = values.copy()
+    adata.uns["scrdit"] = dict(provenance)
+    return adata
+
+
+def to_data_values(
+    processor: SCRDiTProcessor, values: sp.csr_matrix, library_sizes: np.ndarray | None
+) -> sp.csr_matrix:
+    """Turn what the model generates into values like the training data's, float32."""
+    return processor.normalize(values, library_sizes).astype(np.float32)
