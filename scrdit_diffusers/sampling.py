@@ -120,7 +120,7 @@ class Denoiser:
         """Call the network on noisy cells (B, G); with guidance on 2B, those without labels first."""
         class_labels, library_size = self.class_labels, self.library_size
         if self.guidance_scale != 1.0:
-            null_labels = self.transformer.null_labels.to(x_t.device)  # (K,)
+            null_labels = class_labels.new_tensor(self.transformer.config.num_classes)  # (K,)
             class_labels = torch.cat([null_labels.expand_as(class_labels), class_labels])  # (2B, K)
             library_size = None if library_size is None else torch.cat([library_size] * 2)  # (2B,)
             x_t = torch.cat([x_t] * 2)  # (2B, G)

@@ -600,8 +600,8 @@ def test_remote_code_checks_its_arguments(hub, published):
     ("imports", "message"),
     [
         ("from . import count_head\n", "line 1: only `from .module import name`"),
-        ("from .count_head import count_bins as bins\n", "line 1: only `from .module import name`"),
-        ("from .count_head import count_bins\nMAX_COUNT = 3\n", "both define MAX_COUNT"),
+        ("from .count_head import LABEL_TABLES as tables\n", "line 1: only `from .module import name`"),
+        ("from .count_head import midpoint\nLABEL_TABLES = 3\n", "both define LABEL_TABLES"),
     ],
 )
 def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, message):

@@ -16,6 +16,7 @@ from sklearn.ensemble import RandomForestClassifier
 from test_training import load_script
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformerOutput, default_scheduler, metrics
+from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -246,14 +247,14 @@ def test_every_scheduler_hands_the_cell_to_the_head_as_it_was_noised(count_pipe,
     """Denoised towards one cell, the head must get sqrt(alpha_bar) times it, also from schedulers that scale."""
     count_pipe.scheduler = CLASSES[name].from_config(count_pipe.scheduler.config)
     clean = torch.from_numpy(count_pipe.processor.transform(adata.X[:1])).float()
-    head, seen = count_pipe.transformer.count_head, []
-    monkeypatch.setattr(head, "denoise", lambda log_mean, noisy, *_: clean.expand_as(noisy))
-    sample = head.sample
-    monkeypatch.setattr(head, "sample", lambda *args: seen.append(args) or sample(*args))
+    seen = []
+    monkeypatch.setattr(CountPosterior, "mean", lambda _, log_mean, noisy, timestep: clean.expand_as(noisy))
+    sample = CountPosterior.sample
+    monkeypatch.setattr(CountPosterior, "sample", lambda *args: seen.append(args) or sample(*args))
     count_pipe(num_cells=200, num_inference_steps=10, decode_timestep=500, generator=seeded())
-    _, noisy, timestep, *_ = seen[0]
+    posterior, _, noisy, timestep, _ = seen[0]
     assert timestep.shape == (200,)
-    alpha_bar = head.alpha_bar(timestep)[0]
+    alpha_bar = posterior.alpha_bar(timestep)[0]
     assert ((noisy.mean(0) - alpha_bar.sqrt() * clean[0]).abs() < 6 * ((1 - alpha_bar) / 200).sqrt()).all()
     assert noisy.std().item() < 1.5 * ((1 - alpha_bar) + (alpha_bar.sqrt() * clean).var()).sqrt().item()
 
