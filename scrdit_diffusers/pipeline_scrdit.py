@@ -145,52 +145,16 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         decode_timestep: int | None,
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTPipeline.__call__`] cannot use."""
-        num_genes = self.transformer.config.num_genes
-        if self.processor.num_genes != num_genes:
-            raise ValueError(f"The processor has {self.processor.num_genes} genes, the transformer {num_genes}.")
-        if self.processor.num_classes != list(self.transformer.config.num_classes or []):
-            raise ValueError(
-                f"The processor's conditions have {self.processor.num_classes} categories, the transformer's "
-                f"{self.transformer.config.num_classes or []}."
-            )
+        self.check_components()
         sizes = dict(num_cells=num_cells, num_inference_steps=num_inference_steps, batch_size=batch_size)
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
                 raise TypeError(f"{name} must be an integer, got {size!r}.")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        if obs is not None and conditions is not None:
-            raise ValueError("Give either obs (one row per cell) or conditions, not both.")
-        if obs is not None and not isinstance(obs, pd.DataFrame):
-            raise TypeError(f"obs must be a pandas DataFrame with one row per cell, got {type(obs).__name__}.")
-        if obs is not None and len(obs) != num_cells:
-            raise ValueError(
-                f"obs has {len(obs)} rows for num_cells={num_cells}; leave num_cells out to use every row."
-            )
-        if obs is not None and self.processor.condition_keys and not set(self.processor.condition_keys) & set(obs):
-            raise ValueError(
-                f"obs has none of the model's conditions {self.processor.condition_keys}; it has {list(obs)}."
-            )
-        if self.processor.has_counts_behind and self.transformer.count_head is None:
-            raise ValueError("The processor is of a model with a count head; the transformer has none.")
-        if library_size is not None and self.transformer.count_head is None:
-            raise ValueError("library_size needs a model that predicts counts (with a count head).")
-        if library_size is not None and self.processor.value_step is not None:
-            raise ValueError("library_size is a number of counts; the values of this model are no scaled counts.")
+        self._check_labels(num_cells, conditions, obs)
         if library_size is not None:
-            try:
-                sizes_of_cells = np.asarray(library_size, dtype=np.float64)
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"library_size must be a number or one per cell, got {library_size!r}.") from error
-            if sizes_of_cells.shape not in ((), (num_cells,)):
-                raise ValueError(
-                    f"library_size has shape {sizes_of_cells.shape} for {num_cells} cells; give one number for all, or "
-                    "one per cell."
-                )
-            if not (np.isfinite(sizes_of_cells).all() and (sizes_of_cells >= 1).all()):
-                raise ValueError("library_size must be at least 1: it is the total count of a cell.")
-        if conditions is not None and not isinstance(conditions, Mapping):
-            raise TypeError(f'conditions must be a dict such as {{"cell_type": "B"}}, got {type(conditions).__name__}.')
+            self._check_library_size(num_cells, library_size)
         if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a number of at least 0 (1.0 is off), got {guidance_scale!r}.")
         if guidance_scale != 1.0 and not self.processor.condition_keys:
@@ -210,8 +174,9 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             )
         if latents is not None and not isinstance(latents, torch.Tensor):
             raise TypeError(f"latents must be a torch.Tensor, got {type(latents).__name__}.")
-        if latents is not None and latents.shape != (num_cells, num_genes):
-            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected ({num_cells}, {num_genes}).")
+        shape = (num_cells, self.transformer.config.num_genes)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -219,6 +184,20 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, got {unknown}."
             )
+        self._check_timesteps(num_inference_steps, decode_timestep)
+
+    def check_components(self) -> None:
+        """Raise ValueError unless processor, transformer and scheduler belong together."""
+        config = self.transformer.config
+        if self.processor.num_genes != config.num_genes:
+            raise ValueError(f"The processor has {self.processor.num_genes} genes, the transformer {config.num_genes}.")
+        if self.processor.num_classes != list(config.num_classes or []):
+            raise ValueError(
+                f"The processor's conditions have {self.processor.num_classes} categories, the transformer's "
+                f"{config.num_classes or []}."
+            )
+        if self.processor.has_counts_behind and self.transformer.count_head is None:
+            raise ValueError("The processor is of a model with a count head; the transformer has none.")
         check_scheduler(self.scheduler)
         for name, trained in self._noise_process.items():
             if self.scheduler.config.get(name) != trained:
@@ -227,14 +206,52 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                     f"trained with {trained!r}: make it by `.from_config` from the config of the shipped one."
                 )
         if self.transformer.count_head is not None:
-            names = ("num_train_timesteps", "beta_schedule")
-            expected = {name: self.transformer.config[name] for name in names} | {"prediction_type": "sample"}
-            for name, value in expected.items():
+            expected = {name: config[name] for name in ("num_train_timesteps", "beta_schedule")}
+            for name, value in (expected | {"prediction_type": "sample"}).items():
                 if self.scheduler.config.get(name) != value:
                     raise ValueError(
                         f"{type(self.scheduler).__name__} has {name}={self.scheduler.config.get(name)!r}, but the "
                         f"transformer's count head needs {value!r}."
                     )
+
+    def _check_labels(
+        self, num_cells: int, conditions: Mapping[str, str | Sequence[str]] | None, obs: pd.DataFrame | None
+    ) -> None:
+        keys = self.processor.condition_keys
+        if obs is not None and conditions is not None:
+            raise ValueError("Give either obs (one row per cell) or conditions, not both.")
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise TypeError(f'conditions must be a dict such as {{"cell_type": "B"}}, got {type(conditions).__name__}.')
+        if obs is None:
+            return
+        if not isinstance(obs, pd.DataFrame):
+            raise TypeError(f"obs must be a pandas DataFrame with one row per cell, got {type(obs).__name__}.")
+        if len(obs) != num_cells:
+            raise ValueError(
+                f"obs has {len(obs)} rows for num_cells={num_cells}; leave num_cells out to use every row."
+            )
+        if keys and not set(keys) & set(obs):
+            raise ValueError(f"obs has none of the model's conditions {keys}; it has {list(obs)}.")
+
+    def _check_library_size(self, num_cells: int, library_size: float | Sequence[float]) -> None:
+        if self.transformer.count_head is None:
+            raise ValueError("library_size needs a model that predicts counts (with a count head).")
+        if self.processor.value_step is not None:
+            raise ValueError(
+                "library_size is a number of counts, but this model was trained on values that are not scaled counts."
+            )
+        try:
+            sizes = np.asarray(library_size, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"library_size must be a number or one per cell, got {library_size!r}.") from error
+        if sizes.shape not in ((), (num_cells,)):
+            raise ValueError(
+                f"library_size has shape {sizes.shape} for {num_cells} cells; give one number for all, or one per cell."
+            )
+        if not (np.isfinite(sizes).all() and (sizes >= 1).all()):
+            raise ValueError("library_size must be at least 1: it is the total count of a cell.")
+
+    def _check_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> None:
         last = self.scheduler.config.num_train_timesteps - 1
         if num_inference_steps > last + 1:
             raise ValueError(
@@ -271,7 +288,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             for name in [names[code] for code in np.unique(codes[:, k])] if key in conditions else []:
                 if numbers[name] < RARE_LABEL_CELLS:
                     logger.warning(
-                        "%s %r has %d training cells, fewer than %d: expect little of the cells generated for it.",
+                        "%s %r has %d training cells, fewer than %d: the cells generated for it may be poor.",
                         key,
                         name,
                         numbers[name],
