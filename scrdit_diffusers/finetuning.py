@@ -140,7 +140,7 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     Raises
     ------
     ValueError
-        The pretrained model sees counts behind log-normalised values, and the new cells hold none, or other ones.
+        The pretrained model sees counts behind log-normalized values, and the new cells hold none, or other ones.
     """
     if pretrained.value_step is not None or fitted.value_step is not None:
         raise ValueError("Values that are no log1p of scaled counts have steps of their own: train from scratch.")
@@ -266,7 +266,7 @@ def transfer_weights(
     before
         Its processor.
     model
-        Transformer of the same size for the genes and labels of `after`, initialised for the new cells.
+        Transformer of the same size for the genes and labels of `after`, initialized for the new cells.
     after
         Processor of [`adapt_processor`].
 

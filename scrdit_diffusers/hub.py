@@ -28,7 +28,7 @@ _LOG_IN = "log in by `hf auth login` or pass token=..., with a token that may wr
 _ADVICE = {
     401: f"The Hub does not know the token, or there is none: {_LOG_IN}.",
     403: (
-        f"The account may not write there: choose a repository of your own or of your organisation, or {_LOG_IN}; "
+        f"The account may not write there: choose a repository of your own or of your organization, or {_LOG_IN}; "
         "or its storage is full, if the library says so below: free some."
     ),
     404: f"There is no such repository, or the account may not see it: {_LOG_IN}.",

@@ -44,7 +44,7 @@ class SCRDiTPipelineOutput(BaseOutput):
     Parameters
     ----------
     adata
-        With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalised values.
+        With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalized values.
         Written besides: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
         and `obs["synthetic"]` (bool, True), `var["gene_ids"]` where known, and `uns["scrdit"]` (dict: model,
         scheduler, steps, guidance scale, seed, versions).
@@ -374,8 +374,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         library_size
             Total count over the model's genes, one number for all cells or one per cell. `None` draws it from the
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
-            on average. For log-normalised values it is the total over all genes of the training data before they were
-            normalised.
+            on average. For log-normalized values it is the total over all genes of the training data before they were
+            normalized.
         num_inference_steps
             Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
         guidance_scale

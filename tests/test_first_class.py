@@ -562,3 +562,26 @@ def test_interrupt_keeps_latents_as_they_are(sample):
     kept = []
     sample(callback_on_step_end=lambda pipe, i, t, kwargs: kept.append(kwargs["latents"]) or {})
     assert torch.equal(stopped, kept[1])
+
+
+@torch.no_grad()
+def test_hotswapping_an_adapter_does_not_recompile(model, inputs, tmp_path):
+    torch._dynamo.reset()
+    fresh = type(model).from_config(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    expected = []
+    for rank in (2, 3):
+        torch.manual_seed(rank)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=["to_q", "to_k"]))
+        expected.append(model(**inputs).sample)
+        model.save_lora_adapter(tmp_path / str(rank))
+        model.delete_adapters("default")
+    adapters = [str(tmp_path / str(rank) / "pytorch_lora_weights.safetensors") for rank in (2, 3)]
+    fresh.enable_lora_hotswap(target_rank=3)
+    fresh.load_lora_adapter(adapters[0], adapter_name="default", prefix=None)
+    compiled = torch.compile(fresh, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(**inputs).sample, expected[0])
+        fresh.load_lora_adapter(adapters[1], adapter_name="default", hotswap=True, prefix=None)
+        torch.testing.assert_close(compiled(**inputs).sample, expected[1])
+    assert not torch.allclose(*expected)
