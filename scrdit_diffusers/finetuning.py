@@ -7,7 +7,7 @@ model says of the known genes; a new label starts as the known one that fits its
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,12 @@ from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
+# Weights that have a row for each gene, seen with the genes first.
+GENE_ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cell_embed.weight": lambda tensor: tensor.T,
+    "cell_out.weight": lambda tensor: tensor,
+    "cell_out.bias": lambda tensor: tensor,
+}
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "adaln", "adaln_out"]
 
 
@@ -274,88 +280,114 @@ def transfer_weights(
     -------
     By name of a parameter where it is new: boolean, of the parameter's shape.
     """
-    old, state = pretrained.state_dict(), model.state_dict()  # they share memory with the models
-    new = {name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in model.named_parameters()}
     position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))  # (G,), -1 for new genes
-    known, source = torch.as_tensor(position >= 0), torch.as_tensor(position[position >= 0])
+    weights = _Weights(
+        old=pretrained.state_dict(),  # shares memory with the model, as does the next one
+        state=model.state_dict(),
+        new={name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in model.named_parameters()},
+        position=position,
+        known=torch.as_tensor(position >= 0),
+        source=torch.as_tensor(position[position >= 0]),
+    )
     per_patch = model.config.patch_embed_type == "per_patch"
-    # Weights that have a row for each gene, seen with the genes first.
-    gene_rows: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "cell_embed.weight": lambda tensor: tensor.T,
-        "cell_out.weight": lambda tensor: tensor,
-        "cell_out.bias": lambda tensor: tensor,
-    }
-
-    for name, tensor in old.items():
-        of_genes = per_patch and name.startswith(("patch_embed.", "proj_out.")) or name == "pos_embed"
-        if not of_genes and name not in gene_rows and not name.startswith(("count_head.", "class_embed.")):
-            state[name].copy_(tensor)
-
-    for name, rows in gene_rows.items():
-        if name in old:
-            rows(state[name])[~known] = 0
-            rows(state[name])[known] = rows(old[name])[source]
-            rows(new[name])[~known] = True
-
-    # Projections of the genes that stay in their place; a token's bias on the way in is its position.
+    for name, tensor in weights.old.items():
+        per_gene = per_patch and name.startswith(("patch_embed.", "proj_out.")) or name == "pos_embed"
+        if not per_gene and name not in GENE_ROWS and not name.startswith(("count_head.", "class_embed.")):
+            weights.state[name].copy_(tensor)
+    for name, rows in GENE_ROWS.items():
+        if name in weights.old:
+            rows(weights.state[name])[~weights.known] = 0
+            rows(weights.state[name])[weights.known] = rows(weights.old[name])[weights.source]
+            rows(weights.new[name])[~weights.known] = True
     if per_patch:
-        kept = np.flatnonzero(position == np.arange(len(position)))
-        token, place = (torch.as_tensor(index) for index in np.divmod(kept, model.config.patch_size))
-        tokens = min(pretrained.num_patches, model.num_patches)
-        for name, index in {
-            "patch_embed.weight": (token, place),
-            "patch_embed.bias": (torch.arange(tokens),),
-            "proj_out.weight": (token, slice(None), place),
-            "proj_out.bias": (token, place),
-        }.items():
-            if name != "patch_embed.bias":
-                state[name].zero_()
-            state[name][index] = old[name][index]
-            new[name][:] = True
-            new[name][index] = False
-
-    # Count head: mean counts are relative to the library size. Where that is over the model's genes, these are now
-    # others: it is taken as what the pretrained genes' would be, so that known means still hold.
+        _transfer_patches(weights, model.config.patch_size, min(pretrained.num_patches, model.num_patches))
     if model.count_head is not None:
-        rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
-        typical = old["count_head.log_library_size"][0].clone()
-        if before.normalized_by != "library_size" or after.normalized_by != "library_size":
-            typical -= (rates[0][known].sum() / rates[0].sum() * rates[1].sum() / rates[1][source].sum()).log()
-        state["count_head.log_mean"] += typical - state["count_head.log_library_size"][0]
-        state["count_head.log_library_size"][0] = typical
-        state["count_head.log_library_size"][1] = old["count_head.log_library_size"][1]
-        for name in ("count_head.log_mean", "count_head.log_dispersion"):
-            state[name][known] = old[name][source]
-            new[name][~known] = True
-        name = "count_head.log_base"  # (G, bins): no gene has fewer bins than before, but the widest may be gone
-        num_bins = min(state[name].shape[1], old[name].shape[1])
-        state[name][known, :num_bins] = old[name][source, :num_bins]
-        new[name][~known] = True
+        shared_library_size = before.normalized_by == after.normalized_by == "library_size"
+        _transfer_count_head(weights, shared_library_size)
+    _transfer_labels(weights, before, after, [] if model.count_head is None else LABEL_TABLES)
+    return {name: mask for name, mask in weights.new.items() if mask.any()}
 
-    # Labels; the last entry of a table is the null label's.
-    in_head = [] if model.count_head is None else [f"count_head.{name}" for name in LABEL_TABLES]
-    for name in in_head:
+
+class _Weights(NamedTuple):
+    """Weights before and after, which of the latter are new, and where each of the G genes was."""
+
+    old: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    new: dict[str, torch.Tensor]
+    position: np.ndarray  # (G,) in the pretrained model, -1 for new genes
+    known: torch.Tensor  # (G,) bool
+    source: torch.Tensor  # position of the known genes
+
+
+def _transfer_patches(weights: _Weights, patch_size: int, num_patches: int) -> None:
+    """Projections of the genes that stay in their place; a token's bias on the way in is its position."""
+    old, state, new = weights[:3]
+    kept = np.flatnonzero(weights.position == np.arange(len(weights.position)))
+    token, place = (torch.as_tensor(index) for index in np.divmod(kept, patch_size))
+    for name, index in {
+        "patch_embed.weight": (token, place),
+        "patch_embed.bias": (torch.arange(num_patches),),
+        "proj_out.weight": (token, slice(None), place),
+        "proj_out.bias": (token, place),
+    }.items():
+        if name != "patch_embed.bias":
+            state[name].zero_()
+        state[name][index] = old[name][index]
+        new[name][:] = True
+        new[name][index] = False
+
+
+def _transfer_count_head(weights: _Weights, shared_library_size: bool) -> None:
+    """Means, dispersions and base measures of known genes.
+
+    Mean counts are relative to the library size. Where that is over the model's genes, these are now others: it is
+    taken as what the pretrained genes' would be, so that known means still hold.
+    """
+    old, state, new, _, known, source = weights
+    rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
+    typical = old["count_head.log_library_size"][0].clone()
+    if not shared_library_size:
+        typical -= (rates[0][known].sum() / rates[0].sum() * rates[1].sum() / rates[1][source].sum()).log()
+    state["count_head.log_mean"] += typical - state["count_head.log_library_size"][0]
+    state["count_head.log_library_size"][0] = typical
+    state["count_head.log_library_size"][1] = old["count_head.log_library_size"][1]
+    for name in ("count_head.log_mean", "count_head.log_dispersion"):
+        state[name][known] = old[name][source]
+        new[name][~known] = True
+    name = "count_head.log_base"  # (G, bins): no gene has fewer bins than before, but the widest may be gone
+    num_bins = min(state[name].shape[1], old[name].shape[1])
+    state[name][known, :num_bins] = old[name][source, :num_bins]
+    new[name][~known] = True
+
+
+def _transfer_labels(
+    weights: _Weights, before: SCRDiTProcessor, after: SCRDiTProcessor, head_tables: Sequence[str]
+) -> None:
+    """Embeddings and tables of known labels; the last entry of an embedding is the null label's."""
+    old, state, new, _, known, source = weights
+    tables = [f"count_head.{name}" for name in head_tables]
+    for name in tables:
         new[name][:] = True
     for k, (key, names) in enumerate(after.conditions.items()):
         name = f"class_embed.{k}.weight"
         new[name][:] = True
         state[name].zero_()
-        if key in before.conditions:
-            place_before = before.condition_keys.index(key)
-            table = old[f"class_embed.{place_before}.weight"]
-            code = torch.as_tensor(pd.Index(before.conditions[key]).get_indexer(pd.Index(names)))
-            state[name].copy_(table[torch.cat([code, code.new_tensor([-1])])])
-            new[name][:-1][code >= 0] = False
-            new[name][-1] = False
-            row = torch.nonzero(code >= 0) + sum(after.num_classes[:k])  # (labels, 1)
-            row_before = code[code >= 0][:, None] + sum(before.num_classes[:place_before])
-            for name in in_head:
-                state[name][row, torch.nonzero(known).T] = old[name][row_before, source]
-                new[name][row, torch.nonzero(known).T] = False
+        if key not in before.conditions:
+            continue
+        place_before = before.condition_keys.index(key)
+        embedding = old[f"class_embed.{place_before}.weight"]
+        code = torch.as_tensor(pd.Index(before.conditions[key]).get_indexer(pd.Index(names)))
+        state[name].copy_(embedding[torch.cat([code, code.new_tensor([-1])])])
+        new[name][:-1][code >= 0] = False
+        new[name][-1] = False
+        row = torch.nonzero(code >= 0) + sum(after.num_classes[:k])  # (labels, 1)
+        row_before = code[code >= 0][:, None] + sum(before.num_classes[:place_before])
+        for name in tables:
+            state[name][row, torch.nonzero(known).T] = old[name][row_before, source]
+            new[name][row, torch.nonzero(known).T] = False
     for k, key in enumerate(before.condition_keys):
         if key not in after.conditions:
             state["time_embed.linear_2.bias"] += old[f"class_embed.{k}.weight"][-1]
-    return {name: mask for name, mask in new.items() if mask.any()}
 
 
 @torch.no_grad()
