@@ -267,6 +267,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         num_genes: int = 2000,
         patch_size: int = 100,
         patch_embed_type: str = "per_patch",
+        *,
+        num_cell_tokens: int = 0,
         num_layers: int = 2,
         num_attention_heads: int = 4,
         attention_head_dim: int = 32,
@@ -276,7 +278,6 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         count_bins: list[list[int]] | None = None,
         num_train_timesteps: int = 1000,
         beta_schedule: str = "squaredcos_cap_v2",
-        num_cell_tokens: int = 0,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
