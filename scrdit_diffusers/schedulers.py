@@ -96,7 +96,7 @@ _ALTERNATIVE = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteSched
 
 
 def default_scheduler(
-    prediction_type: str = "sample", beta_schedule: str = "linear", num_train_timesteps: int = 1000
+    prediction_type: str = "sample", beta_schedule: str = "squaredcos_cap_v2", num_train_timesteps: int = 1000
 ) -> UniPCMultistepScheduler:
     """Make the scheduler that a trained pipeline ships with: UniPC, every argument explicit.
 

@@ -87,10 +87,10 @@ def model() -> SCRDiTTransformer:
 
 @pytest.fixture
 def count_model(adata, processor) -> SCRDiTTransformer:
-    """The same model with a cell token, and a count head for the cells on the schedule of `default_scheduler()`."""
+    """The same model with a cell token, and a count head for the cells."""
     torch.manual_seed(0)
     bins = count_bins(adata.X)
-    model = SCRDiTTransformer(**MODEL, num_cell_tokens=1, count_bins=bins, beta_schedule="linear").eval()
+    model = SCRDiTTransformer(**MODEL, num_cell_tokens=1, count_bins=bins).eval()
     codes = processor.encode_labels(adata.obs)
     initialize_count_head(model.count_head, CellStatistics.from_counts(adata.X, codes), processor.mean, processor.std)
     return model

@@ -100,7 +100,7 @@ def test_recipe_has_the_published_settings(tmp_path):
     arguments = dataclasses.asdict(parser.parse_args_into_dataclasses(words[4:])[0])
     published = dict(flavor="cv", n_top_genes=2000, zero_negation=True, zero_value=-10, standardize=False)
     published |= dict(value_space="log_normalized", target_sum=None, labels_key=[], val_fraction=0, use_ema=False)
-    published |= dict(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", dropout=0)
+    published |= dict(num_train_timesteps=1000, prediction_type="epsilon", dropout=0)
     published |= dict(train_batch_size=16, learning_rate=3e-4, lr_scheduler="constant", num_train_epochs=1600)
     published |= dict(dataset="cells.h5ad", output_dir="model", seed=7)
     assert {name: arguments[name] for name in published} == published
@@ -152,7 +152,7 @@ def save_tiny_pipelines(folder):
         model = SCRDiTTransformer(**sizes, patch_embed_type="shared")
         SCRDiTPipeline(model, default_scheduler("epsilon"), processor).save_pretrained(str(folder / name))
     processor = SCRDiTProcessor.from_anndata(train, "cell_type", flavor="all")
-    model = SCRDiTTransformer(**sizes, num_classes=[2], count_bins=count_bins(train.X), beta_schedule="linear")
+    model = SCRDiTTransformer(**sizes, num_classes=[2], count_bins=count_bins(train.X))
     initialize_count_head(
         model.count_head,
         CellStatistics.from_counts(train.X, processor.encode_labels(train.obs)),

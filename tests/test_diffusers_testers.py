@@ -170,7 +170,7 @@ class PipelineConfig(pipeline_testers.BasePipelineTesterConfig):
             log_library_sizes=[[3.0, 4.0]] * 3,
         )
         torch.manual_seed(0)
-        sizes = SIZES | dict(num_layers=num_layers, count_bins=self.count_bins, beta_schedule="linear")
+        sizes = SIZES | dict(num_layers=num_layers, count_bins=self.count_bins)
         sizes |= dict(num_cell_tokens=1 if self.count_bins else 0)
         return dict(transformer=SCRDiTTransformer(**sizes), scheduler=default_scheduler(), processor=processor)
 

@@ -501,9 +501,12 @@ def test_half_precision_pipeline_draws_counts(count_pipe, tmp_path, dtype, load)
     assert (cells == exact).mean() > 0.9
 
 
+SIZE = dict(num_layers=1, num_attention_heads=2, attention_head_dim=8)
+
+
 @pytest.mark.parametrize("num_classes", [[3, 2], None])
 def test_bf16_model_of_shared_patches_keeps_its_positions(tmp_path, num_classes):
-    SCRDiTTransformer(23, 5, "shared", 1, 2, 8, num_classes=num_classes).save_pretrained(tmp_path)
+    SCRDiTTransformer(23, 5, "shared", **SIZE, num_classes=num_classes).save_pretrained(tmp_path)
     loaded = SCRDiTTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.pos_embed.dtype == torch.float32
     assert loaded(torch.randn(2, 23, dtype=torch.bfloat16), 3).sample.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler
 
 from scrdit_diffusers import (
     SCRDiTPipeline,
@@ -36,7 +36,7 @@ def constant(value):
 
 def swap(pipe, name, prediction_type="epsilon"):
     """The one-line swap that users write, from the scheduler of a model with this prediction type."""
-    pipe.__init__(pipe.transformer, default_scheduler(prediction_type), pipe.processor)
+    pipe.__init__(pipe.transformer, default_scheduler(prediction_type, "linear"), pipe.processor)
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     return pipe
 
@@ -377,8 +377,8 @@ def test_guidance_of_the_means_of_counts(count_pipe, monkeypatch, scale):
 
 
 def test_refuses_a_scheduler_of_another_noise_process_than_the_count_heads(count_model, processor):
-    pipe = SCRDiTPipeline(count_model, default_scheduler(beta_schedule="squaredcos_cap_v2"), processor)
-    with pytest.raises(ValueError, match="has beta_schedule='squaredcos_cap_v2', but .* count head needs 'linear'"):
+    pipe = SCRDiTPipeline(count_model, default_scheduler(beta_schedule="linear"), processor)
+    with pytest.raises(ValueError, match="has beta_schedule='linear', but .* count head needs 'squaredcos_cap_v2'"):
         pipe()
 
 
@@ -389,7 +389,7 @@ def test_refuses_another_prediction_type_than_the_count_heads(count_model, proce
 
 def test_unconditional_pipeline_with_a_count_head(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
-    model = SCRDiTTransformer(23, 5, num_layers=1, count_bins=count_bins(adata.X), beta_schedule="linear")
+    model = SCRDiTTransformer(23, 5, num_layers=1, count_bins=count_bins(adata.X))
     initialize_count_head(
         model.count_head,
         CellStatistics.from_counts(adata.X, processor.encode_labels(adata.obs)),
@@ -518,7 +518,7 @@ def test_without_a_generator_pytorchs_seed_rules_and_is_recorded(pipe):
 
 
 def test_latents_are_used_and_left_alone(pipe):
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)  # scales its noise
+    swap(pipe, "HeunDiscreteScheduler")  # scales its noise
     latents = torch.randn(2, 23, generator=seeded())
     before = latents.clone()
     kwargs = dict(num_inference_steps=3, output_type="latent", conditions={"cell_type": "B", "batch": "b1"})

@@ -90,7 +90,7 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
         scheduler = default_scheduler(beta_schedule="squaredcos_cap_v2")
         pipe = SCRDiTPipeline(model, scheduler, processor, decode_timestep=200, min_timestep=200)
     else:
-        scheduler = DDPMScheduler.from_config(default_scheduler("epsilon").config)
+        scheduler = DDPMScheduler.from_config(default_scheduler("epsilon", "linear").config)
         pipe = SCRDiTPipeline(model, scheduler, processor)
     pipe.set_progress_bar_config(disable=True)
     return pipe
