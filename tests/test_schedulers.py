@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from sklearn.ensemble import RandomForestClassifier
 from test_training import load_script
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformerOutput, default_scheduler, metrics
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, SCRDiTTransformerOutput, default_scheduler, metrics
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
 
@@ -193,7 +193,8 @@ def test_a_scheduler_of_ones_own_needs_the_noise_process(pipe):
 
 
 def test_a_scheduler_with_another_noise_process_is_refused(pipe):
-    pipe.scheduler = DDIMScheduler(clip_sample=False, prediction_type="epsilon", beta_start=0.0001)
+    trained = pipe.scheduler.config
+    pipe.scheduler = DDIMScheduler.from_config(trained, prediction_type="epsilon")
     with pytest.raises(ValueError, match="has prediction_type='epsilon', this model was trained with 'sample'"):
         pipe(num_cells=1)
 
@@ -240,6 +241,18 @@ def test_a_batch_of_three_is_three_singles(pipe, generators, name):
 
 
 # -- counts from the likelihood ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def count_pipe(count_pipe):
+    """The tiny pipeline that draws counts on the linear schedule, which all schedulers can sample."""
+    model, processor = count_pipe.transformer, count_pipe.processor
+    linear = SCRDiTTransformer.from_config(model.config, beta_schedule="linear").eval()
+    alphas_cumprod = {"count_head.alphas_cumprod": linear.count_head.alphas_cumprod}
+    linear.load_state_dict(model.state_dict() | alphas_cumprod)
+    pipe = SCRDiTPipeline(linear, default_scheduler(beta_schedule="linear"), processor, decode_timestep=50)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.parametrize("name", COUNT_SCHEDULERS)
