@@ -7,11 +7,9 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .cell_statistics import CellStatistics
+from .cells.batches import CellBatches, CellCollator, CellRows
 from .count_head import SCRDiTCountHead
 from .data import (
-    CellCollator,
-    CellDataset,
-    CellStream,
     anndata_to_table,
     fit_table,
     iterate_rows,
@@ -35,10 +33,10 @@ from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransfo
 __version__ = version("scrdit_diffusers")
 __all__ = [
     "SCRDIT_PRESETS",
+    "CellBatches",
     "CellCollator",
-    "CellDataset",
+    "CellRows",
     "CellStatistics",
-    "CellStream",
     "FoldChangePrior",
     "SCRDiTCountHead",
     "SCRDiTPipeline",

@@ -46,7 +46,7 @@ def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> N
     has = {name: getattr(processor, name) for name in ("value_space", "target_sum", "zero_negation", "zero_value")}
     has |= {name: pretrained.scheduler.config[name] for name in ("prediction_type", "beta_schedule")}
     has |= {"num_train_timesteps": pretrained.scheduler.config.num_train_timesteps}
-    has |= {"decode": "sample" if pretrained.transformer.count_head is not None else "round"}
+    has |= {"decode": "posterior" if pretrained.transformer.count_head is not None else "round"}
     sizes = (
         "patch_size",
         "patch_embed_type",

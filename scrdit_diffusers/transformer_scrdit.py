@@ -24,6 +24,9 @@ from .hub import SafeModelMixin
 
 CELLS_PER_COMPONENT = 20  # training cells for each principal component that cell tokens start from
 
+TABLES = ("log_dispersion", "log_base", "class_log_mean")  # of the count head
+TABLE_RATE = 10  # learning rate of these tables over that of the rest
+
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
 # have one token that reads all genes.
@@ -394,6 +397,34 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         num_components = min(self.cell_embed.out_features, -(-len(values) // CELLS_PER_COMPONENT), *values.shape)
         _, _, components = torch.pca_lowrank(values.float(), num_components, niter=4)  # (G, components)
         self.cell_embed.weight[:num_components] = components.T.to(self.cell_embed.weight)
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Group the parameters that are trained for an optimizer of `torch.optim`.
+
+        Tables of genes and labels or bins in the count head are numbers on a log scale that may have far to go: they
+        learn faster. They do not decay, nor do the log means, because decay pulls those of rare genes, far below zero,
+        up by half their counts. What is trained besides LoRA adapters shares its tensors with what is frozen, which
+        must not decay.
+
+        Parameters
+        ----------
+        learning_rate
+            Learning rate of most parameters.
+        weight_decay
+            Weight decay of most parameters.
+        """
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        has_adapters = any("lora_" in name for name in trained)
+        tables = [trained.pop(name) for name in list(trained) if name.endswith(TABLES)]
+        constant = [trained.pop(name) for name in list(trained) if name.endswith("log_mean")]
+        if has_adapters:
+            constant += [trained.pop(name) for name in list(trained) if "lora_" not in name]
+        groups: list[dict[str, Any]] = [
+            {"params": list(trained.values()), "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": constant, "lr": learning_rate, "weight_decay": 0.0},
+            {"params": tables, "lr": TABLE_RATE * learning_rate, "weight_decay": 0.0},
+        ]
+        return [groups[0]] + [group for group in groups[1:] if group["params"]]
 
     @property
     def null_labels(self) -> torch.Tensor:

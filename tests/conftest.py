@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would wait for each other
@@ -16,7 +17,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from accelerate.state import AcceleratorState
+from scripts import load_script
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
 from scrdit_diffusers.cell_statistics import CellStatistics
@@ -125,3 +129,53 @@ def hub():
     hub_server.HUB.start()
     yield hub_server.HUB
     hub_server.HUB.stop()
+
+
+TINY = ["--n_top_genes", "30", "--patch_size", "8", "--num_layers", "1", "--num_attention_heads", "2"]
+TINY += ["--attention_head_dim", "8", "--train_batch_size", "16", "--lr_warmup_steps", "2", "--max_train_steps", "8"]
+TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to", "none"]
+
+
+def run_main(train_script, dataset, output_dir, *arguments):
+    """Run train.py in this process, with a tiny model where the arguments say nothing else."""
+    command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
+    train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def train_script():
+    return load_script("train")
+
+
+@pytest.fixture
+def train_here(train_script):
+    """Run the script's main in this process, which saves the seconds of importing everything."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda dataset, output_dir, *arguments: run_main(train_script, dataset, output_dir, *arguments)
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Ninety cells of 40 genes and two types, as a file."""
+    rng = np.random.default_rng(0)
+    rates = rng.gamma(0.5, 2.0, size=(2, 40))
+    labels = rng.choice(2, size=90)
+    counts = sp.csr_matrix(rng.poisson(rates[labels]), dtype=np.float32)
+    obs = pd.DataFrame({"cell_type": np.array(["T cell", "B cell"])[labels]}, index=[f"cell{i}" for i in range(90)])
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(40)])).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(train_script, dataset, tmp_path_factory):
+    """A tiny pipeline that train.py has trained on `dataset`, with its checkpoints and logs."""
+    output_dir = tmp_path_factory.mktemp("model")
+    run_main(train_script, dataset, output_dir, "--labels_key", "cell_type", "--report_to", "tensorboard")
+    torch.set_flush_denormal(False)
+    return output_dir

@@ -23,8 +23,7 @@ import torch
 
 from scrdit_diffusers import (
     CellCollator,
-    CellDataset,
-    CellStream,
+    CellRows,
     SCRDiTProcessor,
     anndata_builder,
     anndata_to_table,
@@ -187,7 +186,7 @@ def test_files_of_another_kind(tmp_path, name):
 def test_a_batch_is_the_direct_transform(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     indices = [5, 59, 0, 17]
-    batch = CellCollator(processor, adata.var)(CellDataset(anndata_to_table(adata)).__getitems__(indices))
+    batch = CellCollator(processor, adata.var)(CellRows(anndata_to_table(adata)).__getitems__(indices))
     cells = adata[indices].copy()
     expected = processor.transform(processor.get_values(cells)).astype(np.float32)
     assert batch["values"].dtype == torch.float32
@@ -199,7 +198,7 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
 @pytest.mark.parametrize("kwargs", [dict(flavor="all"), dict(genes=["gene9", "gene3", "gene20"])])
 def test_a_batch_with_its_counts(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
-    rows = CellDataset(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
+    rows = CellRows(anndata_to_table(adata)).__getitems__([5, 59, 0, 17])
     batch = CellCollator(processor, adata.var, counts=True)(rows)
     assert batch["counts"].dtype == batch["library_size"].dtype == torch.float32
     assert np.array_equal(batch["counts"].numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
@@ -210,7 +209,7 @@ def test_a_batch_with_the_counts_behind_log_normalised_values(adata):
     """Library sizes are over all genes."""
     options = dict(value_space="log_normalized", recover_counts=True, genes=["gene9", "gene3", "gene20"])
     processor = SCRDiTProcessor.from_anndata(adata, "cell_type", "lognorm", **options)
-    rows = CellDataset(anndata_to_table(adata, "lognorm")).__getitems__([5, 59, 0, 17])
+    rows = CellRows(anndata_to_table(adata, "lognorm")).__getitems__([5, 59, 0, 17])
     batch = CellCollator(processor, adata.var, counts=True)(rows)
     counts = adata[[5, 59, 0, 17]].layers["counts"].toarray()
     assert np.array_equal(batch["counts"].numpy(), counts[:, [9, 3, 20]])
@@ -226,13 +225,13 @@ def test_refuses_the_counts_of_log_normalised_values(adata):
 
 def test_an_unconditional_batch_has_no_labels(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all")
-    rows = CellDataset(anndata_to_table(adata)).__getitems__([1, 2, 3])
+    rows = CellRows(anndata_to_table(adata)).__getitems__([1, 2, 3])
     assert CellCollator(processor, adata.var)(rows)["class_labels"].shape == (3, 0)
 
 
 def test_a_data_loader_serves_every_cell_once(adata, processor):
     loader = torch.utils.data.DataLoader(
-        CellDataset(anndata_to_table(adata)),
+        CellRows(anndata_to_table(adata)),
         batch_size=16,
         shuffle=True,
         collate_fn=CellCollator(processor, adata.var),
@@ -247,7 +246,7 @@ def test_a_data_loader_serves_every_cell_once(adata, processor):
 def test_numeric_labels_survive_the_table(adata):
     adata.obs["cluster"] = pd.Categorical([3, 1, 20] * 20)
     processor = SCRDiTProcessor.from_anndata(adata, "cluster", flavor="all")
-    rows = CellDataset(anndata_to_table(adata)).__getitems__(list(range(60)))
+    rows = CellRows(anndata_to_table(adata)).__getitems__(list(range(60)))
     codes = CellCollator(processor, adata.var)(rows)["class_labels"]
     assert np.array_equal(codes.numpy(), processor.encode_labels(adata.obs))
 
@@ -258,7 +257,7 @@ def test_refuses_a_table_without_the_models_genes(adata, processor):
 
 
 def test_refuses_a_table_without_the_models_labels(adata, processor):
-    rows = CellDataset(anndata_to_table(adata, obs_columns=["batch"])).__getitems__([0])
+    rows = CellRows(anndata_to_table(adata, obs_columns=["batch"])).__getitems__([0])
     with pytest.raises((ValueError, KeyError), match="cell_type"):
         CellCollator(processor, adata.var)(rows)
 
@@ -817,30 +816,6 @@ def test_split_of_a_stream(adata, monkeypatch):
     stay, aside = numbers(0.3, 0)
     assert sorted(stay + aside) == list(range(60)) and 8 <= len(aside) <= 28
     assert numbers(0.3, 0) == [stay, aside] != numbers(0.3, 1)
-
-
-def test_a_stream_serves_whole_batches_and_each_cell_once(adata):
-    adata.obs["number"] = np.arange(60)
-    stream = CellStream(anndata_to_table(adata).to_iterable_dataset(3), 60, 16, ["number"], block_size=25)
-
-    def served():
-        return [rows["number"].to_pylist() for rows in torch.utils.data.DataLoader(stream, batch_size=None)]
-
-    first = served()
-    assert [len(batch) for batch in first] == [16, 16, 16] and len(stream) == 3
-    assert len(set(sum(first, []))) == 48 and sum(first, []) != sorted(sum(first, []))
-    assert served() == first
-    stream.set_epoch(1)
-    assert served() != first
-
-
-def test_a_batch_of_the_stream_is_named_as_one_of_the_table(adata, processor):
-    table = anndata_to_table(adata)
-    stream = CellStream(table.to_iterable_dataset(2), 60, 60, ["cell_type", "batch"])
-    collate = CellCollator(processor, adata.var)
-    codes = collate(next(iter(stream)))["class_labels"]
-    expected = collate(CellDataset(table, ["cell_type", "batch"]).__getitems__(list(range(60))))["class_labels"]
-    assert torch.equal(codes.unique(dim=0, return_counts=True)[1], expected.unique(dim=0, return_counts=True)[1])
 
 
 def test_split_of_a_table_is_that_of_the_cells(adata, tmp_path):

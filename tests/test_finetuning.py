@@ -94,7 +94,7 @@ def test_no_common_gene_is_refused():
         ("value_space", "log_normalized", "--value_space counts"),
         ("prediction_type", "epsilon", "--prediction_type sample"),
         ("beta_schedule", "linear", "--beta_schedule squaredcos_cap_v2"),
-        ("decode", "round", "--decode sample"),
+        ("decode", "round", "--decode posterior"),
         ("patch_size", 10, "--patch_size 5"),
         ("target_sum", 1e4, "no --target_sum"),
     ],

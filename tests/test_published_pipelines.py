@@ -6,7 +6,6 @@ PyTorch, so that elsewhere than where they were made weights are compared within
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import diffusers
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import train_here, train_script  # noqa: F401  fixtures
-from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline
 
@@ -58,14 +55,12 @@ def test_cells_are_the_same(name):
 
 
 @pytest.mark.parametrize("name", make.RECIPES)
-def test_training_gives_the_same_weights(train_here, tmp_path, name):  # noqa: F811
+def test_training_gives_the_same_weights(train_here, tmp_path, name):
     """Within the first pass over the cells, whose order is the same."""
     _, dataset, *arguments = make.RECIPES[name]
     if name == "adapter":
         arguments += ["--pretrained_model_name_or_path", str(FOLDER / "counts")]
-    command = ["--dataset", str(FOLDER / dataset), "--output_dir", str(tmp_path), *arguments, *make.SIZE]
-    script = sys.modules["train"]
-    script.main(HfArgumentParser(script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+    train_here(FOLDER / dataset, tmp_path, *arguments, *make.SIZE)
     file = (
         "pytorch_lora_weights.safetensors" if name == "adapter" else "transformer/diffusion_pytorch_model.safetensors"
     )

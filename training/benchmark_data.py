@@ -34,7 +34,7 @@ from anndata.io import sparse_dataset, write_elem
 from measuring import Clock, PeakMemory  # beside this file
 from torch.utils.data import DataLoader
 
-from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, open_table
+from scrdit_diffusers import CellCollator, CellRows, SCRDiTProcessor, fit_table, open_table
 from scrdit_diffusers.data import rows_to_matrix
 
 LABELS_KEY = "cell_type"
@@ -89,13 +89,13 @@ def batches(args, processor: SCRDiTProcessor):
     rng = np.random.default_rng(args.seed)
     if args.way == "rows":
         table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
-        cells = CellDataset(table, [LABELS_KEY])
+        cells = CellRows(table, [LABELS_KEY])
         while True:
             drawn = rng.integers(0, len(cells), args.batch_size).tolist()
             yield rows_to_matrix(cells.__getitems__(drawn), len(var))
     if args.way == "table":
         table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
-        cells = CellDataset(table, [LABELS_KEY])
+        cells = CellRows(table, [LABELS_KEY])
         collate = CellCollator(processor, var, counts=True)
         sampler = torch.utils.data.RandomSampler(cells, replacement=True, num_samples=10**7)
         yield from DataLoader(cells, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.num_workers)

@@ -1,0 +1,1 @@
+"""Cells on disk, what is learned from them, and batches of them."""

@@ -1,0 +1,218 @@
+"""What a training run is made of between two steps, and its checkpoints: whole or not there at all."""
+
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from scrdit_diffusers import SCRDiTProcessor, SCRDiTTransformer, finetuning
+from scrdit_diffusers.atomic import delete_folder
+
+logger = logging.getLogger("train")
+
+EMA = {"decay": 0.999, "use_ema_warmup": True, "power": 3 / 4, "foreach": True}
+ADAM_BETA1 = 0.9
+
+
+def find_checkpoints(output_dir: str) -> list[Path]:
+    """Whole checkpoints in a folder, oldest first (one that is being written ends in .tmp)."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:
+    """Find the checkpoint to resume from; `None` to start over."""
+    whole = find_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not whole:
+            logger.warning(f"No checkpoint in {output_dir}: starting over.")
+        return whole[-1] if whole else None
+    path = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    if path and not (path / "transformer").is_dir():
+        raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint; {output_dir} has {whole}.")
+    return path
+
+
+class TrainingState:
+    """Model, optimizer, learning-rate schedule, averaged weights, step and losses of a run.
+
+    A checkpoint holds them, the processor and the arguments; weights are in safetensors.
+
+    Parameters
+    ----------
+    accelerator
+        The accelerator, which this class makes save and load what it knows.
+    model
+        The transformer, with the weights from which training starts.
+    processor
+        Fitted to the training cells.
+    settings
+        Resolved `TrainingArguments`.
+    fixed
+        Names of the settings that a resumed run may not change.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: SCRDiTTransformer,
+        processor: SCRDiTProcessor,
+        settings: Any,
+        fixed: list[str],
+    ):
+        self.accelerator, self.processor, self.settings, self.fixed = accelerator, processor, settings, fixed
+        self.config = model.config
+        self.step = 0
+        self.losses: list[float] = []  # of the batches since the last report
+        groups = model.parameter_groups(settings.learning_rate, settings.adam_weight_decay)
+        betas, epsilon = (ADAM_BETA1, settings.adam_beta2), settings.adam_epsilon
+        optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas, epsilon, fused=True)
+        steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_train_steps}
+        lr_scheduler = get_scheduler(settings.lr_scheduler, optimizer, **steps)
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.ema = None
+        if settings.use_ema:
+            self.ema = EMAModel(self.model.parameters(), **EMA, model_cls=SCRDiTTransformer, model_config=self.config)
+            self.ema.to(accelerator.device)
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.settings.max_train_steps
+
+    def update(self, loss: torch.Tensor) -> bool:
+        """Add the gradient of one batch, and step the optimizer after the last batch of a step; tell if it was."""
+        accelerator = self.accelerator
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            if self.ema is not None:
+                self.ema.step(self.model.parameters())
+            self.step += 1
+        return accelerator.sync_gradients
+
+    def joined_losses(self) -> list[float]:
+        """Mean of the losses over the processes; all of them call this."""
+        return self.accelerator.reduce(torch.tensor(self.losses, device=self.accelerator.device), "mean").tolist()
+
+    def mean_loss(self) -> float:
+        """Mean loss since the last call, over all processes."""
+        num_steps = (self.step - 1) % 10 + 1
+        mean = sum(self.joined_losses()) / self.settings.gradient_accumulation_steps / num_steps
+        self.losses.clear()
+        return mean
+
+    def whole_model(self, averaged: bool = True) -> SCRDiTTransformer:
+        """Copy the model into a plain one, with averaged weights if there are any."""
+        trained = self.accelerator.unwrap_model(self.model)
+        state = trained.state_dict()
+        if averaged and self.ema is not None:
+            names = [name for name, _ in trained.named_parameters()]
+            state |= dict(zip(names, self.ema.shadow_params, strict=True))
+        model = SCRDiTTransformer.from_config(self.config).to(self.accelerator.device)
+        if self.settings.lora_rank:
+            finetuning.add_lora(model, self.settings.lora_rank, {})
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save(self) -> None:
+        """Write a checkpoint, then delete the oldest ones beyond the limit; all processes call this.
+
+        Raises
+        ------
+        OSError
+            It could not be written. The earlier ones are whole.
+        """
+        accelerator, settings = self.accelerator, self.settings
+        path = Path(settings.output_dir) / f"checkpoint-{self.step}"
+        self.losses[:] = self.joined_losses()
+        if accelerator.is_main_process:
+            for stray in [*path.parent.glob("checkpoint-*.tmp"), *path.parent.glob("checkpoint-*.deleted")]:
+                shutil.rmtree(stray)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(f"{path}.tmp")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk by RuntimeError
+            shutil.rmtree(f"{path}.tmp", ignore_errors=True)
+            whole = find_checkpoints(settings.output_dir)
+            last = f"{whole[-1]} is whole" if whole else "There is no earlier one"
+            raise OSError(f"Could not write {path}: {error}. {last}; make room, then resume.") from error
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if path.exists():  # written by a run that went further than the checkpoint it was resumed from
+                delete_folder(path)
+            os.replace(f"{path}.tmp", path)
+            tqdm.write(f"Saved {path}")
+            self._prune(path)
+
+    def resume(self, path: Path | None) -> None:
+        """Continue from a checkpoint, if there is one.
+
+        Raises
+        ------
+        ValueError
+            It is of other cells or other settings.
+        """
+        if path is not None:
+            self.accelerator.load_state(str(path))
+            self.step = int(path.name.split("-")[1])
+            logger.info(f"Resumed from {path}")
+
+    def _prune(self, last: Path) -> None:
+        whole = [path for path in find_checkpoints(self.settings.output_dir) if path != last]
+        surplus = len(whole) + 1 - (self.settings.checkpoints_total_limit or math.inf)
+        for path in whole[: int(max(0, surplus))]:
+            delete_folder(path)
+
+    def _save(self, models, weights, output_dir) -> None:
+        if self.accelerator.is_main_process:
+            folder = Path(output_dir)
+            self.processor.save_pretrained(folder / "processor")
+            (folder / "arguments.json").write_text(json.dumps(self.settings.record()))
+            (folder / "losses.json").write_text(json.dumps(self.losses))
+            self.whole_model(averaged=False).save_pretrained(folder / "transformer")
+            if self.ema is not None:  # EMAModel.save_pretrained would lose the buffers of the count head
+                averaged = self.whole_model()
+                averaged.register_to_config(**{k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"})
+                averaged.save_pretrained(folder / "transformer_ema")
+        weights.clear()  # Accelerate has nothing left to save of the model
+
+    def _load(self, models, input_dir) -> None:
+        folder = Path(input_dir)
+        saved = SCRDiTProcessor.from_pretrained(folder / "processor")
+        if saved.to_json_string() != self.processor.to_json_string():
+            raise ValueError(f"{folder} was trained on other cells, genes or labels; use the arguments of that run.")
+        before, now = json.loads((folder / "arguments.json").read_text()), self.settings.record()
+        changed = {name: (before.get(name), now[name]) for name in self.fixed if before.get(name) != now[name]}
+        if changed:
+            raise ValueError(f"Arguments differ from those of {folder} (then, now): {changed}.")
+        self.losses[:] = json.loads((folder / "losses.json").read_text())
+        models.clear()  # nor to load
+        model = self.accelerator.unwrap_model(self.model)  # by file: from_pretrained does not know adapters
+        model.load_state_dict(load_file(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME))
+        if self.ema is not None:
+            averaged = load_file(folder / "transformer_ema" / SAFETENSORS_WEIGHTS_NAME)
+            state = SCRDiTTransformer.load_config(folder / "transformer_ema")
+            state = {name: state[name] for name in self.ema.state_dict() if name != "shadow_params"}
+            shadows = [averaged[name] for name, _ in model.named_parameters()]
+            self.ema.load_state_dict(state | {"shadow_params": shadows})
+            self.ema.to(self.accelerator.device)

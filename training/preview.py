@@ -1,0 +1,51 @@
+"""What is shown of a model in training: a figure of generated cells, and the loss of cells held out."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import anndata as ad
+import matplotlib
+import numpy as np
+import scipy.sparse as sp
+import torch
+from diffusers import DDPMScheduler
+
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, diffusion_loss, plotting
+
+matplotlib.use("Agg")
+logger = logging.getLogger("train")
+
+
+def draw_samples(pipe: SCRDiTPipeline, batch: Mapping[str, torch.Tensor], seed: int, path: Path) -> None:
+    """Draw statistics of the genes of generated and real cells of the same labels into an image file."""
+    processor = pipe.processor
+    pipe.set_progress_bar_config(disable=True)
+    obs = processor.decode_labels(batch["class_labels"].cpu().numpy())
+    synthetic = pipe(len(batch["values"]), obs=obs, generator=torch.Generator().manual_seed(seed)).adata
+    values = sp.csr_matrix(processor.inverse_transform(batch["values"].cpu().numpy()))
+    library_size = batch["library_size"].cpu().numpy() if "library_size" in batch else None
+    real = ad.AnnData(processor.normalize(values, library_size), var=synthetic.var)
+    try:
+        figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=processor.value_space))[0].figure
+    except ValueError as error:  # early in training a model may give cells that cannot be drawn
+        logger.warning(f"{path.name} could not be drawn: {error}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    matplotlib.pyplot.close(figure)
+
+
+def validation_loss(
+    model: SCRDiTTransformer, noise_scheduler: DDPMScheduler, batch: Mapping[str, torch.Tensor], settings
+) -> float:
+    """Mean loss of cells over all timesteps that are trained, with the same noise each time."""
+    values = batch["values"]  # (B, G)
+    first = settings.min_timestep if settings.decode == "posterior" else 0
+    timesteps = torch.linspace(first, settings.num_train_timesteps - 1, len(values)).to(values.device, torch.long)
+    seed = int(np.random.SeedSequence([settings.seed]).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    noise = torch.randn(values.shape, generator=generator, device=values.device)
+    weighting = (settings.loss_weighting, settings.max_loss_weight)
+    with torch.no_grad():
+        return diffusion_loss(model, noise_scheduler, batch, timesteps, noise, *weighting).mean().item()
