@@ -537,7 +537,7 @@ def test_card_says_what_the_arguments_say(train, cells, tmp_path):
     train(cells / "first.h5ad", tmp_path, *TINY, "--tissue", "lung", "--dataset_accession", "GSE1", "--license", "mit")
     card = ModelCard.load(tmp_path / "README.md")
     assert "tissue:lung" in card.data.tags and card.data.license == "mit" and "| accession | GSE1 |" in card.text
-    assert "| licence of the data | not stated |" in card.text
+    assert "| license of the data | not stated |" in card.text
 
 
 BAD_ARGUMENTS = {

@@ -283,7 +283,7 @@ def test_pushing_the_code_without_a_network(hub, published):
 def test_a_pushed_pipeline_has_a_card_of_cells(hub, published, count_pipe, tmp_path):
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert card.data.library_name == "diffusers" and "single-cell" in card.data.tags
-    assert f'SCRDiTPipeline.from_pretrained("{REPO}")' in card.text and "| data set | not stated |" in card.text
+    assert f'SCRDiTPipeline.from_pretrained("{REPO}")' in card.text and "| dataset | not stated |" in card.text
     count_pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/folder", token=USER)
     assert b'from_pretrained("user/folder")' in hub.files("user/folder")["README.md"]
 

@@ -55,7 +55,7 @@ def test_figures_of_published_cards_are_those_of_metrics_json(published):
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
         name: rows[name]["value"] for name in seen
     }
-    counts = re.search(r"\n([\d,]+) generated against .* (\d+) evaluation seed", card.text)
+    counts = re.search(r"\n([\d,]+) generated cells against .* (\d+) evaluation seed", card.text)
     assert int(counts[1].replace(",", "")) == metrics["cells"]["judged"] and int(counts[2]) == len(metrics["seeds"])
     for part in ("train", "control", "test"):
         assert f"{metrics['cells'][part]:,} {part}" in card.text
@@ -67,7 +67,7 @@ def unit(text):
     return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
 
 
-def test_pictures_of_published_cards_exist(published):
+def test_figures_of_published_cards_exist(published):
     for target in re.findall(r"\]\(([^)]+)\)", (published / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("http") or (published / target).is_file(), target
 
@@ -87,9 +87,9 @@ def card(pipe):
 def test_what_is_not_known_is_not_stated(card):
     made = card()
     assert made.data.license is None and not any(tag.startswith("tissue:") for tag in made.data.tags)
-    for line in ("| accession | not stated |", "| licence of the data | not stated |", "| commit | not stated |"):
+    for line in ("| accession | not stated |", "| license of the data | not stated |", "| commit | not stated |"):
         assert line in made.text
-    assert "Not judged yet" in made.text and made.data.eval_results is None
+    assert "Not evaluated yet" in made.text and made.data.eval_results is None
 
 
 def test_what_is_stated_is_shown(card):
@@ -111,7 +111,7 @@ def test_labels_have_their_counts_and_rare_ones_are_marked(card, adata):
     counts = adata.obs["cell_type"].value_counts()
     text = card().text
     assert f"| T | {counts['T']} |" in text
-    assert f"| NK | {counts['NK']} (fewer than 30: expect little) |" in text
+    assert f"| NK | {counts['NK']} (fewer than 30: may be poor) |" in text
 
 
 def test_use_runs(card, pipe, tmp_path, monkeypatch):
@@ -144,26 +144,26 @@ def test_paths_of_data_and_pretrained_models_are_not_published(card, tmp_path):
     assert made.data.datasets is None and made.data.base_model is None
 
 
-def test_log_normalised_and_unlabelled_models_say_so(pipe):
+def test_log_normalized_and_unlabelled_models_say_so(pipe):
     pipe.processor.value_space, pipe.processor.target_sum = "log_normalized", 1e4
     pipe.processor.condition_keys = pipe.processor.condition_categories = pipe.processor.composition = []
     facts = model_card.describe_pipeline(pipe, RECORD, {})
     text = model_card.build_card(facts, None, [], "model").text
-    assert "Log-normalised values (log1p of counts per 10,000) of 23 genes. There are no labels" in text
+    assert "Log-normalized values (log1p of counts per 10,000) of 23 genes. The model has no labels" in text
     assert "pipe(\n    num_cells=200,\n    generator=" in text
 
 
-def test_models_of_the_counts_behind_log_normalised_values_say_so(count_pipe):
+def test_models_of_the_counts_behind_log_normalized_values_say_so(count_pipe):
     count_pipe.processor.value_space, count_pipe.processor.normalized_by = "log_normalized", "library_size"
     text = model_card.build_card(model_card.describe_pipeline(count_pipe, RECORD, {}), None, [], "model").text
-    expected = 'Log-normalised values of 23 genes, the counts behind them in `layers["counts"]`, with the library size'
+    expected = 'Log-normalized values of 23 genes, the counts behind them in `layers["counts"]`, with the library size'
     assert expected in text
 
 
 def test_models_of_other_values_have_no_library_size_to_ask_for(count_pipe):
     count_pipe.processor.value_space, count_pipe.processor.value_step = "log_normalized", 0.1
     text = model_card.build_card(model_card.describe_pipeline(count_pipe, RECORD, {}), None, [], "model").text
-    assert "Log-normalised values of 23 genes.\n" in text
+    assert "Log-normalized values of 23 genes.\n" in text
 
 
 def test_quality_against_steps_is_drawn_from_metrics_json(pipe, tmp_path):
@@ -198,24 +198,24 @@ def test_what_a_pipeline_alone_knows(pipe, adata):
 def test_what_a_pipeline_alone_does_not_know(pipe):
     made = model_card.build_card(model_card.describe_pipeline(pipe, None, {}), None, [], "user/cells-of-mine")
     unknown = set(re.findall(r"^\| (.+) \| not stated(?:, not stated)? \|$", made.text, flags=re.MULTILINE))
-    assert unknown == {"data set", "accession", "licence of the data", "organism, tissue", "cells", "split"} | {
+    assert unknown == {"dataset", "accession", "license of the data", "organism, tissue", "cells", "split"} | {
         "training",
         "commit",
         "hardware",
         "time",
-        "licence of the weights",
+        "license of the weights",
     }
-    assert "Not judged yet." in made.text and "fine-tuned" not in made.text and "None" not in made.text
+    assert "Not evaluated yet." in made.text and "fine-tuned" not in made.text and "None" not in made.text
     known = {name for name, value in made.data.to_dict().items() if value}
     assert known == {"library_name", "tags"}
     assert not [tag for tag in made.data.tags if tag.startswith(("tissue:", "organism:", "lora"))]
 
 
-def test_results_and_pictures_come_from_the_folder(pipe, tmp_path):
+def test_results_and_figures_come_from_the_folder(pipe, tmp_path):
     published = CARDS[0]
     model_card.write_facts(pipe, RECORD, {}, tmp_path)
     model_card.write_card(tmp_path)
-    assert "Not judged yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Not evaluated yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
     shutil.copyfile(published / "metrics.json", tmp_path / "metrics.json")
     pictures = [Picture(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
     model_card.save_figures(pictures, tmp_path)
