@@ -6,8 +6,8 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from .cell_statistics import CellStatistics
 from .cells.batches import CellBatches, CellCollator, CellRows
+from .cells.moments import CellMoments
 from .count_head import SCRDiTCountHead
 from .data import (
     anndata_to_table,
@@ -36,7 +36,7 @@ __all__ = [
     "CellBatches",
     "CellCollator",
     "CellRows",
-    "CellStatistics",
+    "CellMoments",
     "FoldChangePrior",
     "SCRDiTCountHead",
     "SCRDiTPipeline",

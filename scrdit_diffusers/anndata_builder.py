@@ -21,8 +21,8 @@ import scipy.sparse as sp
 import zarr
 from anndata.io import read_elem, sparse_dataset
 
-from .cell_statistics import ROWS_PER_CHUNK
-from .processing_scrdit import _check_gene_names, check_values, get_matrix
+from .cells.moments import ROWS_PER_CHUNK
+from .checks import check_gene_names, check_values, get_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def gene_vocabulary(
         if gene_key is not None and gene_key not in var:
             raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
         key = pd.Index(var.index if gene_key is None else var[gene_key].astype(str))
-        _check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
+        check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
         variables.append(var.set_axis(key))
         keys.append(key)
         if gene_key is not None:

@@ -28,7 +28,6 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download
 
-from . import cell_statistics, processing_scrdit
 from .anndata_builder import (
     AnnDataBuilder,
     CellFile,
@@ -39,12 +38,15 @@ from .anndata_builder import (
     table_features,
     values_to_arrow,
 )
-from .cell_statistics import ROWS_PER_CHUNK, ROWS_PER_UPDATE, CellStatistics
+from .cells.fitting import FitOptions, fit_chunks
+from .cells.moments import ROWS_PER_CHUNK, ROWS_PER_UPDATE, CellMoments
+from .checks import check_label, get_matrix, label_categories
 from .hub import explain_push
-from .processing_scrdit import SCRDiTProcessor, _check_label, get_matrix, label_categories
+from .processing_scrdit import SCRDiTProcessor
 
 logger = logging.getLogger(__name__)
 
+FIT_VERSION = 1  # counted up when fitting changes, so that what was cached before is fitted again
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 VALUE_COLUMNS = ["genes", "expressions"]
 ROWS_PER_PART = 10**6  # of a table, whose parts are gone through separately to learn from them
@@ -75,7 +77,7 @@ def anndata_to_table(
     ValueError
         The values cannot be used, or a column of obs is named like one of the table's own.
     """
-    matrix = get_matrix(adata, layer, counts=False).astype(np.float32)
+    matrix = get_matrix(adata, layer, expect_counts=False).astype(np.float32)
     matrix.sort_indices()
     obs = adata.obs if obs_columns is None else adata.obs[list(obs_columns)]
     _check_columns(list(obs))
@@ -325,7 +327,7 @@ def open_table(
             _check_columns(file.columns if obs_columns is None else list(obs_columns))
             for key in [*(obs_columns or []), *labels_key]:
                 try:
-                    _check_label(pd.DataFrame(columns=file.columns), key)
+                    check_label(pd.DataFrame(columns=file.columns), key)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
             for key in labels_key:
@@ -430,7 +432,7 @@ def read_cells(dataset: str | Path) -> ad.AnnData:
 
 @dataclass(frozen=True)
 class TableChunks:
-    """Starts a pass over some rows of a table, see [`SCRDiTProcessor.from_chunks`]; can be sent to another process."""
+    """Starts a pass over some rows of a table, see [`fit_chunks`]; can be sent to another process."""
 
     table: Table
     num_vars: int
@@ -448,8 +450,9 @@ def fit_table(
     var: pd.DataFrame,
     labels_key: str | Sequence[str] = (),
     num_proc: int | None = None,
+    name: str = "the data",
     **options: Any,
-) -> tuple[SCRDiTProcessor, CellStatistics]:
+) -> tuple[SCRDiTProcessor, CellMoments]:
     """Learn genes, transform and labels from a table, in two passes over it ("seurat_v3": three).
 
     What was learned from a table on disk is kept in the cache of `datasets`, where other processes and resumed runs
@@ -481,22 +484,21 @@ def fit_table(
     features, positions = table.features, token_positions(var)
     if features is not None:
         for key in labels_key:
-            _check_label(pd.DataFrame(columns=[key for key in features if key not in VALUE_COLUMNS]), key)
+            check_label(pd.DataFrame(columns=[key for key in features if key not in VALUE_COLUMNS]), key)
 
-    def fit() -> tuple[SCRDiTProcessor, CellStatistics]:
+    def fit() -> tuple[SCRDiTProcessor, CellMoments]:
         parts = [TableChunks(part, len(var), positions, tuple(labels_key)) for part in _parts(table)]
         if num_proc is None or num_proc == 1 or len(parts) == 1:
-            return SCRDiTProcessor.from_chunks(parts, var, labels_key, **options)
+            return fit_chunks(parts, var, labels_key, name, FitOptions(**options))
         # A fork of this process could wait for its threads for ever.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         workers = min(num_proc, len(parts))
         with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as executor:
-            return SCRDiTProcessor.from_chunks(parts, var, labels_key, map_parts=executor.map, **options)
+            return fit_chunks(parts, var, labels_key, name, FitOptions(**options), executor.map)
 
     if isinstance(table, datasets.IterableDataset) or not table.cache_files:
         return fit()
-    code = [Path(module.__file__ or "").read_bytes() for module in (cell_statistics, processing_scrdit)]
-    key = Hasher.hash([table._fingerprint, var.to_csv(), labels_key, sorted(options.items()), code])
+    key = Hasher.hash([table._fingerprint, var.to_csv(), labels_key, sorted(options.items()), FIT_VERSION])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "scrdit_processors" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -506,7 +508,7 @@ def fit_table(
             processor.save_pretrained(unfinished)
             statistics.save(unfinished / "statistics.npz")
             unfinished.rename(folder)
-    return SCRDiTProcessor.from_pretrained(folder), CellStatistics.load(folder / "statistics.npz")
+    return SCRDiTProcessor.from_pretrained(folder), CellMoments.load(folder / "statistics.npz")
 
 
 def _parts(table: Table) -> list[Table]:
@@ -522,7 +524,7 @@ def read_labels(table: datasets.Dataset, columns: Sequence[str]) -> pd.DataFrame
     parts: dict[str, list[pd.Categorical]] = {key: [] for key in columns}
     no_rows = pd.DataFrame(columns=[key for key in table.column_names if key not in VALUE_COLUMNS])
     for key in columns:
-        _check_label(no_rows, key)
+        check_label(no_rows, key)
     for rows in iterate_rows(table, 100 * ROWS_PER_CHUNK, columns) if columns else []:
         obs = rows_to_obs(rows, columns)
         for key in columns:

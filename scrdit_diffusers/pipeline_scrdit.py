@@ -196,7 +196,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 f"The processor's conditions have {self.processor.num_classes} categories, the transformer's "
                 f"{config.num_classes or []}."
             )
-        if self.processor.has_counts_behind and self.transformer.count_head is None:
+        counts_behind = self.processor.models_counts and self.processor.value_space != "counts"
+        if counts_behind and self.transformer.count_head is None:
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
         check_scheduler(self.scheduler)
         for name, trained in self._noise_process.items():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
 torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def count_model(adata, processor) -> SCRDiTTransformer:
     bins = count_bins(adata.X)
     model = SCRDiTTransformer(**MODEL, num_cell_tokens=1, count_bins=bins).eval()
     codes = processor.encode_labels(adata.obs)
-    initialize_count_head(model.count_head, CellStatistics.from_counts(adata.X, codes), processor.mean, processor.std)
+    initialize_count_head(model.count_head, CellMoments.from_counts(adata.X, codes), processor.mean, processor.std)
     return model
 
 

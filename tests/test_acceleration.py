@@ -23,7 +23,7 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
 )
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.objective import loss_weights
 
@@ -155,7 +155,7 @@ def save_tiny_pipelines(folder):
     model = SCRDiTTransformer(**sizes, num_classes=[2], count_bins=count_bins(train.X))
     initialize_count_head(
         model.count_head,
-        CellStatistics.from_counts(train.X, processor.encode_labels(train.obs)),
+        CellMoments.from_counts(train.X, processor.encode_labels(train.obs)),
         processor.mean,
         processor.std,
     )

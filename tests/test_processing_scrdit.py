@@ -11,8 +11,8 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from scrdit_diffusers import SCRDiTProcessor
-from scrdit_diffusers.cell_statistics import recover_counts
-from scrdit_diffusers.processing_scrdit import MAX_COUNT, looks_like_counts, normalize_log1p
+from scrdit_diffusers.checks import MAX_COUNT, looks_like_counts
+from scrdit_diffusers.values import normalize_log1p, recover_counts
 
 SEEDS = range(5)
 

@@ -40,8 +40,8 @@ from scrdit_diffusers import (
     SCRDIT_PRESETS,
     CellBatches,
     CellCollator,
+    CellMoments,
     CellRows,
-    CellStatistics,
     FoldChangePrior,
     SCRDiTPipeline,
     SCRDiTProcessor,
@@ -75,7 +75,7 @@ class Cells:
     """Training and validation cells, and what was learned from the former."""
 
     processor: SCRDiTProcessor
-    statistics: CellStatistics
+    statistics: CellMoments
     batches: CellBatches
     preview_batch: dict[str, torch.Tensor]  # held-out cells, or training cells if there are none
     start_cells: dict[str, torch.Tensor]  # at most MAX_START_CELLS training cells
@@ -277,7 +277,7 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
 
 def fit_processor(
     args: TrainingArguments, train: Any, var: Any, pretrained: SCRDiTPipeline | None
-) -> tuple[SCRDiTProcessor, CellStatistics]:
+) -> tuple[SCRDiTProcessor, CellMoments]:
     """Choose the genes and learn the transform from the training cells."""
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "flavor", "standardize"]
     options = {name: getattr(args, name) for name in names}
