@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from chunked_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs, names
+from made_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs, names
 
 from scrdit_diffusers import SCRDiTProcessor, SCRDiTTransformer, count_bins
 from scrdit_diffusers.cells.fitting import FitOptions, fit_chunks

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from chunked_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs
+from made_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs
 
 from scrdit_diffusers.cells import moments
 from scrdit_diffusers.cells.moments import CellMoments, GeneMoments, run_pass

@@ -31,10 +31,10 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from safetensors.torch import load_file
+from scrdit_diffusers.cell_statistics import normalize_log1p
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, anndata_to_table, save_table
-from scrdit_diffusers.cell_statistics import normalize_log1p
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "training/train.py"]

@@ -1,5 +1,6 @@
 """Cells with many genes, whole and in chunks, for the tests of what is learned from them."""
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -31,3 +32,9 @@ def chunked(matrix, obs, rows):
 def names():
     """Names of the genes."""
     return [f"g{i}" for i in range(NUM_GENES)]
+
+
+def make_adata(matrix, **obs):
+    """AnnData of a matrix, genes g0, g1, ... and columns of obs."""
+    var = pd.DataFrame(index=[f"g{i}" for i in range(matrix.shape[1])])
+    return ad.AnnData(matrix, obs=pd.DataFrame(obs, index=[f"c{i}" for i in range(matrix.shape[0])]), var=var)
