@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from test_training import REPOSITORY, load_script
+from scripts import REPOSITORY, load_script
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import (
