@@ -183,7 +183,7 @@ def test_processes_that_do_not_find_each_other_are_refused(script, monkeypatch):
 
 def kill_after(process, parts: Path, num_shards: int) -> None:
     """Kill a process without warning when it has written some shards."""
-    while len(list(parts.glob("shard-*.h5ad"))) < num_shards:
+    while len(list(parts.glob("shard-??????.h5ad"))) < num_shards:
         assert process.is_alive()
         time.sleep(0.001)
     process.kill()
@@ -195,9 +195,9 @@ def test_killed_run_goes_on(generate, start, whole, tmp_path, capsys):
     output = tmp_path / "cells.h5ad"
     arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
     kill_after(start(*arguments), Path(f"{output}.parts"), 3)
-    kept = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").glob("shard-*.h5ad")}
+    kept = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").glob("shard-??????.h5ad")}
     assert 3 <= len(kept) < 25 and not output.exists()
-    unfinished = Path(f"{output}.parts") / "shard-000024.tmp"
+    unfinished = Path(f"{output}.parts") / "shard-000024.tmp.h5ad"
     unfinished.write_bytes(next(iter(kept)).read_bytes()[:1000])  # as if killed while it was written
     generate(*arguments)
     assert f"{len(kept)} of 25 shards are there" in capsys.readouterr().out

@@ -211,6 +211,7 @@ def default_num_steps(updates_per_epoch: int, finetuned: bool) -> int:
 
 def check_args(args: TrainingArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is read."""
+    args = args.with_recipe()
     if args.dataset is None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a dataset folder or an id on the Hub.")
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
