@@ -93,7 +93,14 @@ def test_accelerate_understands_the_configuration():
 
 
 PAPER = {"value_space": "log_normalized", "decode": "round", "zero_negation": True, "zero_value": -10}
-PAPER |= {"standardize": False, "flavor": "cv", "val_fraction": 0, "dropout": 0, "num_train_timesteps": 1000}
+PAPER |= {
+    "n_top_genes": 2000,
+    "standardize": False,
+    "flavor": "cv",
+    "val_fraction": 0,
+    "dropout": 0,
+    "num_train_timesteps": 1000,
+}
 PAPER |= {"beta_schedule": "linear", "prediction_type": "epsilon", "loss_weighting": "epsilon", "max_loss_weight": 1e9}
 PAPER |= {"train_batch_size": 16, "learning_rate": 3e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0}
 PAPER |= {"adam_beta2": 0.999, "adam_weight_decay": 0.01, "max_grad_norm": 1e9, "use_ema": False}
