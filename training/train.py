@@ -229,7 +229,7 @@ def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
 
 
 def default_num_genes(pretrained: SCRDiTPipeline | None) -> int:
-    """Number of genes if none is given."""
+    """Choose the number of genes if none is given."""
     return pretrained.processor.num_genes if pretrained else 2000
 
 
