@@ -18,11 +18,17 @@ import pytest
 import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
-from scripts import load_script
+from scripts import load_script, run_main
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
+from scrdit_diffusers import (
+    SCRDiTPipeline,
+    SCRDiTProcessor,
+    SCRDiTTransformer,
+    anndata_to_table,
+    count_bins,
+    default_scheduler,
+)
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
@@ -131,18 +137,6 @@ def hub():
     hub_server.HUB.stop()
 
 
-TINY = ["--n_top_genes", "30", "--patch_size", "8", "--num_layers", "1", "--num_attention_heads", "2"]
-TINY += ["--attention_head_dim", "8", "--train_batch_size", "16", "--lr_warmup_steps", "2", "--max_train_steps", "8"]
-TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to", "none"]
-
-
-def run_main(train_script, dataset, output_dir, *arguments):
-    """Run train.py in this process, with a tiny model where the arguments say nothing else."""
-    command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
-    train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="session")
 def train_script():
     return load_script("train")
@@ -179,3 +173,16 @@ def trained(train_script, dataset, tmp_path_factory):
     run_main(train_script, dataset, output_dir, "--labels_key", "cell_type", "--report_to", "tensorboard")
     torch.set_flush_denormal(False)
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def parquet_folder(dataset, tmp_path_factory):
+    """A dataset as on the Hub: parquet files and the gene vocabulary."""
+    folder = tmp_path_factory.mktemp("parquet")
+    adata = ad.read_h5ad(dataset)
+    table = anndata_to_table(adata)
+    (folder / "data").mkdir()
+    for part in range(2):
+        table.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
+    adata.var.rename_axis("var_names").to_parquet(folder / "var.parquet")
+    return folder

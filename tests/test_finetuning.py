@@ -534,8 +534,9 @@ def test_training_writes_a_card(tuned, pretrained, kind):
 
 
 def test_card_says_what_the_arguments_say(train, cells, tmp_path):
-    train(cells / "first.h5ad", tmp_path, *TINY, "--tissue", "lung", "--dataset_accession", "GSE1", "--license", "mit")
-    card = ModelCard.load(tmp_path / "README.md")
+    (tmp_path / "card.yaml").write_text("tissue: lung\ndataset_accession: GSE1\nlicense: mit\n")
+    train(cells / "first.h5ad", tmp_path / "model", *TINY, "--card_data", tmp_path / "card.yaml")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
     assert "tissue:lung" in card.data.tags and card.data.license == "mit" and "| accession | GSE1 |" in card.text
     assert "| license of the data | not stated |" in card.text
 
