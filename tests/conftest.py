@@ -44,6 +44,20 @@ NUM_GENES = 23  # not divisible by the patch size of the tiny model
 MODEL = dict(num_genes=NUM_GENES, patch_size=5, num_layers=2, num_attention_heads=2, attention_head_dim=8)
 MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 
+# What `make quick` leaves out: modules that train, start processes, compile, fit classifiers or try all schedulers,
+# and tests that need what these fixtures train or fit.
+TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_diffusers_testers"}
+TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_train"}
+TRAINING_MODULES |= {"test_published_pipelines", "test_schedulers", "test_training"}
+TRAINING_FIXTURES = {"embedding", "pretrained", "train", "train_here", "trained", "tuned"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in TRAINING_MODULES or TRAINING_FIXTURES & set(item.fixturenames):
+            item.add_marker("training")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
