@@ -315,7 +315,9 @@ def test_store_is_replaced_only_once_the_new_one_is_whole(generate, script, whol
 
 def test_float_values_are_joined(generate, script, pipe, processor, pipeline, adata, tmp_path):
     """A model of log-normalised values, which has no layer."""
-    log = type(processor).from_anndata(adata, ["cell_type", "batch"], "lognorm", "log_normalized", flavor="all")
+    log = type(processor).from_anndata(
+        adata, ["cell_type", "batch"], "lognorm", value_space="log_normalized", flavor="all"
+    )
     SCRDiTPipeline(pipe.transformer, pipe.scheduler, log).save_pretrained(tmp_path / "log")
     arguments = ["--pipeline", tmp_path / "log", "--num_cells", 9]
     generate(*arguments, "--output", tmp_path / "one.h5ad")
