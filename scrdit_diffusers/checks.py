@@ -106,15 +106,15 @@ def check_gene_names(names: Sequence[str], name: str, hint: str = "") -> None:
         )
 
 
-def check_label(obs: pd.DataFrame, key: str) -> None:
-    """Raise ValueError unless obs has the column, without NaN."""
+def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
+    """Raise ValueError unless obs has the column, without NaN; `name` is what the message calls obs."""
     if key not in obs:
         closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
         raise ValueError(
-            f"obs has no column {key!r}{f', did you mean {closest[0]!r}?' if closest else '.'} It has {list(obs)}."
+            f"{name} has no column {key!r}{f', did you mean {closest[0]!r}?' if closest else '.'} It has {list(obs)}."
         )
     if obs[key].isna().any():
-        raise ValueError(f"obs[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
+        raise ValueError(f"{name}[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
     if key == "synthetic":
         raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
 

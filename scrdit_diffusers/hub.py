@@ -376,7 +376,7 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not subfolder and not (Path(folder) / "README.md").is_file():
             try:  # not at the top of the file: cards need matplotlib and Jinja, and the code on the Hub has none
-                cards = importlib.import_module("scrdit_diffusers.model_card")
+                cards = importlib.import_module("scrdit_diffusers.evaluation.model_card")
             except ImportError as error:
                 logger.warning("No model card is written (%s): pip install 'scrdit-diffusers[train]'.", error)
             else:

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(REPOSITORY / "training"))  # it imports acceleration.py, its neighbour
+    sys.path.insert(0, str(REPOSITORY / "training"))  # it imports acceleration.py, its neighbor
     yield load_script("ablations")
     sys.path.remove(str(REPOSITORY / "training"))
 

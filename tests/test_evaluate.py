@@ -18,17 +18,8 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import (
-    SCRDiTPipeline,
-    SCRDiTProcessor,
-    SCRDiTTransformer,
-    baselines,
-    default_scheduler,
-    finetuning,
-    metrics,
-    model_card,
-    report,
-)
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler, finetuning
+from scrdit_diffusers.evaluation import baselines, compare, model_card, report
 
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
 PARTS = ("train", "control", "test")
@@ -41,7 +32,7 @@ QUICK += ["--num_inference_steps", 2]
 def small_forests():
     """Forests of 20 instead of 200 trees: they take most of the time, and are not what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(20, **kwargs))
+        patch.setattr(compare, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(20, **kwargs))
         yield
 
 
@@ -222,7 +213,7 @@ def test_report_begins_with_the_verdict(html, record):
     first = html[: html.index("<table")]
     assert f"AUROC {auroc['value']:.2f} (0.50: indistinguishable; real cells {auroc['ceiling']:.2f}" in first
     assert f"Gaussian copula {auroc['gaussian_copula']:.2f}" in first
-    assert "Not met: " in first and "memorisation" in first and "Labels: " in first
+    assert "Not met: " in first and "memorization" in first and "Labels: " in first
 
 
 def test_report_marks_labels_of_few_training_cells(html):
@@ -231,12 +222,12 @@ def test_report_marks_labels_of_few_training_cells(html):
 
 def test_report_has_a_row_for_each_metric(html, record):
     for figures in record["rows"]:
-        assert f"<th>{report.METRIC_NAMES[figures['metric']]}</th>" in html
+        assert f"<th>{compare.METRIC_NAMES[figures['metric']]}</th>" in html
 
 
 def test_every_metric_and_baseline_has_a_name():
-    assert set(report.METRIC_NAMES) == set(metrics.AIMS)
-    assert all(hasattr(baselines, name) for name in report.FLOOR_NAMES)
+    assert set(compare.METRIC_NAMES) == set(compare.AIMS)
+    assert all(hasattr(baselines, name) for name in baselines.BASELINE_NAMES)
 
 
 def test_verdict_of_real_cells_is_clean(record):
@@ -247,17 +238,17 @@ def test_verdict_of_real_cells_is_clean(record):
         dict(metric=metric, group="all", n_cells=50, value=x, ceiling=x, aim="", met=True)
         for metric, x in names.items()
     ]
-    sentences = report.verdict({"rows": rows, "floors": [], "labels": {}})
-    assert "5 of 5 aims are met." in sentences and "No sign of memorisation" in sentences[-1]
+    sentences = report.verdict({"rows": rows, "baselines": [], "labels": {}})
+    assert "5 of 5 aims are met." in sentences and "No sign of memorization" in sentences[-1]
 
 
-def test_verdict_names_memorisation():
+def test_verdict_names_memorization():
     names = {"classifier_genes_auroc": 0.5, "nearest_train_distance_ratio": 0.2, "share_nearer_to_train": 0.9}
     rows = [
         dict(metric=metric, group="all", n_cells=50, value=x, ceiling=0.5, aim="", met=x == 0.5)
         for metric, x in (names | {"share_duplicates_of_train": 0.3}).items()
     ]
-    assert "Possible memorisation: 30.0%" in report.verdict({"rows": rows, "floors": [], "labels": {}})[-1]
+    assert "Possible memorization: 30.0%" in report.verdict({"rows": rows, "baselines": [], "labels": {}})[-1]
 
 
 def test_report_fits_a_phone(html, tmp_path):
@@ -288,7 +279,7 @@ def test_cells_of_any_tool_are_judged_on_variable_genes(evaluate, split_dir, syn
     evaluate("--split_dir", split_dir, *arguments, *QUICK)
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["genes"]["number"] == 30 and "highly variable" in record["genes"]["choice"]
-    assert record["floors"] == [] and record["steps_curve"] == []
+    assert record["baselines"] == [] and record["steps_curve"] == []
     assert row(record, "mmd2")["met"] is None and row(record, "mmd2")["value_std"] is None  # one seed has no spread
     warning = "9% of the synthetic cells would need another label"
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -399,7 +390,7 @@ def no_counts(synthetic):
     [
         (wrong_genes, "train lacks 40 of the 40 genes"),
         (few_cells, "At least 10 cells of each kind are needed, got .*'synthetic': 8"),
-        (no_labels, "is no column of synthetic.obs"),
+        (no_labels, "synthetic.obs has no column"),
         (unknown_label, r"train part lacks: \['Platelet'\]"),
         (no_counts, "synthetic: .* are no counts|synthetic: "),
     ],

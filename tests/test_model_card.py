@@ -10,9 +10,12 @@ import matplotlib.pyplot as plt
 import pytest
 from huggingface_hub import ModelCard
 
-from scrdit_diffusers import finetuning, model_card
+from scrdit_diffusers import finetuning
+from scrdit_diffusers.evaluation import model_card
+from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
+from scrdit_diffusers.evaluation.compare import METRIC_NAMES
+from scrdit_diffusers.evaluation.report import STEP_METRICS, ReportFigure
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
-from scrdit_diffusers.report import FLOOR_NAMES, METRIC_NAMES, STEP_METRICS, Picture
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 CARDS = sorted(path.parent for path in HUB_CARDS.glob("*/README.md"))
@@ -40,8 +43,8 @@ def test_figures_of_published_cards_are_those_of_metrics_json(published):
     rows = {row["metric"]: row for row in metrics["rows"] if row["group"] == "all"}
     header, _, *lines = re.search(r"(\| metric \|.*\n)(\|.*\n)+", card.text).group().splitlines()
     columns = [cell.strip() for cell in header.split("|")[2:-2]]
-    sources = {"generated": "value", "other real cells": "ceiling"} | {v: k for k, v in FLOOR_NAMES.items()}
-    assert columns == ["generated", "other real cells", *(FLOOR_NAMES[name] for name in metrics["floors"])]
+    sources = {"generated": "value", "other real cells": "ceiling"} | {v: k for k, v in BASELINE_NAMES.items()}
+    assert columns == ["generated", "other real cells", *(BASELINE_NAMES[name] for name in metrics["baselines"])]
     seen = set()
     for line in lines:
         title, *cells, met = (cell.strip() for cell in line.split("|")[1:-1])
@@ -217,7 +220,7 @@ def test_results_and_figures_come_from_the_folder(pipe, tmp_path):
     model_card.write_card(tmp_path)
     assert "Not evaluated yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
     shutil.copyfile(published / "metrics.json", tmp_path / "metrics.json")
-    pictures = [Picture(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
+    pictures = [ReportFigure(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
     model_card.save_figures(pictures, tmp_path)
     plt.close("all")
     model_card.write_card(tmp_path)

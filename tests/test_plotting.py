@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from scrdit_diffusers import metrics, plotting
+from scrdit_diffusers.evaluation import metrics, plotting, space
 
 KEY = "bulk_labels"
 
@@ -82,7 +82,7 @@ def test_joint_umap_bounds_the_number_of_cells(cells):
 def test_gene_statistics_shows_the_metrics(cells):
     real, synthetic = cells[:60], cells[60:]
     axes = plotting.gene_statistics(real, synthetic)
-    expected = metrics.gene_marginals(*(metrics.log_normalize(part.X, "counts") for part in (real, synthetic)))
+    expected = metrics.gene_marginals(*(space.log_normalize(part.X, "counts") for part in (real, synthetic)))
     assert f"{expected['gene_mean_r']:.3f}" in axes[0].get_title()
     assert f"{expected['gene_zero_fraction_mae']:.3f}" in axes[1].get_title()
     assert axes[0].get_xscale() == axes[0].get_yscale() == "log" and named(axes)
@@ -115,9 +115,9 @@ def test_mean_zero_fraction_has_a_point_for_each_gene(cells):
 
 def test_gene_gene_correlation_shows_spearman_of_the_most_expressed_genes(cells):
     axes = plotting.gene_gene_correlation(cells[:60], cells[60:], n_genes=10)
-    genes = np.argsort(-metrics.log_normalize(cells[:60].X, "counts").toarray().mean(axis=0))[:10]
+    genes = np.argsort(-space.log_normalize(cells[:60].X, "counts").toarray().mean(axis=0))[:10]
     for ax, part in zip(axes, (cells[:60], cells[60:]), strict=True):
-        expected = spearmanr(metrics.log_normalize(part.X, "counts").toarray()[:, genes]).statistic
+        expected = spearmanr(space.log_normalize(part.X, "counts").toarray()[:, genes]).statistic
         np.testing.assert_allclose(np.sort(ax.images[0].get_array(), axis=None), np.sort(expected, axis=None))
     assert axes[0].images[0].get_clim() == axes[1].images[0].get_clim() and named(axes)
 
@@ -168,8 +168,8 @@ def test_quality_against_steps_refuses_an_empty_table():
         plotting.quality_against_steps(pd.DataFrame({"w2": []}))
 
 
-def test_cell_statistics_are_shares_of_all_cells(cells):
-    axes = plotting.cell_statistics(cells[:80], cells[80:])
+def test_library_size_histograms_are_shares_of_all_cells(cells):
+    axes = plotting.library_size_histogram(cells[:80], cells[80:])
     for ax in axes:
         heights = [patch.get_height() for patch in ax.patches if isinstance(patch, plt.Rectangle)]
         assert sum(heights) == pytest.approx(200)  # 100 % of real and of synthetic cells
@@ -178,8 +178,8 @@ def test_cell_statistics_are_shares_of_all_cells(cells):
 
 def test_log_normalised_values_are_named_as_such(cells):
     logged = cells.copy()
-    logged.X = metrics.log_normalize(logged.X, "counts")
-    axes = plotting.cell_statistics(logged, logged, value_space="log_normalized")
+    logged.X = space.log_normalize(logged.X, "counts")
+    axes = plotting.library_size_histogram(logged, logged, value_space="log_normalized")
     assert "counts" not in axes[0].get_xlabel()
 
 
@@ -198,4 +198,4 @@ def test_axes_that_are_given_are_drawn_on(cells, embedding):
     assert plotting.gene_statistics(cells, cells, axes=axes)[0] is axes[0]
     assert plotting.umap(embedding, ax=axes[0]) is axes[0]
     with pytest.raises(ValueError, match="axes must hold 2 Axes, got 1"):
-        plotting.cell_statistics(cells, cells, axes=axes[:1])
+        plotting.library_size_histogram(cells, cells, axes=axes[:1])

@@ -15,8 +15,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from scripts import load_script
 from sklearn.ensemble import RandomForestClassifier
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, SCRDiTTransformerOutput, default_scheduler, metrics
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, SCRDiTTransformerOutput, default_scheduler
 from scrdit_diffusers.count_head import CountPosterior
+from scrdit_diffusers.evaluation import compare
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -316,7 +317,7 @@ def test_the_table_of_the_benchmark(benchmark):
 
 
 def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe, adata, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(5, **kwargs))
+    monkeypatch.setattr(compare, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(5, **kwargs))
     count_pipe.save_pretrained(tmp_path / "pipeline")
     parts = {name: adata[i::3].copy() for i, name in enumerate(("train", "test", "control"))}
     for name, cells in parts.items():
@@ -337,7 +338,7 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     assert cells.obs["cell_type"].tolist() == test.obs["cell_type"].tolist()
     assert (cells.uns["scrdit"]["scheduler"], cells.uns["scrdit"]["num_inference_steps"]) == ("DDIMScheduler", 2)
     options = dict(value_space="counts", seed=0, n_jobs=1)
-    table = metrics.compare(test, cells, parts["train"], control, **options).set_index("metric")
+    table = compare.compare(test, cells, parts["train"], control, **options).set_index("metric")
     for metric in benchmark.COLUMNS:
         assert output["judged"]["DDIMScheduler-2"][metric] == pytest.approx(table.loc[metric, "value"])
         assert output["judged"]["real"][metric] == pytest.approx(table.loc[metric, "ceiling"])

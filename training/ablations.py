@@ -27,7 +27,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.stats import zscore
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import metrics
+from scrdit_diffusers.evaluation.compare import compare
 
 LOG = "--value_space log_normalized --target_sum 1e4 --decode round"
 # What changes: flags of train.py. Rounded and log-normalised rows are to be read against the first of their kind.
@@ -163,7 +163,7 @@ def main(args: AblationArguments) -> None:
     def judge(name: str, seed: int, cells: ad.AnnData) -> dict[str, Any]:
         options = {"labels_key": args.labels_key, "value_space": "log_normalized", "seed": seed}
         options["min_label_cells"] = sys.maxsize  # no figures of single labels, which take most of the time
-        table = metrics.compare(judged["test"], cells, judged["train"], **options)
+        table = compare(judged["test"], cells, judged["train"], **options)
         figures = table.set_index("metric")["value"].dropna().to_dict()
         print(f"{name}, seed {seed}: {figures['classifier_genes_auroc']:.3f}", flush=True)
         return {"name": name, "seed": seed, "metrics": figures}

@@ -5,7 +5,7 @@
 The cells of `--labels` are split 60 / 20 / 20 into train, control and test. On the train cells, over the same highly
 variable genes, (a) recipes/scrdit-paper.sh trains one unconditional model per label, at the width and length that
 `--paper_*` give, and (b) train.py trains one model with its defaults. Every sampler then generates as many cells of
-each label as there are test cells, and `metrics.compare` judges them, all in log1p of counts per 10,000 over these
+each label as there are test cells, and `evaluation.compare` judges them, all in log1p of counts per 10,000 over these
 genes (values that are no counts are taken as they are). The same judge gives the ceiling (control cells) and a floor
 (Gaussian copula).
 
@@ -33,8 +33,11 @@ import torch
 from benchmark import DEFAULT, PAPER, make_pipeline
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, read_cells, split_cells
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
 from scrdit_diffusers.checks import get_matrix, label_categories, looks_like_counts
+from scrdit_diffusers.evaluation import baselines
+from scrdit_diffusers.evaluation.compare import compare
+from scrdit_diffusers.evaluation.space import TARGET_SUM, get_values
 from scrdit_diffusers.values import normalize_log1p
 
 matplotlib.use("Agg")
@@ -125,7 +128,7 @@ def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
     options = dict(value_space=space, n_top_genes=args.n_top_genes, layer=args.layer)
     genes = SCRDiTProcessor.from_anndata(parts["train"].copy(), **options).var_names
     for name, part in list(parts.items()):
-        values = metrics.get_values(part, pd.Index(genes), args.layer, space, name)
+        values = get_values(part, pd.Index(genes), args.layer, space, name)
         obs = part.obs[[args.labels_key]].astype(str)
         parts[name] = ad.AnnData(values, obs=obs, var=pd.DataFrame(index=pd.Index(genes)))
     for i, label in enumerate(labels):
@@ -196,7 +199,7 @@ class Trained(NamedTuple):
 
 def log_normalized(cells: ad.AnnData) -> ad.AnnData:
     """Turn counts into log1p of counts per 10,000."""
-    return ad.AnnData(normalize_log1p(cells.X, metrics.TARGET_SUM), obs=cells.obs, var=cells.var)
+    return ad.AnnData(normalize_log1p(cells.X, TARGET_SUM), obs=cells.obs, var=cells.var)
 
 
 def full_size_seconds(method: str, calls: int, timed: dict[str, float]) -> float:
@@ -309,7 +312,7 @@ def main(args: AccelerationArguments) -> None:
 
     def judge(method: str, sampler: str, steps: int, seed: int, cells: ad.AnnData, **seconds: float) -> None:
         options = {"labels_key": args.labels_key, "value_space": "log_normalized", "seed": seed}
-        table = metrics.compare(judged["test"], cells, judged["train"], **options).query("group == 'all'")
+        table = compare(judged["test"], cells, judged["train"], **options).query("group == 'all'")
         figures = table.set_index("metric")["value"].dropna().to_dict()
         row = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, **seconds, "metrics": figures}
         record["rows"].append(row)

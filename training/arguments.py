@@ -12,7 +12,8 @@ from checkpointing import find_checkpoints
 from cli import arg, may_change
 from diffusers.optimization import SchedulerType
 
-from scrdit_diffusers import SCRDIT_PRESETS, model_card
+from scrdit_diffusers import SCRDIT_PRESETS
+from scrdit_diffusers.evaluation import model_card
 
 DEFAULT_STEPS = (600, 2500, 5000)  # at least (half of that for a pretrained model), where EPOCHS allow it, at most
 EPOCHS = (60, 150)  # passes over the cells, at least and at most

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from scrdit_diffusers import SCRDiTPipeline
-from scrdit_diffusers.metrics import compare
+from scrdit_diffusers.evaluation.compare import compare
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
 
 SAME = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}  # to the digit

@@ -20,7 +20,9 @@ import scipy.sparse as sp
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scrdit_diffusers import SCRDiTPipeline, baselines, metrics, plotting, split_cells
+from scrdit_diffusers import SCRDiTPipeline, split_cells
+from scrdit_diffusers.evaluation import baselines, plotting
+from scrdit_diffusers.evaluation.compare import compare
 
 matplotlib.use("Agg")
 OUTPUT = Path("outputs/demo")
@@ -76,9 +78,9 @@ def main() -> None:
 
     # 3. Compare
     test, train, control = (part[:, pipe.processor.var_names].copy() for part in (test, train, control))
-    table = metrics.compare(test, synthetic, train, control, labels_key=LABELS_KEY)
+    table = compare(test, synthetic, train, control, labels_key=LABELS_KEY)
     copula = baselines.gaussian_copula(train, test.obs, LABELS_KEY, np.random.default_rng(0))
-    table["copula"] = metrics.compare(test, copula, train, labels_key=LABELS_KEY)["value"]
+    table["copula"] = compare(test, copula, train, labels_key=LABELS_KEY)["value"]
     (OUTPUT / "metrics.json").write_text(json.dumps(table.to_dict(orient="records"), indent=2))
     draw(test, synthetic, train, pipeline_folder)
 
@@ -108,7 +110,7 @@ def draw(real: ad.AnnData, synthetic: ad.AnnData, train: ad.AnnData, pipeline_fo
     embedding = plotting.joint_umap(real, synthetic, train, labels_key=LABELS_KEY)
     pictures = {f"umap_{name}": plotting.umap(embedding, key) for name, key in UMAP_COLORS.items()}
     pictures["genes"] = plotting.gene_statistics(real, synthetic)
-    pictures["cells"] = plotting.cell_statistics(real, synthetic)
+    pictures["cells"] = plotting.library_size_histogram(real, synthetic)
     events = EventAccumulator(str(next((pipeline_folder / "logs").glob("*/")))).Reload()
     losses = events.Scalars("train_loss")
     pictures["loss"] = plotting.loss_curve([event.step for event in losses], [event.value for event in losses])

@@ -19,7 +19,8 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -30,14 +31,19 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from cli import arg, parse
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
-from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, model_card, read_cells, split_cells
-from scrdit_diffusers.checks import get_matrix, label_categories
-from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, render_report
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
+from scrdit_diffusers.atomic import write_atomically
+from scrdit_diffusers.checks import check_label, get_matrix, label_categories
+from scrdit_diffusers.evaluation import baselines, compare, model_card
+from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
+from scrdit_diffusers.evaluation.report import STEP_METRICS, draw_figures, render_report
+from scrdit_diffusers.evaluation.space import get_values
+from scrdit_diffusers.launch import check_device
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
@@ -47,20 +53,13 @@ PACKAGES |= {"scib_metrics": "scib-metrics"}
 PACKAGES |= {name: name for name in ("diffusers", "torch", "anndata", "scanpy", "numpy", "scipy")}
 
 
-def arg(default, help, **kwargs):
-    """One command-line argument: its default and its help."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: default, metadata={"help": help, **kwargs})
-    return field(default=default, metadata={"help": help, **kwargs})
-
-
-@dataclass
+@dataclass(frozen=True)
 class EvaluationArguments:
     """Command-line arguments."""
 
     # real cells
     split_dir: str = arg(None, "Folder of train.h5ad, control.h5ad, test.h5ad; made from --dataset if it lacks them.")
-    dataset: str | None = arg(None, "Real cells to split: .h5ad file, .zarr store, table folder or Hub data set id.")
+    dataset: str | None = arg(None, "Real cells to split: .h5ad file, .zarr store, dataset folder or Hub dataset id.")
     labels_key: str | None = arg(None, "Column of obs; that of the split or the pipeline's first one if not given.")
     layer: str | None = arg(None, "Layer of the real cells that holds the values; that of the split, or X.")
     split_by: str | None = arg(None, "Column of obs, such as donor, whose groups stay whole when the cells are split.")
@@ -81,14 +80,20 @@ class EvaluationArguments:
     min_label_cells: int = arg(50, "Labels with as many cells of each kind are judged alone, too.")
     baselines: list[str] = arg(
         ["resample_genes", "gaussian_copula"],
-        "Floors, or none; scvi_prior is added where scvi-tools is installed.",
-        choices=["none", *FLOOR_NAMES],
+        "Baselines, or none; scvi_prior is added where scvi-tools is installed.",
+        choices=["none", *BASELINE_NAMES],
     )
     steps_curve: list[int] = arg([5, 10, 20, 50], "Network calls at which quality is measured, too; 0 for none.")
     n_jobs: int = arg(-1, "Processes for the folds of the classifiers; -1 takes all cores.")
     output_dir: str = arg("evaluation", "Folder of metrics.json and report.html.")
     overwrite: bool = arg(False, "Replace the results in --output_dir.")
     update_card: bool = arg(False, "Add the results to the model card in the folder of the pipeline or the adapter.")
+
+
+def leave_out(args: EvaluationArguments) -> EvaluationArguments:
+    """Replace "none" and 0, which leave something out, by empty lists."""
+    given = {"baselines": ["none"], "steps_curve": [0]}
+    return dataclasses.replace(args, **{name: [] for name, nothing in given.items() if getattr(args, name) == nothing})
 
 
 def check_args(args: EvaluationArguments) -> None:
@@ -107,15 +112,10 @@ def check_args(args: EvaluationArguments) -> None:
     for name in ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    check_device(args.device)
     for name in ("max_cells", "min_label_cells"):
-        if getattr(args, name) < metrics.MIN_CELLS:
-            raise ValueError(f"--{name} must be at least {metrics.MIN_CELLS}, got {getattr(args, name)}.")
-    args.baselines = [] if args.baselines == ["none"] else args.baselines
-    args.steps_curve = [] if args.steps_curve == [0] else args.steps_curve
+        if getattr(args, name) < compare.MIN_CELLS:
+            raise ValueError(f"--{name} must be at least {compare.MIN_CELLS}, got {getattr(args, name)}.")
     if any(steps < 1 for steps in args.steps_curve) or "none" in args.baselines:
         raise ValueError(f"--steps_curve {args.steps_curve} --baselines {args.baselines}: 0 and none stand alone.")
     if "scvi_prior" in args.baselines and not importlib.util.find_spec("scvi"):
@@ -149,8 +149,8 @@ def make_split(args: EvaluationArguments) -> None:
         train, control = rest[stay], rest[aside]
     rows = dict(zip(PARTS, (train, control, test), strict=True))
     for name, part in rows.items():
-        if len(part) < metrics.MIN_CELLS:
-            raise ValueError(f"{name} would have {len(part)} cells; at least {metrics.MIN_CELLS} are needed.")
+        if len(part) < compare.MIN_CELLS:
+            raise ValueError(f"{name} would have {len(part)} cells; at least {compare.MIN_CELLS} are needed.")
     folder = Path(args.split_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = {name: getattr(args, name) for name in ("dataset", "labels_key", "layer", "split_by", "seed")}
@@ -179,7 +179,6 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
         raise ValueError(f"{folder} is a split of {split['dataset']}, not of {args.dataset}; give another --split_dir.")
     if found and args.dataset:
         print(f"{folder} holds the split already.")
-    args.layer = args.layer or split.get("layer")
     return split
 
 
@@ -239,12 +238,12 @@ class Evaluation:
         self.parts = {}
         for name, part in cells.items():
             for key in keys:
-                metrics.check_labels(part.obs, key, name)
+                check_label(part.obs, key, f"{name}.obs")
             obs = part.obs[keys].set_axis([f"{name}_{i}" for i in range(part.n_obs)])
             self.parts[name] = ad.AnnData(values[name], obs=obs, var=pd.DataFrame(index=self.var_names))
         sizes = {name: part.n_obs for name, part in self.parts.items()}
-        if min(sizes.values()) < metrics.MIN_CELLS:
-            raise ValueError(f"At least {metrics.MIN_CELLS} cells of each kind are needed, got {sizes}.")
+        if min(sizes.values()) < compare.MIN_CELLS:
+            raise ValueError(f"At least {compare.MIN_CELLS} cells of each kind are needed, got {sizes}.")
         self.num_cells = min(args.max_cells, *(size for name, size in sizes.items() if name != "train"))
         self.label_counts = self._count_labels() if self.labels_key else {}
 
@@ -276,8 +275,7 @@ class Evaluation:
         self.var_names, self.gene_choice = cells["synthetic"].var_names, "those of the synthetic cells"
         layers = {name: None if name == "synthetic" else self.args.layer for name in cells}
         values = {
-            name: metrics.get_values(part, self.var_names, layers[name], self.value_space, name)
-            for name, part in cells.items()
+            name: get_values(part, self.var_names, layers[name], self.value_space, name) for name, part in cells.items()
         }
         if len(self.var_names) > self.args.n_top_genes:
             train = ad.AnnData(values["train"], var=pd.DataFrame(index=self.var_names))
@@ -328,71 +326,62 @@ class Evaluation:
         ).adata
 
     def compare(self, test: ad.AnnData, control: ad.AnnData | None, sets: dict[str, ad.AnnData], **kwargs):
-        """Call `metrics.compare` with the arguments of this evaluation."""
+        """Call `compare` with the arguments of this evaluation."""
         options = {name: getattr(self.args, name) for name in ("max_cells", "min_label_cells", "n_jobs")}
         options |= {"labels_key": self.labels_key, "value_space": self.value_space} | kwargs
-        return metrics.compare(test, sets, self.parts["train"], control, **options)
+        return compare.compare(test, sets, self.parts["train"], control, **options)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name and rename."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a whole file or none."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def main(args: EvaluationArguments) -> None:
-    """Split if there is no split, judge if there is something to judge."""
-    check_args(args)
-    split = read_split(args)
-    if not args.pipeline and not args.synthetic:
-        return print_next_commands(args, args.labels_key or split.get("labels_key"))
-    start, output_dir = time.time(), Path(args.output_dir)
-    evaluation = Evaluation(args, split)
-    for warning in evaluation.warnings:
-        logger.warning(warning)
-    floors = args.baselines
-    if floors and evaluation.value_space == "counts" and importlib.util.find_spec("scvi"):
-        floors = list(dict.fromkeys([*floors, "scvi_prior"]))
-    train, labels_key = evaluation.parts["train"], evaluation.labels_key
-    record: dict[str, Any] = {
+def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]:
+    """Begin the record that becomes metrics.json."""
+    args = evaluation.args
+    chosen = args.baselines
+    if chosen and evaluation.value_space == "counts" and importlib.util.find_spec("scvi"):
+        chosen = list(dict.fromkeys([*chosen, "scvi_prior"]))
+    adapter = f" with {args.lora_weights}" if args.lora_weights else ""
+    return {
         "command": shlex.join(["python", *sys.argv]),
-        "source": f"pipeline {args.pipeline}{f' with {args.lora_weights}' if args.lora_weights else ''}"
-        if args.pipeline
-        else f"cells {args.synthetic}",
+        "source": f"pipeline {args.pipeline}{adapter}" if args.pipeline else f"cells {args.synthetic}",
         "arguments": dataclasses.asdict(args),
         "split": split,
         "versions": {"python": python_version()}
         | {package: version(package) for name, package in PACKAGES.items() if importlib.util.find_spec(name)},
         "warnings": evaluation.warnings,
         "cells": {name: part.n_obs for name, part in evaluation.parts.items()} | {"judged": evaluation.num_cells},
-        "genes": {"number": train.n_vars, "choice": evaluation.gene_choice},
+        "genes": {"number": evaluation.parts["train"].n_vars, "choice": evaluation.gene_choice},
         "value_space": evaluation.value_space,
-        "labels_key": labels_key,
+        "labels_key": evaluation.labels_key,
         "labels": evaluation.label_counts,
         "unseen_cells_divided_anew": evaluation.divide_anew,
-        "floors": floors,
+        "baselines": chosen,
         "seeds": [],
         "rows": [],
         "steps_curve": [],
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:
-        record["seconds"] = round(time.time() - start)
-        write_text(output_dir / "metrics.json", json.dumps(record, indent=2, allow_nan=False))
 
-    # 1. Each seed generates and judges
+def compare_seeds(
+    evaluation: Evaluation, record: dict[str, Any], save: Callable[[], None]
+) -> tuple[ad.AnnData, ad.AnnData]:
+    """Generate and compare with each seed; give the test cells and the generated cells of the first one."""
+    args, start = evaluation.args, time.time()
     tables: list[pd.DataFrame] = []
     for seed in range(args.seed, args.seed + args.num_seeds):
         test, control = evaluation.draw_real(seed)
         sets = {"value": evaluation.generate(test.obs, seed, args.num_inference_steps)}
-        for name in floors:
-            sets[name] = getattr(baselines, name)(train, test.obs, labels_key, np.random.default_rng(seed))
+        for name in record["baselines"]:
+            generate, rng = getattr(baselines, name), np.random.default_rng(seed)
+            sets[name] = generate(evaluation.parts["train"], test.obs, evaluation.labels_key, rng)
         if seed == args.seed:
             shown = test, sets["value"]
         tables.append(evaluation.compare(test, control, sets, seed=seed))
-        summary = metrics.summarize(tables)
+        summary = compare.summarize(tables)
         record["seeds"].append(seed)
         record["rows"] = summary.astype(object).where(summary.notna(), None).to_dict("records")
         save()
@@ -402,25 +391,50 @@ def main(args: EvaluationArguments) -> None:
             f"{auroc:.3f}, {time.time() - start:.0f} s",
             flush=True,
         )
+    return shown
 
-    # 2. Quality against steps
-    test, synthetic = shown
-    if evaluation.pipe and args.steps_curve:
-        steps = sorted(set(args.steps_curve))
-        sets = {str(k): evaluation.generate(test.obs, args.seed, k) for k in steps}
-        table = evaluation.compare(test, None, sets, seed=args.seed, quick=True).query("group == 'all'")
-        curve = table.set_index("metric").loc[list(STEP_METRICS)]
-        record["steps_curve"] = [{"num_inference_steps": k} | curve[str(k)].to_dict() for k in steps]
 
-    # 3. Report
-    pictures = draw_pictures(record, test, synthetic, train, evaluation.value_space)
+def measure_steps(evaluation: Evaluation, test: ad.AnnData) -> list[dict[str, Any]]:
+    """Measure quality against the number of network calls."""
+    args = evaluation.args
+    steps = sorted(set(args.steps_curve)) if evaluation.pipe else []
+    if not steps:
+        return []
+    sets = {str(k): evaluation.generate(test.obs, args.seed, k) for k in steps}
+    table = evaluation.compare(test, None, sets, seed=args.seed, quick=True).query("group == 'all'")
+    curve = table.set_index("metric").loc[list(STEP_METRICS)]
+    return [{"num_inference_steps": k} | curve[str(k)].to_dict() for k in steps]
+
+
+def main(args: EvaluationArguments) -> None:
+    """Split if there is no split, evaluate if there is something to evaluate."""
+    args = leave_out(args)
+    check_args(args)
+    split = read_split(args)
+    args = dataclasses.replace(args, layer=args.layer or split.get("layer"))
+    if not args.pipeline and not args.synthetic:
+        return print_next_commands(args, args.labels_key or split.get("labels_key"))
+    start, output_dir = time.time(), Path(args.output_dir)
+    evaluation = Evaluation(args, split)
+    for warning in evaluation.warnings:
+        logger.warning(warning)
+    record = make_record(evaluation, split)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        record["seconds"] = round(time.time() - start)
+        write_text(output_dir / "metrics.json", json.dumps(record, indent=2, allow_nan=False))
+
+    test, synthetic = compare_seeds(evaluation, record, save)
+    record["steps_curve"] = measure_steps(evaluation, test)
+    figures = draw_figures(record, test, synthetic, evaluation.parts["train"], evaluation.value_space)
     save()
     if args.update_card:
-        folder = Path(args.lora_weights or args.pipeline)
+        folder = Path(args.lora_weights or args.pipeline or "")
         shutil.copyfile(output_dir / "metrics.json", folder / "metrics.json")
-        model_card.save_figures(pictures, folder)
+        model_card.save_figures(figures, folder)
         model_card.write_card(folder)
-    write_text(output_dir / "report.html", render_report(record, pictures))
+    write_text(output_dir / "report.html", render_report(record, figures))
     met = [row["met"] for row in record["rows"] if row["group"] == "all" and row["met"] is not None]
     print(
         f"{sum(met)} of {len(met)} aims are met. Wrote {output_dir / 'metrics.json'} and {output_dir / 'report.html'}"
@@ -430,6 +444,6 @@ def main(args: EvaluationArguments) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        main(HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()[0])
+        main(parse(EvaluationArguments))
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,8 @@ import scipy.sparse as sp
 import torch
 from diffusers import DDPMScheduler
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, diffusion_loss, plotting
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, diffusion_loss
+from scrdit_diffusers.evaluation import plotting
 
 matplotlib.use("Agg")
 logger = logging.getLogger("train")

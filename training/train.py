@@ -55,13 +55,13 @@ from scrdit_diffusers import (
     hub,
     initialize_from_cells,
     iterate_rows,
-    model_card,
     open_table,
     read_labels,
     split_cells,
     split_stream,
 )
 from scrdit_diffusers.atomic import delete_folder
+from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import check_processes
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 

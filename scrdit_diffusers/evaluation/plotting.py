@@ -13,18 +13,13 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from .cells.moments import gene_moments
-from .metrics import (
-    EvaluationSpace,
-    check_labels,
-    gene_correlations,
-    gene_marginals,
-    get_values,
-    log_normalize,
-    pearson,
-)
+from scrdit_diffusers.cells.moments import gene_moments
+from scrdit_diffusers.checks import check_label
 
-# Okabe and Ito, colours that colour-blind readers can tell apart.
+from .metrics import gene_correlations, gene_marginals, pearson
+from .space import EvaluationSpace, get_values, log_normalize
+
+# Okabe and Ito, colors that color-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 COLORS = {"real": PALETTE[0], "synthetic": PALETTE[1]}
 MARKERS = "o^sDv*"  # one for each round through the palette
@@ -53,7 +48,7 @@ def joint_umap(
     layer
         Layer that holds the values; `None` takes X.
     value_space
-        "counts", or "log_normalized" for values that are log-normalised already.
+        "counts", or "log_normalized" for values that are log-normalized already.
     max_cells
         Real and synthetic cells are each drawn down to this number.
     seed
@@ -103,7 +98,7 @@ def umap(embedding: pd.DataFrame, color: str = "origin", ax: Axes | None = None)
     embedding
         Output of [`joint_umap`].
     color
-        Its column that colours the cells: "origin" or the labels.
+        Its column that colors the cells: "origin" or the labels.
     ax
         Where to draw; `None` makes a new figure.
     """
@@ -243,13 +238,13 @@ def gene_gene_correlation(
     real, synthetic, layer, value_space
         As in [`gene_statistics`].
     n_genes
-        Number of genes, those with the largest mean (log-normalised) in `real`; all where there are no more.
+        Number of genes, those with the largest mean (log-normalized) in `real`; all where there are no more.
     axes
         Two Axes to draw on; `None` makes a new figure.
 
     Returns
     -------
-    Axes of real and of synthetic cells, genes in the same order (clustered in `real`) and with the same colours. The
+    Axes of real and of synthetic cells, genes in the same order (clustered in `real`) and with the same colors. The
     title states Pearson's r between both.
     """
     axes = _axes(axes, 2)
@@ -299,8 +294,8 @@ def marker_dotplot(
 
     Returns
     -------
-    Axes of real and of synthetic cells. Size: share of the label's cells that express the gene; colour: mean
-    log-normalised value, as a share of the gene's largest mean over the labels of `real`.
+    Axes of real and of synthetic cells. Size: share of the label's cells that express the gene; color: mean
+    log-normalized value, as a share of the gene's largest mean over the labels of `real`.
 
     Raises
     ------
@@ -311,7 +306,7 @@ def marker_dotplot(
 
     groups = dict(train=train, real=real, synthetic=synthetic)
     for name, adata in groups.items():
-        check_labels(adata.obs, labels_key, name)
+        check_label(adata.obs, labels_key, f"{name}.obs")
     logs = {
         name: log_normalize(get_values(adata, synthetic.var_names, layer, value_space, name), value_space)
         for name, adata in groups.items()
@@ -389,7 +384,7 @@ def quality_against_steps(
     return panels
 
 
-def cell_statistics(
+def library_size_histogram(
     real: ad.AnnData,
     synthetic: ad.AnnData,
     layer: str | None = None,
@@ -398,7 +393,7 @@ def cell_statistics(
 ) -> Sequence[Axes]:
     """Histograms of library size (log scale) and of the number of genes detected per cell.
 
-    Parameters are those of [`gene_statistics`]. Of log-normalised values the sum is shown instead of library size.
+    Parameters are those of [`gene_statistics`]. Of log-normalized values the sum is shown instead of library size.
 
     Returns
     -------
@@ -423,7 +418,7 @@ def cell_statistics(
             ax.hist(numbers, bins, weights=weights, color=COLORS[name], alpha=0.25)
             ax.hist(numbers, bins, weights=weights, color=COLORS[name], histtype="step", lw=1.5, label=name)
         ax.set_ylabel("cells (%)")
-    axes[0].set_xlabel("library size (counts)" if value_space == "counts" else "sum of log-normalised values")
+    axes[0].set_xlabel("library size (counts)" if value_space == "counts" else "sum of log-normalized values")
     axes[1].set_xlabel("genes detected")
     axes[0].legend(frameon=False)
     return axes
@@ -491,4 +486,4 @@ def _diagonal(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _unit(value_space: str) -> str:
-    return "log1p of counts per 10,000" if value_space == "counts" else "log-normalised value"
+    return "log1p of counts per 10,000" if value_space == "counts" else "log-normalized value"

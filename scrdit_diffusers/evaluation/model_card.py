@@ -1,8 +1,8 @@
 """Model cards: what a pipeline folder holds, how it was trained and judged, rendered from a template.
 
-    python -m scrdit_diffusers.model_card FOLDER
+    python -m scrdit_diffusers.evaluation.model_card FOLDER
 
-writes `FOLDER/README.md` anew from its `card.json`, its `metrics.json` and the pictures in `figures`.
+writes `FOLDER/README.md` anew from its `card.json`, its `metrics.json` and the figures in `figures`.
 """
 
 import argparse
@@ -21,12 +21,16 @@ import matplotlib.pyplot as plt
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .pipeline_scrdit import SCRDiTPipeline
-from .processing_scrdit import RARE_LABEL_CELLS
-from .report import FLOOR_NAMES, METRIC_NAMES, Picture, draw_steps_curve, format_figure
+from scrdit_diffusers.pipeline_scrdit import SCRDiTPipeline
+from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 
+from .baselines import BASELINE_NAMES
+from .compare import METRIC_NAMES
+from .report import ReportFigure, draw_steps_curve, format_value
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 NOT_STATED = "not stated"
-# The id on the Hub, the licence of the weights, and where the training cells come from.
+# The id on the Hub, the license of the weights, and where the training cells come from.
 ABOUT = ("model_id", "license", "dataset_accession", "dataset_license", "dataset_citation", "organism", "tissue")
 FIGURES = {"umap-by-origin": "UMAP by origin", "genes": "Genes", "quality-against-steps": "Quality against steps"}
 
@@ -76,19 +80,13 @@ def describe_pipeline(
     }
 
 
-def save_figures(pictures: Sequence[Picture], folder: str | Path) -> None:
-    """Write the pictures of a report that a card shows to `folder/figures`."""
+def save_figures(figures: Sequence[ReportFigure], folder: str | Path) -> None:
+    """Write the figures of a report that a card shows to `folder/figures`."""
     (Path(folder) / "figures").mkdir(parents=True, exist_ok=True)
     titles = {title: name for name, title in FIGURES.items()}
-    for title, _, figure in pictures:
+    for title, _, figure in figures:
         if title in titles:
             figure.savefig(Path(folder) / "figures" / f"{titles[title]}.png", dpi=80, facecolor="white")
-
-
-def find_template() -> Path:
-    """Find `hub_cards/template.md`, which stands beside the package in a checkout and inside where it is installed."""
-    paths = [folder / "hub_cards" / "template.md" for folder in Path(__file__).parents[:2]]
-    return next(path for path in paths if path.is_file())
 
 
 def build_card(
@@ -107,11 +105,11 @@ def build_card(
     metrics
         What `training/evaluate.py` writes as metrics.json; `None` for a model that was not judged.
     figures
-        Names of the pictures in `figures`, without `.png`.
+        Names of the figures in `figures`, without `.png`.
     name
         What to call a model whose id on the Hub is not stated, such as its folder.
     template
-        The Jinja template; `hub_cards/template.md` if `None`.
+        The Jinja template; `card.md.jinja` if `None`.
 
     Returns
     -------
@@ -151,14 +149,14 @@ def build_card(
             for row in rows
             if row["value"] is not None
         ]
-    floors = [floor for floor in FLOOR_NAMES if floor in (metrics or {}).get("floors", [])]
+    baselines = [name for name in BASELINE_NAMES if name in (metrics or {}).get("baselines", [])]
     shown = [[METRIC_NAMES[row["metric"]]] for row in rows]
     for cells, row in zip(shown, rows, strict=True):
-        cells += [_with_spread(row, source) for source in ("value", "ceiling", *floors)]
+        cells += [_with_spread(row, source) for source in ("value", "ceiling", *baselines)]
         cells.append("–" if row["met"] is None else "yes" if row["met"] else "no")
     # ModelCard.from_template would keep the lines of Jinja's own tags, which break tables.
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    content = environment.from_string(Path(template or find_template()).read_text(encoding="utf-8")).render(
+    content = environment.from_string(Path(template or TEMPLATE).read_text(encoding="utf-8")).render(
         card_data=ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml(),
         name=name,
         source=source,
@@ -169,7 +167,7 @@ def build_card(
         rare={k: [n for n, count in of.items() if count < RARE_LABEL_CELLS] for k, of in facts["labels"].items()},
         rare_cells=RARE_LABEL_CELLS,
         metrics=metrics,
-        columns=["generated", "other real cells", *(FLOOR_NAMES[floor] for floor in floors), "aim met"],
+        columns=["generated", "other real cells", *(BASELINE_NAMES[name] for name in baselines), "aim met"],
         rows=shown,
         figures={figure: FIGURES[figure] for figure in figures if figure in FIGURES},
         not_stated=NOT_STATED,
@@ -181,9 +179,9 @@ def _with_spread(row: Mapping[str, Any], source: str) -> str:
     """Format mean and, where several evaluation seeds gave one, standard deviation."""
     value, spread = row[source], row.get(f"{source}_std")
     if value is None:
-        return format_figure(value)
+        return format_value(value)
     tiny = 0 < abs(value) < 0.001
-    text = f"{value:.1e}" if tiny else format_figure(value)
+    text = f"{value:.1e}" if tiny else format_value(value)
     if not spread or spread < 1e-9 * abs(value):  # one seed, or the same cells for all
         return text
     return f"{text} ± {spread:.1e}" if tiny else f"{text} ± {spread:.{len(text.split('.')[1])}f}"

@@ -12,10 +12,15 @@ import scipy.sparse as sp
 import torch
 from scipy.special import ndtr, ndtri
 
-from .checks import get_matrix
-from .metrics import check_labels
+from scrdit_diffusers.checks import check_label, get_matrix
 
 BASELINE_MAX_CELLS = 5000  # training cells of a label that a baseline uses at most; bounds its dense matrices
+
+BASELINE_NAMES = {
+    "resample_genes": "genes resampled alone",
+    "gaussian_copula": "Gaussian copula",
+    "scvi_prior": "scVI prior",
+}
 
 
 def resample_genes(
@@ -160,8 +165,8 @@ def _get_labels(train: ad.AnnData, obs: pd.DataFrame, labels_key: str | None) ->
         raise ValueError("obs has no rows; give one row per new cell.")
     if labels_key is None:
         return np.full(train.n_obs, ""), np.full(len(obs), "")
-    check_labels(train.obs, labels_key, "train")
-    check_labels(obs, labels_key, None)
+    check_label(train.obs, labels_key, "train.obs")
+    check_label(obs, labels_key)
     known, wanted = (table[labels_key].astype(str).to_numpy() for table in (train.obs, obs))
     unknown = sorted(set(wanted) - set(known))
     if unknown:

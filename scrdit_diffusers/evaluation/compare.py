@@ -1,0 +1,338 @@
+"""Real against synthetic cells: every value beside its ceiling."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy.spatial.distance import pdist
+from scipy.stats import ks_2samp
+from sklearn.base import ClassifierMixin
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.metrics import accuracy_score
+
+from scrdit_diffusers.checks import check_label
+
+from .metrics import (
+    NUM_FOLDS,
+    classifier_auroc,
+    effect_size_slopes,
+    gene_gene_agreement,
+    gene_marginals,
+    ilisi,
+    label_classifier,
+    legacy_metrics,
+    memorization,
+    mmd2,
+    nearest_neighbor_accuracies,
+    train_on_synthetic_f1,
+    wasserstein2,
+)
+from .space import CellsInSpace, EvaluationSpace, get_values
+
+logger = logging.getLogger(__name__)
+
+MIN_CELLS = 2 * NUM_FOLDS  # two cells of each kind in each fold
+
+
+class Aim(NamedTuple):
+    """What a metric should reach."""
+
+    better: str  # "lower", "higher", "near 0.5", "near 1", "near ceiling"
+    text: str
+    met: Callable[[float, float, float], bool | None]  # of value, ceiling, standard deviation of the ceiling
+
+
+def _undecided(value: float, ceiling: float, spread: float) -> None:
+    """Aim of the metrics that are printed to explain another one, or for comparison with the paper."""
+
+
+# "ceiling" is the same figure for real control cells.
+AIMS = {
+    "mmd2": Aim(  # undecided where the ceiling has no spread: one seed, or the same control and test cells in each
+        "lower", "<= ceiling + 2 standard deviations", lambda v, c, s: v <= c + 2 * s if s > 0 else None
+    ),
+    "w2": Aim("lower", "<= 1.05 x ceiling", lambda v, c, s: v <= 1.05 * c),
+    "classifier_pcs_auroc": Aim("near 0.5", "<= 0.55", lambda v, c, s: v <= 0.55),
+    "classifier_genes_auroc": Aim("near 0.5", "<= 0.60", lambda v, c, s: v <= 0.60),
+    "nearest_neighbor_accuracy": Aim("near 0.5", "<= 0.53", lambda v, c, s: v <= 0.53),
+    "nearest_neighbor_accuracy_of_synthetic": Aim("near 0.5", "0.5", _undecided),
+    "nearest_neighbor_accuracy_of_real": Aim("near 0.5", "0.5", _undecided),
+    "ilisi": Aim("higher", ">= 0.95 x ceiling", lambda v, c, s: v >= 0.95 * c),
+    "gene_mean_r": Aim("higher", ">= 0.90 x ceiling", lambda v, c, s: v >= 0.9 * c),
+    "gene_variance_r": Aim("higher", ">= 0.90 x ceiling", lambda v, c, s: v >= 0.9 * c),
+    "gene_zero_fraction_mae": Aim("lower", "<= 1.10 x ceiling", lambda v, c, s: v <= 1.1 * c),
+    "library_size_ks": Aim("lower", "<= 0.08", lambda v, c, s: v <= 0.08),
+    "genes_detected_ks": Aim("lower", "<= 0.08", lambda v, c, s: v <= 0.08),
+    "gene_gene_r": Aim("higher", ">= 0.97 x ceiling", lambda v, c, s: v >= 0.97 * c),
+    "label_accuracy": Aim("near ceiling", "within 0.02 of ceiling", lambda v, c, s: abs(v - c) <= 0.02),
+    "train_on_synthetic_f1": Aim("higher", ">= ceiling - 0.02", lambda v, c, s: v >= c - 0.02),
+    "effect_size_slope": Aim("near 1", "0.95 - 1.05", lambda v, c, s: 0.95 <= v <= 1.05),
+    "nearest_train_distance_ratio": Aim("near 1", ">= 0.95", lambda v, c, s: v >= 0.95),
+    "share_nearer_to_train": Aim("near 0.5", "<= 0.55", lambda v, c, s: v <= 0.55),
+    "share_duplicates_of_train": Aim("lower", "0", lambda v, c, s: v == 0),
+    "legacy_kl": Aim("lower", "ceiling", _undecided),
+    "legacy_wasserstein": Aim("lower", "ceiling", _undecided),
+    "legacy_mmd": Aim("lower", "ceiling", _undecided),
+    "legacy_zero_proportion_difference": Aim("lower", "ceiling", _undecided),
+    "legacy_coefficient_of_variation_difference": Aim("lower", "ceiling", _undecided),
+}
+
+METRIC_NAMES = {
+    "mmd2": "MMD²",
+    "w2": "Wasserstein-2 distance",
+    "classifier_pcs_auroc": "classifier on PCs, AUROC",
+    "classifier_genes_auroc": "classifier on all genes, AUROC",
+    "nearest_neighbor_accuracy": "1-nearest-neighbor accuracy",
+    "nearest_neighbor_accuracy_of_synthetic": "1-nearest-neighbor accuracy, generated cells alone",
+    "nearest_neighbor_accuracy_of_real": "1-nearest-neighbor accuracy, real cells alone",
+    "ilisi": "iLISI (mixing)",
+    "gene_mean_r": "gene means, r",
+    "gene_variance_r": "gene variances, r",
+    "gene_zero_fraction_mae": "zero fractions, mean error",
+    "library_size_ks": "library size, KS",
+    "genes_detected_ks": "genes detected, KS",
+    "gene_gene_r": "gene-gene correlations, r",
+    "label_accuracy": "label accuracy",
+    "train_on_synthetic_f1": "trained on generated, F1 on real",
+    "effect_size_slope": "effect sizes, slope",
+    "nearest_train_distance_ratio": "distance to nearest training cell, ratio",
+    "share_nearer_to_train": "share nearer to training cells",
+    "share_duplicates_of_train": "share equal to a training cell",
+    "legacy_kl": "scRDiT: KL",
+    "legacy_wasserstein": "scRDiT: Wasserstein",
+    "legacy_mmd": "scRDiT: MMD",
+    "legacy_zero_proportion_difference": "scRDiT: zero proportion",
+    "legacy_coefficient_of_variation_difference": "scRDiT: coefficient of variation",
+}
+
+
+def compare(
+    real: ad.AnnData,
+    synthetic: ad.AnnData | Mapping[str, ad.AnnData],
+    train: ad.AnnData,
+    control: ad.AnnData | None = None,
+    labels_key: str | None = None,
+    layer: str | None = None,
+    value_space: str = "counts",
+    n_top_genes: int = 2000,
+    n_comps: int = 50,
+    max_cells: int = 3000,
+    min_label_cells: int = 50,
+    quick: bool = False,
+    n_jobs: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare synthetic with held-out real cells, and put the same figure for real control cells beside each.
+
+    Genes are those of `synthetic`; others of the real cells are left out. All groups of cells are drawn down to the
+    same size n, because most figures depend on it, and so are the cells of each label. Which figures there are, which
+    way is better and what to aim at stands in `AIMS`; how each is computed in the function of its name.
+
+    Parameters
+    ----------
+    real
+        Held-out real cells (test).
+    synthetic
+        Generated cells, ideally as many as `real` and with its label counts. Several sets with the same genes, by
+        name, share the ceiling: `{"model": cells, "copula": other_cells}`.
+    train
+        Cells on which the model was trained. Space, genes and label classifier are fitted on them, and memorization
+        is measured against all of them.
+    control
+        Other held-out real cells, disjoint from `real` and `train`: the ceiling. `None` leaves the ceiling NaN.
+    labels_key
+        Column of obs, in all groups; adds the label metrics and the rows by label. `None` leaves them out.
+    layer
+        Layer that holds the values; `None` takes X.
+    value_space
+        "counts", or "log_normalized" for values that are log-normalized already. Library size is then the sum of the
+        values.
+    n_top_genes
+        Highly variable genes of space E and of the classifier on genes.
+    n_comps
+        Principal components of space E.
+    max_cells
+        Upper limit of n; bounds time and memory. Train is cut to it where a classifier is fitted on it, or a
+        distance scale is taken from it.
+    min_label_cells
+        Labels with as many cells in each group get rows of their own, and enter the effect sizes.
+    quick
+        Leave out what takes long: classifiers of real against synthetic, iLISI and the legacy metrics.
+    n_jobs
+        Processes for the folds of these classifiers, as in scikit-learn: -1 takes all cores, `None` one.
+    seed
+        Seed of subsampling, folds and classifiers. Repeat with five seeds for a spread.
+
+    Returns
+    -------
+    One row per metric and group: `metric`, `group` ("all" or a label), `n_cells` (of each side), `value`, `ceiling`
+    (float64), `better` ("lower", "higher", "near 0.5", "near 1", "near ceiling") and `aim`. Several synthetic sets
+    have a column with their name each, in place of `value`. iLISI is left out without scib-metrics.
+
+    Raises
+    ------
+    ValueError
+        Too few cells or genes, genes or labels that are missing, or wrong values; the message names the argument.
+    """
+    if isinstance(synthetic, Mapping):
+        columns = {name: f"synthetic[{name!r}]" for name in synthetic}
+        reserved = {"metric", "group", "n_cells", "ceiling", "better", "aim"} & set(columns)
+        if reserved or not columns:
+            raise ValueError(f"synthetic needs at least one set, none of them named {sorted(reserved) or 'metric'}.")
+    else:
+        columns, synthetic = {"value": "synthetic"}, {"value": synthetic}
+    groups = {"real": real} | {columns[name]: adata for name, adata in synthetic.items()} | {"train": train}
+    groups |= {} if control is None else {"control": control}
+    for name, adata in groups.items():
+        if adata.n_obs < MIN_CELLS:
+            raise ValueError(f"{name} has {adata.n_obs} cells; at least {MIN_CELLS} are needed.")
+        if labels_key is not None:
+            check_label(adata.obs, labels_key, f"{name}.obs")
+    for name, limit in dict(max_cells=max_cells, min_label_cells=min_label_cells).items():
+        if limit < MIN_CELLS:
+            raise ValueError(f"{name} must be at least {MIN_CELLS}, got {limit}.")
+    var_names = next(iter(synthetic.values())).var_names
+    matrices = {name: get_values(adata, var_names, layer, value_space, name) for name, adata in groups.items()}
+    space = EvaluationSpace(train, layer, value_space, n_top_genes, n_comps, seed, var_names)
+
+    cells = {name: CellsInSpace.from_anndata(groups[name], matrices[name], labels_key, space) for name in groups}
+    train_cells = cells.pop("train")
+    complete = cells["real"]
+    rng = np.random.default_rng(seed)
+    n = min(max_cells, *map(len, cells.values()))
+    cells = {name: group.sample(n, rng) for name, group in cells.items()}
+    sizes = {"all": n} | ({} if labels_key is None else _common_labels(cells, min_label_cells))
+    lost = set() if labels_key is None else set(_common_labels({"real": complete}, min_label_cells)) - set(sizes)
+    if lost:
+        logger.warning("No rows for %s: fewer than %d cells among %d of a group.", sorted(lost), min_label_cells, n)
+    scale = float(np.median(pdist(train_cells.sample(max_cells, rng).pcs)))
+    classifier = None
+    if len(np.unique(train_cells.labels)) > 1:
+        subset = train_cells.sample(max_cells, np.random.default_rng(seed))
+        classifier = label_classifier().fit(subset.pcs, subset.labels)
+
+    def score(name: str) -> dict[tuple[str, str], float]:
+        query = cells[name]
+        return _score(query, cells["real"], train_cells, sizes, scale, space, classifier, quick, n_jobs, seed)
+
+    values = {column: score(name) for column, name in columns.items()}
+    ceilings = score("control") if control is not None else {}
+    rows = []
+    for metric, group in max(values.values(), key=len):
+        figures = {column: scores.get((metric, group), np.nan) for column, scores in values.items()}
+        figures["ceiling"] = ceilings.get((metric, group), np.nan)
+        aim = {"better": AIMS[metric].better, "aim": AIMS[metric].text}
+        rows.append({"metric": metric, "group": group, "n_cells": sizes[group]} | figures | aim)
+    return pd.DataFrame(rows)
+
+
+def summarize(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Mean and spread over several seeds, and which aims are met.
+
+    Parameters
+    ----------
+    tables
+        Output of [`compare`] for each seed, with a ceiling and a column `value`; other sets are baselines.
+
+    Returns
+    -------
+    One row per metric and group: `metric`, `group`, `n_cells` (the smallest), then for `value`, `ceiling` and each
+    baseline its mean and, as `<name>_std`, its sample standard deviation (NaN for one table), `better`, `aim`, and
+    `met` (of the mean value; `None` where there is no aim or it cannot be decided).
+    """
+    sets = [str(name) for name in tables[0] if name not in ("metric", "group", "n_cells", "better", "aim")]
+    rows = []
+    for _, table in pd.concat(tables).groupby(["metric", "group"], sort=False):
+        aim = AIMS[table["metric"].iloc[0]]
+        figures = {name: float(table[name].mean()) for name in sets}
+        spread = {name: float(table[name].std()) for name in sets}
+        row = {name: table[name].iloc[0] for name in ("metric", "group")} | {"n_cells": table["n_cells"].min()}
+        for name in sets:
+            row |= {name: figures[name], f"{name}_std": spread[name]}
+        met = aim.met(figures["value"], figures["ceiling"], spread["ceiling"])
+        rows.append(row | {"better": aim.better, "aim": aim.text, "met": met})
+    return pd.DataFrame(rows).astype({"met": object})
+
+
+def _score(
+    query: CellsInSpace,
+    real: CellsInSpace,
+    train: CellsInSpace,
+    sizes: dict[str, int],
+    scale: float,
+    space: EvaluationSpace,
+    classifier: ClassifierMixin | None,
+    quick: bool,
+    n_jobs: int | None,
+    seed: int,
+) -> dict[tuple[str, str], float]:
+    """All metrics of `query` against `real`, by (metric, group); `sizes` are the cells of each side in each group."""
+    rng = np.random.default_rng(seed)
+    labels = [group for group in sizes if group != "all"]
+    figures = {"all": _pair_metrics(query, real, scale, quick, n_jobs, seed)}
+    if not quick:
+        figures["all"]["classifier_genes_auroc"] = _genes_auroc(query, real, space, n_jobs, seed)
+        if importlib.util.find_spec("scib_metrics"):
+            figures["all"]["ilisi"] = ilisi(query.pcs, real.pcs)
+        figures["all"] |= legacy_metrics(query.log_values, real.log_values)
+    figures["all"]["gene_gene_r"] = gene_gene_agreement(query.log_values, real.log_values, train.log_values)
+    for label in labels:
+        a, b = (group[np.flatnonzero(group.labels == label)].sample(sizes[label], rng) for group in (query, real))
+        figures[label] = _pair_metrics(a, b, scale, quick, n_jobs, seed)
+    if classifier is not None:
+        predicted = classifier.predict(query.pcs)
+        for group in figures:
+            rows = np.full(len(query), True) if group == "all" else query.labels == group
+            figures[group]["label_accuracy"] = accuracy_score(query.labels[rows], predicted[rows])
+        if len(np.unique(query.labels)) > 1:
+            f1 = train_on_synthetic_f1(query.pcs, query.labels, real.pcs, real.labels)
+            figures["all"]["train_on_synthetic_f1"] = f1
+    if labels and len(np.unique(real.labels)) > 1 and len(np.unique(query.labels)) > 1:
+        for group, slope in effect_size_slopes(query, real, train, labels).items():
+            figures[group]["effect_size_slope"] = slope
+    figures["all"] |= memorization(query.values, real.values, train.values, space, seed)
+    return {
+        (metric, group): float(figures[group][metric])
+        for metric in AIMS
+        for group in figures
+        if metric in figures[group]
+    }
+
+
+def _pair_metrics(
+    x: CellsInSpace, y: CellsInSpace, scale: float, quick: bool, n_jobs: int | None, seed: int
+) -> dict[str, float]:
+    """Metrics of two groups of equal size that make sense for one label, too."""
+    forest = RandomForestClassifier(200, random_state=seed)
+    return {
+        "mmd2": mmd2(x.pcs, y.pcs, scale),
+        "w2": wasserstein2(x.pcs, y.pcs),
+        **({} if quick else {"classifier_pcs_auroc": classifier_auroc(x.pcs, y.pcs, forest, seed, n_jobs)}),
+        **nearest_neighbor_accuracies(x.pcs, y.pcs),
+        **gene_marginals(x.log_values, y.log_values),
+        "library_size_ks": ks_2samp(x.library_size, y.library_size, method="asymp").statistic,
+        "genes_detected_ks": ks_2samp(x.genes_detected, y.genes_detected, method="asymp").statistic,
+    }
+
+
+def _genes_auroc(x: CellsInSpace, y: CellsInSpace, space: EvaluationSpace, n_jobs: int | None, seed: int) -> float:
+    """AUROC of gradient boosting on log-normalized genes, library size and genes detected."""
+    boosting = HistGradientBoostingClassifier(max_bins=31, random_state=seed)  # 255 bins: as good, many times slower
+    columns = space.columns
+    expressed = sum(group.log_values[:, columns].getnnz(axis=0) for group in (x, y))
+    columns = columns[expressed >= boosting.min_samples_leaf]  # no tree can split on a gene of fewer cells than a leaf
+    a, b = (
+        np.column_stack([group.log_values[:, columns].toarray(), group.library_size, group.genes_detected])
+        for group in (x, y)
+    )
+    return classifier_auroc(a, b, boosting, seed, n_jobs)
+
+
+def _common_labels(groups: dict[str, CellsInSpace], min_cells: int) -> dict[str, int]:
+    """Labels with enough cells in every group, and with how many in the smallest."""
+    counts = pd.DataFrame({name: pd.Series(group.labels).value_counts() for name, group in groups.items()}).fillna(0)
+    return {str(label): int(n) for label, n in counts.min(axis=1).sort_index().items() if n >= min_cells}
