@@ -464,7 +464,7 @@ def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, t
     record = json.loads((adapter / "metrics.json").read_text())
     assert record["source"] == f"pipeline {pipeline} with {adapter}" and record["warnings"] == []
     text = (adapter / "README.md").read_text(encoding="utf-8")
-    assert f"| {report.format_figure(row(record, 'w2')['value'])} |" in text
+    assert f"| {report.format_value(row(record, 'w2')['value'])} |" in text
     assert "](figures/umap-by-origin.png)" in text and (adapter / "figures" / "umap-by-origin.png").is_file()
 
 

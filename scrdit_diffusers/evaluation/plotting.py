@@ -65,8 +65,8 @@ def joint_umap(
         Genes, labels or values are missing or wrong, or there are too few cells.
     """
     for name, adata in dict(real=real, synthetic=synthetic).items():
-        if labels_key is not None and labels_key not in adata.obs:
-            raise ValueError(f"labels_key={labels_key!r} is no column of {name}.obs; it has {list(adata.obs)}.")
+        if labels_key is not None:
+            check_label(adata.obs, labels_key, f"{name}.obs")
     for name, adata in dict(real=real, synthetic=synthetic).items():
         get_values(adata, synthetic.var_names, layer, value_space, name)  # only to check them
     space = EvaluationSpace(

@@ -143,6 +143,7 @@ class CellsInSpace:
 
     @classmethod
     def from_anndata(cls, adata: ad.AnnData, values: sp.csr_matrix, labels_key: str | None, space: EvaluationSpace):
+        """Take cells to the space; `values` are their checked values."""
         log_values = log_normalize(values, space.value_space)
         labels = np.full(adata.n_obs, "") if labels_key is None else adata.obs[labels_key].astype(str).to_numpy()
         return cls(values, log_values, space.pca.transform(log_values[:, space.columns]), labels)
@@ -159,8 +160,10 @@ class CellsInSpace:
 
     @property
     def library_size(self) -> np.ndarray:
+        """Sum of the values of each cell, shape (n,)."""
         return np.asarray(self.values.sum(axis=1), dtype=np.float64).ravel()
 
     @property
     def genes_detected(self) -> np.ndarray:
+        """Number of genes with a value above zero, shape (n,)."""
         return self.values.getnnz(axis=1)
