@@ -8,8 +8,8 @@ import scanpy as sc
 import scipy.sparse as sp
 import torch
 
-from scrdit_diffusers import CellStatistics, SCRDiTProcessor, SCRDiTTransformer, cell_statistics, count_bins
-from scrdit_diffusers.cell_statistics import GeneMoments, normalize_log1p, take_in
+from scrdit_diffusers import SCRDiTProcessor, SCRDiTTransformer, cell_statistics, count_bins
+from scrdit_diffusers.cell_statistics import CellStatistics, GeneMoments, normalize_log1p, take_in
 from scrdit_diffusers.initialization import initialize_count_head
 
 NUM_CELLS, NUM_GENES = 211, 120

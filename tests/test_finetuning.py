@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import (
-    CellStatistics,
     FoldChangePrior,
     SCRDiTPipeline,
     SCRDiTProcessor,
@@ -28,7 +27,7 @@ from scrdit_diffusers import (
     default_scheduler,
     finetuning,
 )
-from scrdit_diffusers.cell_statistics import normalize_log1p
+from scrdit_diffusers.cell_statistics import CellStatistics, normalize_log1p
 from scrdit_diffusers.count_head import LABEL_TABLES
 from scrdit_diffusers.initialization import initialize_count_head
 

@@ -15,9 +15,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from sklearn.ensemble import RandomForestClassifier
 from test_training import load_script
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, SCRDiTTransformerOutput, default_scheduler, metrics
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_scheduler, metrics
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
+from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")

@@ -33,7 +33,7 @@ from accelerate.utils.launch import (
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, anndata_to_table, save_table
+from scrdit_diffusers import CellDataset, SCRDiTPipeline
 from scrdit_diffusers.cell_statistics import normalize_log1p
 
 REPOSITORY = Path(__file__).parents[1]
@@ -580,9 +580,9 @@ def test_pipeline_of_counts_has_their_noise_process(trained, dataset):
     assert pipe.transformer.config.beta_schedule == pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 
-def test_table_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_path):
-    save_table(ad.read_h5ad(dataset), tmp_path / "table")
-    train_here(tmp_path / "table", tmp_path / "model", "--labels_key", "cell_type")
+def test_dataset_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_path):
+    CellDataset.from_anndata(ad.read_h5ad(dataset)).save(tmp_path / "cells")
+    train_here(tmp_path / "cells", tmp_path / "model", "--labels_key", "cell_type")
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path / "model")[name], tensor, rtol=0, atol=1e-6)
 
@@ -699,10 +699,10 @@ def parquet_folder(dataset, tmp_path_factory):
     """A data set as on the Hub: parquet files and the gene vocabulary."""
     folder = tmp_path_factory.mktemp("parquet")
     adata = ad.read_h5ad(dataset)
-    table = anndata_to_table(adata)
+    rows = CellDataset.from_anndata(adata).rows
     (folder / "data").mkdir()
     for part in range(2):
-        table.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
+        rows.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
     adata.var.rename_axis("var_names").to_parquet(folder / "var.parquet")
     return folder
 

@@ -21,8 +21,9 @@ import scipy.sparse as sp
 import zarr
 from anndata.io import read_elem, sparse_dataset
 
-from ..cell_statistics import ROWS_PER_CHUNK
-from ..processing_scrdit import _check_gene_names, _check_label, check_values, get_matrix
+from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
+from scrdit_diffusers.processing_scrdit import _check_gene_names, _check_label, check_values, get_matrix
+
 from .layout import (
     check_obs_columns,
     class_label,

@@ -10,8 +10,9 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from ..cell_statistics import ROWS_PER_CHUNK
-from ..processing_scrdit import SCRDiTProcessor, _check_label
+from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
+from scrdit_diffusers.processing_scrdit import SCRDiTProcessor, _check_label
+
 from .layout import VALUE_COLUMNS, LabelNames, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 
 

@@ -18,10 +18,11 @@ import pandas as pd
 import pyarrow as pa
 from huggingface_hub import HfApi, hf_hub_download
 
-from ..atomic import write_atomically
-from ..cell_statistics import ROWS_PER_CHUNK
-from ..hub import explain_push
-from ..processing_scrdit import _check_label, get_matrix, label_categories
+from scrdit_diffusers.atomic import write_atomically
+from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
+from scrdit_diffusers.hub import explain_push
+from scrdit_diffusers.processing_scrdit import _check_label, get_matrix, label_categories
+
 from .anndata_builder import check_files, convert_files
 from .layout import (
     VALUE_COLUMNS,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -14,12 +14,13 @@ import scipy.sparse as sp
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-from .. import cell_statistics, processing_scrdit
-from ..cell_statistics import ROWS_PER_UPDATE, CellStatistics
-from ..processing_scrdit import SCRDiTProcessor, _check_label
+from scrdit_diffusers import cell_statistics, processing_scrdit
+from scrdit_diffusers.cell_statistics import ROWS_PER_UPDATE, CellStatistics
+from scrdit_diffusers.processing_scrdit import SCRDiTProcessor, _check_label
+
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 
-Table = datasets.Dataset | datasets.IterableDataset
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 ROWS_PER_PART = 10**6  # of a table, whose parts are gone through separately to learn from them
 
 

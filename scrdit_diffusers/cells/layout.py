@@ -1,4 +1,4 @@
-"""How cells lie in the rows of a dataset: one row per cell, sparse values, columns of obs; and back to SciPy and pandas.
+"""The layout of cells in a dataset, one row per cell: to Arrow, and back to SciPy and pandas.
 
 A row has `genes` (list of int32 positions in the gene vocabulary), `expressions` (list of float32) and the columns of
 obs, categoricals as `ClassLabel`. This is the layout of the large public collections. Where the vocabulary has a column
@@ -42,7 +42,9 @@ def check_obs_columns(columns: Sequence[str]) -> None:
     """Raise ValueError for columns of obs whose names the layout needs itself."""
     taken = [key for key in VALUE_COLUMNS if key in columns]
     if taken:
-        raise ValueError(f"obs has columns {taken}, names that the dataset needs itself; rename them or leave them out.")
+        raise ValueError(
+            f"obs has columns {taken}, names that the dataset needs itself; rename them or leave them out."
+        )
 
 
 def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str, pa.Array]:
@@ -97,8 +99,8 @@ def rows_to_matrix(rows: pa.Table, num_vars: int, positions: np.ndarray | None =
     num_vars
         Number of genes in the vocabulary.
     positions
-        From [`token_positions`], for a dataset whose `genes` are tokens. A negative value at the beginning of a row marks
-        a special token and is left out.
+        From [`token_positions`], for a dataset whose `genes` are tokens. A negative value at the beginning of a row
+        marks a special token and is left out.
 
     Raises
     ------
