@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -241,7 +242,11 @@ class CellBatches:
     def __call__(self, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         """Iterate over the batches from number `start` on."""
         # Without a generator of its own the loader would draw from the one of dropout.
-        options = {"num_workers": self.num_workers, "collate_fn": self.collate, "generator": torch.Generator()}
+        options: dict[str, Any] = {
+            "num_workers": self.num_workers,
+            "collate_fn": self.collate,
+            "generator": torch.Generator(),
+        }
         if isinstance(self.dataset, datasets.IterableDataset):
             stream = CellStream(
                 self.dataset, self.num_cells, self.batch_size, self.columns, seed=self.seed, start=start
