@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint benchmark clean
+.PHONY: help demo test quick lint format benchmark clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,10 +26,17 @@ test: $(INSTALLED)  ## run the tests
 		--target $(VENV)/torchao torchao
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/test_first_class.py -k int8
 
+quick: lint  ## check style and types, and run the tests that need no training (under 90 seconds)
+	$(BIN)/python -m pytest -q -m 'not slow and not training'
+
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(INSTALLED)  ## mend style where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 benchmark: $(INSTALLED)  ## measure training and sampling speed against the paper's model
 	$(BIN)/python training/benchmark.py

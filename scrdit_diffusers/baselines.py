@@ -12,8 +12,8 @@ import scipy.sparse as sp
 import torch
 from scipy.special import ndtr, ndtri
 
+from .checks import get_matrix
 from .metrics import check_labels
-from .processing_scrdit import get_matrix
 
 BASELINE_MAX_CELLS = 5000  # training cells of a label that a baseline uses at most; bounds its dense matrices
 
@@ -115,7 +115,7 @@ def scvi_prior(
     ----------
     scVI: Lopez et al. 2018, Nature Methods 15:1053.
     """
-    values = get_matrix(train, layer, counts=True)
+    values = get_matrix(train, layer, expect_counts=True)
     known, wanted = _get_labels(train, obs, labels_key)
     try:
         import scvi
@@ -178,7 +178,7 @@ def _sample_by_label(
     draw: Callable[[np.ndarray, int], np.ndarray],
 ) -> ad.AnnData:
     """Fill the rows of `obs` label by label with `draw(dense training cells of the label, number)`."""
-    values = get_matrix(train, layer, counts=False)
+    values = get_matrix(train, layer, expect_counts=False)
     known, wanted = _get_labels(train, obs, labels_key)
     parts, rows = [], []
     for label in np.unique(wanted):

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from diffusers import DDPMScheduler
 
-from .cell_statistics import CellStatistics
+from .cells.moments import CellMoments
 from .count_head import LABEL_TABLES
 from .initialization import count_bins, initialize_from_cells
 from .objective import diffusion_loss
@@ -200,7 +200,7 @@ def same_genes_and_labels(before: SCRDiTProcessor, after: SCRDiTProcessor) -> bo
 def adapt_transformer(
     pretrained: SCRDiTPipeline,
     processor: SCRDiTProcessor,
-    statistics: CellStatistics | None,
+    statistics: CellMoments | None,
     dropout: float = 0.0,
     lora_rank: int | None = None,
     cells: Mapping[str, torch.Tensor] | None = None,

@@ -4,7 +4,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from .cell_statistics import MAX_COUNT, CellStatistics
+from .cells.moments import CellMoments
+from .checks import MAX_COUNT
 from .count_head import SCRDiTCountHead, midpoint
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
@@ -18,7 +19,7 @@ GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are
 def initialize_from_cells(
     model: SCRDiTTransformer,
     processor: SCRDiTProcessor,
-    moments: CellStatistics | None = None,
+    moments: CellMoments | None = None,
     values: torch.Tensor | None = None,
     min_bins: np.ndarray | None = None,
 ) -> None:
@@ -44,7 +45,7 @@ def initialize_from_cells(
         initialize_count_head(model.count_head, moments, processor.mean, processor.std, min_bins)
 
 
-def count_bins(counts: sp.csr_matrix | CellStatistics, min_bins: np.ndarray | None = None) -> list[list[int]]:
+def count_bins(counts: sp.csr_matrix | CellMoments, min_bins: np.ndarray | None = None) -> list[list[int]]:
     """Group genes by the number of bins that their counts need, for the config of [`SCRDiTTransformer`].
 
     Parameters
@@ -58,7 +59,7 @@ def count_bins(counts: sp.csr_matrix | CellStatistics, min_bins: np.ndarray | No
     -------
     Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
     """
-    count_max = counts.count_max if isinstance(counts, CellStatistics) else counts.max(axis=0).toarray().ravel()
+    count_max = counts.count_max if isinstance(counts, CellMoments) else counts.max(axis=0).toarray().ravel()
     bins = np.sort(_bins_per_gene(count_max, min_bins))
     groups = np.split(bins, np.unique(np.searchsorted(bins, GROUP_BINS, side="right")))
     return [[len(group), int(group.max())] for group in groups if len(group)]
@@ -66,7 +67,7 @@ def count_bins(counts: sp.csr_matrix | CellStatistics, min_bins: np.ndarray | No
 
 def initialize_count_head(
     head: SCRDiTCountHead,
-    moments: CellStatistics,
+    moments: CellMoments,
     mean: np.ndarray,
     std: np.ndarray,
     min_bins: np.ndarray | None = None,

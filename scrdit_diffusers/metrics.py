@@ -26,8 +26,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from .cell_statistics import gene_moments, normalize_log1p
-from .processing_scrdit import VALUE_SPACES, get_matrix, looks_like_counts
+from .cells.moments import gene_moments
+from .checks import get_matrix, looks_like_counts
+from .values import VALUE_SPACES, normalize_log1p
 
 logger = logging.getLogger(__name__)
 

@@ -59,6 +59,13 @@ class SCRDiTPipelineOutput(BaseOutput):
     obs: pd.DataFrame | None = None
 
 
+def count_entries(conditions: Any, obs: Any, library_size: Any, latents: Any) -> int:
+    """Count the cells that the arguments of a call list one by one; 1 where none does."""
+    given = conditions.values() if isinstance(conditions, Mapping) else ()
+    lists = [entries for entries in (*given, library_size) if np.ndim(entries) == 1]
+    return next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
+
+
 class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     """Generates cells with a diffusion transformer.
 
@@ -196,7 +203,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 f"The processor's conditions have {self.processor.num_classes} categories, the transformer's "
                 f"{config.num_classes or []}."
             )
-        if self.processor.has_counts_behind and self.transformer.count_head is None:
+        counts_behind = self.processor.models_counts and self.processor.value_space != "counts"
+        if counts_behind and self.transformer.count_head is None:
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
         check_scheduler(self.scheduler)
         for name, trained in self._noise_process.items():
@@ -429,17 +437,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         """
         # 1. Check the request
         if num_cells is None:
-            given = conditions.values() if isinstance(conditions, Mapping) else ()
-            lists = [entries for entries in (*given, library_size) if np.ndim(entries) == 1]
-            num_cells = next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
-        if decode not in (None, "posterior", "round"):
-            raise ValueError(f'decode must be "posterior", "round" or None, got {decode!r}.')
-        if decode == "round" and decode_timestep is not None:
-            raise ValueError('decode="round" goes to the end and takes no decode_timestep.')
-        if decode_timestep is None and decode != "round":
-            decode_timestep = self.config.decode_timestep
-        if decode == "posterior" and decode_timestep is None:
-            raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
+            num_cells = count_entries(conditions, obs, library_size, latents)
+        decode_timestep = self.choose_decode_timestep(decode, decode_timestep)
         self.check_inputs(
             num_cells,
             conditions,
@@ -525,8 +524,40 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
 
         self._current_timestep = None
         self.maybe_free_model_hooks()
+        provenance = self.describe_run(num_inference_steps, guidance_scale, eta, decode_timestep, generator)
+        cells = self.make_output(batches, class_labels, library_sizes, output_type, provenance)
+        return cells if return_dict else cells.to_tuple()[:1]
+
+    def choose_decode_timestep(self, decode: str | None, decode_timestep: int | None) -> int | None:
+        """Choose where counts are drawn; `None` denoises to the end and rounds."""
+        if decode not in (None, "posterior", "round"):
+            raise ValueError(f'decode must be "posterior", "round" or None, got {decode!r}.')
+        if decode == "round" and decode_timestep is not None:
+            raise ValueError('decode="round" goes to the end and takes no decode_timestep.')
+        if decode_timestep is None and decode != "round":
+            decode_timestep = self.config.decode_timestep
+        if decode == "posterior" and decode_timestep is None:
+            raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
+        return decode_timestep
+
+    def reset_state(self, num_steps: int, generator: Generators) -> None:
+        """Start caches and scheduler anew for a batch of cells: activations of other cells must not carry over."""
+        HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks(recurse=True)
+        self.scheduler.set_timesteps(num_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
+            self.scheduler.noise_sampler_seed = draw_seeds(generator)
+
+    def describe_run(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        eta: float,
+        decode_timestep: int | None,
+        generator: Generators,
+    ) -> dict[str, Any]:
+        """Say how cells were made, for `uns["scrdit"]`."""
         seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
-        provenance = {
+        return {
             "model": str(self.config.get("_name_or_path") or ""),
             "value_space": self.processor.value_space,
             "scheduler": type(self.scheduler).__name__,
@@ -538,15 +569,6 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             "scrdit_diffusers_version": version("scrdit_diffusers"),
             "diffusers_version": version("diffusers"),
         }
-        output = self.make_output(batches, class_labels, library_sizes, output_type, provenance)
-        return output if return_dict else output.to_tuple()[:1]
-
-    def reset_state(self, num_steps: int, generator: Generators) -> None:
-        """Start caches and scheduler anew for a batch of cells: activations of other cells must not carry over."""
-        HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks(recurse=True)
-        self.scheduler.set_timesteps(num_steps, device=self._execution_device)
-        if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
-            self.scheduler.noise_sampler_seed = draw_seeds(generator)
 
     def make_output(
         self,

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from .cell_statistics import gene_moments
+from .cells.moments import gene_moments
 from .metrics import (
     EvaluationSpace,
     check_labels,

@@ -18,12 +18,18 @@ import pytest
 import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
-from scripts import load_script
+from scripts import load_script, run_main
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, count_bins, default_scheduler
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers import (
+    CellDataset,
+    SCRDiTPipeline,
+    SCRDiTProcessor,
+    SCRDiTTransformer,
+    count_bins,
+    default_scheduler,
+)
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
 torch.set_num_threads(1)
@@ -38,10 +44,24 @@ NUM_GENES = 23  # not divisible by the patch size of the tiny model
 MODEL = dict(num_genes=NUM_GENES, patch_size=5, num_layers=2, num_attention_heads=2, attention_head_dim=8)
 MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 
+# What `make quick` leaves out: modules that train, start processes, compile, fit classifiers or try all schedulers,
+# and tests that need what these fixtures train or fit.
+TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_diffusers_testers"}
+TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_train"}
+TRAINING_MODULES |= {"test_published_pipelines", "test_schedulers"}
+TRAINING_FIXTURES = {"embedding", "pretrained", "train", "train_here", "trained", "tuned"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in TRAINING_MODULES or TRAINING_FIXTURES & set(item.fixturenames):
+            item.add_marker("training")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
-    """Keep the tables that tests convert out of the user's cache, in subprocesses as well."""
+    """Keep the datasets that tests convert out of the user's cache, in subprocesses as well."""
     folder = tmp_path_factory.mktemp("datasets")
     before, os.environ["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE"), str(folder)
     kept, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
@@ -96,7 +116,7 @@ def count_model(adata, processor) -> SCRDiTTransformer:
     bins = count_bins(adata.X)
     model = SCRDiTTransformer(**MODEL, num_cell_tokens=1, count_bins=bins).eval()
     codes = processor.encode_labels(adata.obs)
-    initialize_count_head(model.count_head, CellStatistics.from_counts(adata.X, codes), processor.mean, processor.std)
+    initialize_count_head(model.count_head, CellMoments.from_counts(adata.X, codes), processor.mean, processor.std)
     return model
 
 
@@ -129,18 +149,6 @@ def hub():
     hub_server.HUB.start()
     yield hub_server.HUB
     hub_server.HUB.stop()
-
-
-TINY = ["--n_top_genes", "30", "--patch_size", "8", "--num_layers", "1", "--num_attention_heads", "2"]
-TINY += ["--attention_head_dim", "8", "--train_batch_size", "16", "--lr_warmup_steps", "2", "--max_train_steps", "8"]
-TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to", "none"]
-
-
-def run_main(train_script, dataset, output_dir, *arguments):
-    """Run train.py in this process, with a tiny model where the arguments say nothing else."""
-    command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
-    train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -179,3 +187,16 @@ def trained(train_script, dataset, tmp_path_factory):
     run_main(train_script, dataset, output_dir, "--labels_key", "cell_type", "--report_to", "tensorboard")
     torch.set_flush_denormal(False)
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def parquet_folder(dataset, tmp_path_factory):
+    """A dataset as on the Hub: parquet files and the gene vocabulary."""
+    folder = tmp_path_factory.mktemp("parquet")
+    adata = ad.read_h5ad(dataset)
+    rows = CellDataset.from_anndata(adata).rows
+    (folder / "data").mkdir()
+    for part in range(2):
+        rows.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
+    adata.var.rename_axis("var_names").to_parquet(folder / "var.parquet")
+    return folder

@@ -1,8 +1,15 @@
 """Import the scripts of training/, which are not part of the package."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = REPOSITORY / "training"
@@ -16,3 +23,37 @@ def load_script(name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "training/train.py"]
+TINY = ["--n_top_genes", "30", "--patch_size", "8", "--num_layers", "1", "--num_attention_heads", "2"]
+TINY += ["--attention_head_dim", "8", "--train_batch_size", "16", "--lr_warmup_steps", "2", "--max_train_steps", "8"]
+TINY += ["--checkpointing_steps", "3", "--validation_steps", "4", "--report_to", "none"]
+
+
+def run_main(train_script, dataset, output_dir, *arguments):
+    """Run train.py in this process, with a tiny model where the arguments say nothing else."""
+    command = ["--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments]
+    train_script.main(HfArgumentParser(train_script.TrainingArguments).parse_args_into_dataclasses(command)[0])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(command, **kwargs):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, **kwargs)
+
+
+def train(dataset, output_dir, *arguments):
+    return run([*LAUNCH, "--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments])
+
+
+def weights(output_dir, subfolder="transformer"):
+    return load_file(output_dir / subfolder / "diffusion_pytorch_model.safetensors")
+
+
+def logged(folder, tag="train_loss"):
+    """(step, loss) of each report, as tensorboard shows them; none where there are no such reports."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(folder / "logs" / "scrdit"))
+    events.Reload()
+    return [(event.step, event.value) for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])]

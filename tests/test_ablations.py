@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from scripts import REPOSITORY, load_script
 from test_acceleration import save_tiny_pipelines
-from test_training import REPOSITORY, load_script
 from transformers import HfArgumentParser
 
 

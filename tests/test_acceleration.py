@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from test_training import REPOSITORY, load_script
+from scripts import REPOSITORY, load_script
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import (
@@ -23,7 +23,7 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
 )
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.objective import loss_weights
 
@@ -97,7 +97,7 @@ def test_recipe_has_the_published_settings(tmp_path):
     words = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
     assert (REPOSITORY / "training/train.py").samefile(words[3])
     parser = HfArgumentParser(load_script("train").TrainingArguments)
-    arguments = dataclasses.asdict(parser.parse_args_into_dataclasses(words[4:])[0])
+    arguments = dataclasses.asdict(parser.parse_args_into_dataclasses(words[4:])[0].with_recipe())
     published = dict(flavor="cv", n_top_genes=2000, zero_negation=True, zero_value=-10, standardize=False)
     published |= dict(value_space="log_normalized", target_sum=None, labels_key=[], val_fraction=0, use_ema=False)
     published |= dict(num_train_timesteps=1000, prediction_type="epsilon", dropout=0)
@@ -155,7 +155,7 @@ def save_tiny_pipelines(folder):
     model = SCRDiTTransformer(**sizes, num_classes=[2], count_bins=count_bins(train.X))
     initialize_count_head(
         model.count_head,
-        CellStatistics.from_counts(train.X, processor.encode_labels(train.obs)),
+        CellMoments.from_counts(train.X, processor.encode_labels(train.obs)),
         processor.mean,
         processor.std,
     )

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from scrdit_diffusers import baselines
-from scrdit_diffusers.processing_scrdit import looks_like_counts
+from scrdit_diffusers.checks import looks_like_counts
 
 KEY = "cell_type"
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import load_script
+from scripts import load_script
 from torch import nn
 from transformers import HfArgumentParser
 

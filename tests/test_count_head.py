@@ -9,9 +9,9 @@ from scipy.stats import nbinom, norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
+from scrdit_diffusers.checks import MAX_COUNT
 from scrdit_diffusers.initialization import BIN_RATIO, MAX_OVERSHOOT, initialize_count_head
-from scrdit_diffusers.processing_scrdit import MAX_COUNT
 
 SCHEDULE = "squaredcos_cap_v2"
 LAST = 999
@@ -38,7 +38,7 @@ def make_head(counts, labels=None, schedule=SCHEDULE):
     labels = np.empty((len(counts), 0), dtype=np.int64) if labels is None else labels
     num_classes = [int(codes.max()) + 1 for codes in labels.T]
     head = SCRDiTCountHead(count_bins(sp.csr_matrix(counts)), num_classes, LAST + 1, schedule)
-    initialize_count_head(head, CellStatistics.from_counts(sp.csr_matrix(counts), labels), *standardization(counts))
+    initialize_count_head(head, CellMoments.from_counts(sp.csr_matrix(counts), labels), *standardization(counts))
     return head.requires_grad_(False)
 
 
@@ -251,7 +251,7 @@ def test_refuses_other_counts():
     other = random_counts([80] * len(LARGEST))
     with pytest.raises(ValueError, match=r"made for other counts; make it with count_bins=\[\[7, 32\]\]"):
         initialize_count_head(
-            head, CellStatistics.from_counts(sp.csr_matrix(other), np.zeros((50, 0))), *standardization(other)
+            head, CellMoments.from_counts(sp.csr_matrix(other), np.zeros((50, 0))), *standardization(other)
         )
 
 

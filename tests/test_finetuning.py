@@ -27,9 +27,10 @@ from scrdit_diffusers import (
     default_scheduler,
     finetuning,
 )
-from scrdit_diffusers.cell_statistics import CellStatistics, normalize_log1p
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.count_head import LABEL_TABLES
 from scrdit_diffusers.initialization import initialize_count_head
+from scrdit_diffusers.values import normalize_log1p
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 OTHER_GENES = [f"gene{i}" for i in range(20)] + ["new0", "new1", "new2"]  # without gene20, gene21, gene22
@@ -50,7 +51,7 @@ def adapt(pretrained, adata, labels_key=("cell_type", "batch"), keep_labels=Fals
     processor = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels)
     statistics = None
     if pretrained.transformer.count_head:
-        statistics = CellStatistics.from_counts(processor.get_values(adata), processor.encode_labels(adata.obs))
+        statistics = CellMoments.from_counts(processor.get_values(adata), processor.encode_labels(adata.obs))
     model, _ = finetuning.adapt_transformer(pretrained, processor, statistics)
     model.eval()
     new = finetuning.transfer_weights(pretrained.transformer, pretrained.processor, model, processor)
@@ -269,13 +270,13 @@ def test_means_relative_to_library_sizes_over_all_genes_stay(count_model):
     config = dict(count_model.config) | dict(count_bins=count_bins(counts), num_classes=processor.num_classes)
     model = SCRDiTTransformer.from_config(config)
     codes = processor.encode_labels(before.obs)
-    initialize_count_head(model.count_head, CellStatistics.from_counts(counts, codes), processor.mean, processor.std)
+    initialize_count_head(model.count_head, CellMoments.from_counts(counts, codes), processor.mean, processor.std)
     after = log_normalised(other_cells([*OTHER_GENES, "left1"]))
     fitted = SCRDiTProcessor.from_anndata(after, ["cell_type", "batch"], genes=OTHER_GENES, **options)
     assert processor.normalized_by == fitted.normalized_by == "library_size"
     adapted = finetuning.adapt_processor(processor, fitted)
     counts, _ = adapted.get_counts(after)
-    statistics = CellStatistics.from_counts(counts, adapted.encode_labels(after.obs))
+    statistics = CellMoments.from_counts(counts, adapted.encode_labels(after.obs))
     pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
     new, _ = finetuning.adapt_transformer(pipe, adapted, statistics)
     assert torch.equal(new.count_head.log_library_size, model.count_head.log_library_size)
@@ -533,8 +534,9 @@ def test_training_writes_a_card(tuned, pretrained, kind):
 
 
 def test_card_says_what_the_arguments_say(train, cells, tmp_path):
-    train(cells / "first.h5ad", tmp_path, *TINY, "--tissue", "lung", "--dataset_accession", "GSE1", "--license", "mit")
-    card = ModelCard.load(tmp_path / "README.md")
+    (tmp_path / "card.yaml").write_text("tissue: lung\ndataset_accession: GSE1\nlicense: mit\n")
+    train(cells / "first.h5ad", tmp_path / "model", *TINY, "--card_data", tmp_path / "card.yaml")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
     assert "tissue:lung" in card.data.tags and card.data.license == "mit" and "| accession | GSE1 |" in card.text
     assert "| license of the data | not stated |" in card.text
 

@@ -24,8 +24,8 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoModel
 from huggingface_hub import HfApi, ModelCard
 from peft.utils import get_peft_model_state_dict
+from scripts import TINY, load_script
 from test_first_class import add_lora
-from test_training import TINY, load_script
 from transformers import HfArgumentParser
 
 import scrdit_diffusers

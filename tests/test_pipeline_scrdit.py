@@ -19,7 +19,7 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
 )
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
@@ -122,9 +122,7 @@ def log_pipe(adata, count_model):
         torch.manual_seed(0)
         model = SCRDiTTransformer.from_config(config).eval()
         codes = processor.encode_labels(adata.obs)
-        initialize_count_head(
-            model.count_head, CellStatistics.from_counts(counts, codes), processor.mean, processor.std
-        )
+        initialize_count_head(model.count_head, CellMoments.from_counts(counts, codes), processor.mean, processor.std)
         pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -392,7 +390,7 @@ def test_unconditional_pipeline_with_a_count_head(adata):
     model = SCRDiTTransformer(23, 5, num_layers=1, count_bins=count_bins(adata.X))
     initialize_count_head(
         model.count_head,
-        CellStatistics.from_counts(adata.X, processor.encode_labels(adata.obs)),
+        CellMoments.from_counts(adata.X, processor.encode_labels(adata.obs)),
         processor.mean,
         processor.std,
     )

@@ -1,4 +1,4 @@
-"""The README's Python snippets run, in order, on a tiny pipeline."""
+"""The README's Python snippets run, in order, on a tiny pipeline, and the texts link to files that exist."""
 
 import os
 import re
@@ -9,7 +9,9 @@ import pytest
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
 
-README = Path(__file__).parents[1] / "README.md"
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+TEXTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "training" / "LOG.md"]
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def test_snippets_run(pipeline_folder, tmp_path, monkeypatch):
     assert namespace["adata"].n_obs == 50 and type(namespace["pipe"].scheduler).__name__ == "DDIMScheduler"
 
 
-def test_named_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
+def test_named_files_exist(text):
+    for target in re.findall(r"\]\(([^)#]+)\)", text.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (README.parent / target).exists(), target
+            assert (text.parent / target).exists(), target

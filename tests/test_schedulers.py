@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from scripts import load_script
 from sklearn.ensemble import RandomForestClassifier
-from test_training import load_script
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_scheduler, metrics
 from scrdit_diffusers.count_head import CountPosterior

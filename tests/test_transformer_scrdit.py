@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock, SCRDiTTransformerOutput
 
@@ -298,7 +298,7 @@ def test_count_head_starts_at_the_average_profile(patch_embed_type):
     model = make_model(patch_embed_type, count_bins=count_bins(counts.tocsr()))
     model.initialize_weights()
     initialize_count_head(
-        model.count_head, CellStatistics.from_counts(counts, np.zeros((50, 2))), np.zeros(23), np.ones(23)
+        model.count_head, CellMoments.from_counts(counts, np.zeros((50, 2))), np.zeros(23), np.ones(23)
     )
     sizes = torch.tensor([1.0, 10.0, 100.0, 1000.0])
     profile = torch.from_numpy(counts.sum(axis=0) / counts.sum()).float()

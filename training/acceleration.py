@@ -34,7 +34,8 @@ from benchmark import DEFAULT, PAPER, make_pipeline
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, read_cells, split_cells
-from scrdit_diffusers.processing_scrdit import get_matrix, label_categories, looks_like_counts, normalize_log1p
+from scrdit_diffusers.checks import get_matrix, label_categories, looks_like_counts
+from scrdit_diffusers.values import normalize_log1p
 
 matplotlib.use("Agg")
 TRAINING = Path(__file__).resolve().parent
@@ -120,7 +121,7 @@ def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
     rest, test = split_cells(adata, args.labels_key, 0.2, args.seed)
     train, control = split_cells(adata[rest], args.labels_key, 0.25, args.seed)
     parts = {"train": adata[rest[train]], "control": adata[rest[control]], "test": adata[test]}
-    space = "counts" if looks_like_counts(get_matrix(adata, args.layer, counts=False)) else "log_normalized"
+    space = "counts" if looks_like_counts(get_matrix(adata, args.layer, expect_counts=False)) else "log_normalized"
     options = dict(value_space=space, n_top_genes=args.n_top_genes, layer=args.layer)
     genes = SCRDiTProcessor.from_anndata(parts["train"].copy(), **options).var_names
     for name, part in list(parts.items()):

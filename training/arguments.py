@@ -28,6 +28,7 @@ _RECIPE_ROWS: dict[str, tuple[Any, Any]] = {
     "zero_negation":     (False,               True),
     "standardize":       (True,                False),
     "flavor":            ("seurat",            "cv"),
+    "n_top_genes":       (None,                2000),
     "beta_schedule":     ("squaredcos_cap_v2", "linear"),
     "prediction_type":   ("sample",            "epsilon"),
     "loss_weighting":    ("v",                 "epsilon"),
@@ -82,7 +83,9 @@ class TrainingArguments:
     zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
     standardize: bool | None = recipe_switch("standardize", "Standardize each gene: mean 0, standard deviation 1.")
     min_std: float = arg(0.3, "Smallest standard deviation by which a gene is divided, in the log space.")
-    n_top_genes: int | None = arg(None, "Number of genes; that of the pretrained pipeline, or 2000, if not given.")
+    n_top_genes: int | None = recipe_arg(
+        "n_top_genes", "Number of genes; that of the pretrained pipeline, or 2000, if not set."
+    )
     flavor: str | None = recipe_arg(
         "flavor", "How genes are chosen: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all."
     )
@@ -175,8 +178,8 @@ class TrainingArguments:
         missing = {name: value for name, value in recipe.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
-    def resolve(self, num_cells: int, num_processes: int, width: int) -> Self:
-        """Fill in what follows from the cells, the number of processes and the width of the model."""
+    def resolve(self, num_cells: int, num_processes: int, width: int, num_genes: int = 2000) -> Self:
+        """Fill in what follows from the cells, the number of processes, and the width and genes of the model."""
         finetuned = self.pretrained_model_name_or_path is not None
         cells_per_step = self.train_batch_size * self.gradient_accumulation_steps * num_processes
         steps = self.max_train_steps
@@ -188,7 +191,8 @@ class TrainingArguments:
         if warmup is None:
             warmup = min(200, steps // 10 if finetuned else steps * 2 // 3)
         rate = 3e-3 * 128 / width if self.learning_rate is None else self.learning_rate
-        return dataclasses.replace(self, max_train_steps=steps, lr_warmup_steps=warmup, learning_rate=rate)
+        schedule = {"max_train_steps": steps, "lr_warmup_steps": warmup, "learning_rate": rate}
+        return dataclasses.replace(self, n_top_genes=self.n_top_genes or num_genes, **schedule)
 
     def record(self) -> dict[str, Any]:
         """All arguments except the token, for files."""
@@ -211,6 +215,7 @@ def default_num_steps(updates_per_epoch: int, finetuned: bool) -> int:
 
 def check_args(args: TrainingArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is read."""
+    args = args.with_recipe()
     if args.dataset is None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a dataset folder or an id on the Hub.")
     positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]

@@ -29,7 +29,7 @@ from scrdit_diffusers import (
     default_scheduler,
     diffusion_loss,
 )
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
 NUM_GENES, NUM_LABELS = 2000, 10
@@ -80,9 +80,7 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
     if ours:
         model.initialize_weights()
         labels = np.arange(1000)[:, None] % NUM_LABELS
-        initialize_count_head(
-            model.count_head, CellStatistics.from_counts(counts, labels), processor.mean, processor.std
-        )
+        initialize_count_head(model.count_head, CellMoments.from_counts(counts, labels), processor.mean, processor.std)
     model.to(device)
     if dtype != torch.float32:
         model.to(dtype)

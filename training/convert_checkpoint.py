@@ -9,18 +9,18 @@ the genes are numbered. The way back needs a model of the published kind: one sh
 """
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import HfArgumentParser
+from cli import arg, parse
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
+from scrdit_diffusers.atomic import write_atomically
 
 # Published name -> name here; each is a layer with weight and bias. In a block, `attn.qkv` is packed and apart.
 LAYERS = {
@@ -212,21 +212,19 @@ def make_processor(
 class ConversionArguments:
     """Command-line arguments."""
 
-    checkpoint: str | None = field(default=None, metadata={"help": "State dict of the published model."})
-    output_dir: str | None = field(default=None, metadata={"help": "Pipeline folder to write; must not exist."})
-    pipeline: str | None = field(default=None, metadata={"help": "The other way: folder or Hub id of a pipeline."})
-    output: str | None = field(default=None, metadata={"help": "... and state dict to write; must not exist."})
-    genes: str | None = field(default=None, metadata={"help": "Text file with one gene name per line, in order."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Number of heads, which no tensor tells."})
-    target_sum: float | None = field(
-        default=None, metadata={"help": "Library size to which counts were scaled; none if values were taken as is."}
+    checkpoint: str | None = arg(None, "State dict of the published model.")
+    output_dir: str | None = arg(None, "Pipeline folder to write; must not exist.")
+    pipeline: str | None = arg(None, "The other way: folder or Hub id of a pipeline.")
+    output: str | None = arg(None, "... and state dict to write; must not exist.")
+    genes: str | None = arg(None, "Text file with one gene name per line, in order.")
+    num_attention_heads: int = arg(8, "Number of heads, which no tensor tells.")
+    target_sum: float | None = arg(
+        None, "Library size to which counts were scaled; none if values were taken as they are."
     )
-    zero_negation: bool = field(default=True, metadata={"help": "Whether zeros were moved to --zero_value."})
-    zero_value: float = field(default=-10.0, metadata={"help": "Where zeros were moved to."})
-    beta_schedule: str = field(
-        default="linear", metadata={"help": "Noise schedule.", "choices": ["linear", "squaredcos_cap_v2"]}
-    )
-    num_train_timesteps: int = field(default=1000, metadata={"help": "Number of diffusion timesteps T."})
+    zero_negation: bool = arg(True, "Whether zeros were moved to --zero_value.")
+    zero_value: float = arg(-10.0, "Where zeros were moved to.")
+    beta_schedule: str = arg("linear", "Noise schedule.", choices=["linear", "squaredcos_cap_v2"])
+    num_train_timesteps: int = arg(1000, "Number of diffusion timesteps T.")
 
 
 def main(args: ConversionArguments) -> None:
@@ -238,24 +236,23 @@ def main(args: ConversionArguments) -> None:
     output = Path(args.output_dir if args.checkpoint else args.output)
     if output.exists():
         raise ValueError(f"{output} exists; give another name.")
-    temporary = output.with_name(f"{output.name}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if args.checkpoint:
-        genes = Path(args.genes).read_text().split() if args.genes else None
-        model = convert_to_transformer(read_checkpoint(args.checkpoint), args.num_attention_heads)
-        options = (genes, args.target_sum, args.zero_negation, args.zero_value)
-        processor = make_processor(model.config.num_genes, *options)
-        scheduler = default_scheduler("epsilon", args.beta_schedule, args.num_train_timesteps)
-        SCRDiTPipeline(model, scheduler, processor).save_pretrained(str(temporary))
-    else:
-        torch.save(convert_to_published(SCRDiTPipeline.from_pretrained(args.pipeline).transformer), temporary)
-    os.replace(temporary, output)
+    with write_atomically(output) as temporary:
+        if args.checkpoint:
+            genes = Path(args.genes).read_text().split() if args.genes else None
+            model = convert_to_transformer(read_checkpoint(args.checkpoint), args.num_attention_heads)
+            options = (genes, args.target_sum, args.zero_negation, args.zero_value)
+            processor = make_processor(model.config.num_genes, *options)
+            scheduler = default_scheduler("epsilon", args.beta_schedule, args.num_train_timesteps)
+            SCRDiTPipeline(model, scheduler, processor).save_pretrained(str(temporary))
+        else:
+            torch.save(convert_to_published(SCRDiTPipeline.from_pretrained(args.pipeline).transformer), temporary)
     print(f"Wrote {output}")
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        main(HfArgumentParser(ConversionArguments).parse_args_into_dataclasses()[0])
+        main(parse(ConversionArguments))
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -36,7 +36,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, baselines, metrics, model_card, read_cells, split_cells
-from scrdit_diffusers.processing_scrdit import get_matrix, label_categories
+from scrdit_diffusers.checks import get_matrix, label_categories
 from scrdit_diffusers.report import FLOOR_NAMES, STEP_METRICS, draw_pictures, render_report
 
 matplotlib.use("Agg")
@@ -131,7 +131,7 @@ def check_args(args: EvaluationArguments) -> None:
 def make_split(args: EvaluationArguments) -> None:
     """Split the cells 60 / 20 / 20 and write the parts, all or none."""
     cells = read_cells(args.dataset)
-    get_matrix(cells, args.layer, counts=False)  # no NaN, none negative: training would refuse the part
+    get_matrix(cells, args.layer, expect_counts=False)  # no NaN, none negative: training would refuse the part
     keys = [args.labels_key] if args.labels_key else []
     if args.split_by:
         if (num_groups := len(label_categories(cells.obs, args.split_by))) < len(PARTS):

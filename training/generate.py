@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,12 +28,14 @@ import pandas as pd
 import torch
 import zarr
 from accelerate import PartialState
+from cli import arg, parse
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
+from scrdit_diffusers.atomic import write_atomically
+from scrdit_diffusers.launch import check_device, check_processes
 
 logger = logging.getLogger("generate")
 
@@ -42,43 +44,32 @@ COMPRESSION = {"compression": "gzip", "compression_opts": 1}
 
 @dataclass
 class GenerationArguments:
-    """Command-line arguments; those of the pipeline's call keep its names."""
+    """Command-line arguments; those of the pipeline's call keep their names."""
 
-    pipeline: str = field(metadata={"help": "Folder or Hub id of a trained pipeline."})
-    output: str = field(default="cells.h5ad", metadata={"help": ".h5ad file or .zarr store to write."})
-    num_cells: int | None = field(default=None, metadata={"help": "Number of cells; that of --obs if not given."})
-    condition: list[str] = field(
-        default_factory=list,
-        metadata={
-            "action": "extend",
-            "help": "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition.",
-        },
+    pipeline: str = arg(None, "Folder or Hub id of a trained pipeline.")
+    output: str = arg("cells.h5ad", ".h5ad file or .zarr store to write.")
+    num_cells: int | None = arg(None, "Number of cells; that of --obs if not given.")
+    condition: list[str] = arg(
+        [],
+        "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition.",
+        action="extend",
     )
-    obs: str | None = field(
-        default=None, metadata={"help": "Table with a row per cell and conditions as columns: .csv, .tsv or .h5ad."}
+    obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
+    num_inference_steps: int = arg(25, "Steps of the scheduler.")
+    lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
+    library_size: float | None = arg(
+        None, "Total count of each cell over the model's genes. Default: drawn from the training cells."
     )
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the scheduler."})
-    lora_weights: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of an adapter for the pipeline."}
-    )
-    library_size: float | None = field(
-        default=None,
-        metadata={"help": "Total count of each cell over the model's genes; drawn from the training cells'."},
-    )
-    scheduler: str | None = field(
-        default=None, metadata={"help": "diffusers scheduler to swap in, such as DDIMScheduler."}
-    )
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1.0 is off."})
-    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM: 0 deterministic, 1 as DDPM."})
-    batch_size: int = field(default=512, metadata={"help": "Cells generated at a time."})
-    shard_size: int = field(default=4096, metadata={"help": "Cells that are held in memory and written at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of labels, library sizes and noise."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Precision.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, mps; the best there is if not given."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace --output, and an unfinished one of another run."})
+    scheduler: str | None = arg(None, "diffusers scheduler to swap in, such as DDIMScheduler.")
+    guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
+    eta: float = arg(0.0, "Noise of DDIM: 0 deterministic, 1 as DDPM.")
+    batch_size: int = arg(512, "Cells generated at a time.")
+    shard_size: int = arg(4096, "Cells that are held in memory and written at a time.")
+    seed: int = arg(0, "Seed of labels, library sizes and noise.")
+    dtype: str = arg("float32", "Precision.", choices=["float32", "bfloat16", "float16"])
+    device: str | None = arg(None, "cpu, cuda, mps. Default: the best one available.")
+    revision: str | None = arg(None, "Branch, tag or commit on the Hub.")
+    overwrite: bool = arg(False, "Replace --output, and an unfinished one of another run.")
 
 
 def read_obs(path: str) -> pd.DataFrame:
@@ -94,6 +85,8 @@ def read_obs(path: str) -> pd.DataFrame:
 
 def check_args(args: GenerationArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    if args.pipeline is None:
+        raise ValueError("--pipeline is needed: the folder or the Hub id of a trained pipeline.")
     output = Path(args.output)
     if output.suffix not in (".h5ad", ".zarr"):
         raise ValueError(f"--output must end in .h5ad or .zarr, got {output}.")
@@ -108,10 +101,7 @@ def check_args(args: GenerationArguments) -> None:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    check_device(args.device)
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {args.seed}.")
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
@@ -185,9 +175,8 @@ def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
             )
         shutil.rmtree(parts)
     parts.mkdir(parents=True, exist_ok=True)
-    temporary = parts / "run.tmp.json"
-    temporary.write_text(json.dumps(run, indent=2))
-    os.replace(temporary, record)
+    with write_atomically(record) as temporary:
+        temporary.write_text(json.dumps(run, indent=2))
 
 
 def cell_generators(seed: int, cells: range) -> list[torch.Generator]:
@@ -216,11 +205,10 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
     ).adata
     adata.obs_names = [f"synthetic_{cell}" for cell in cells]
     adata.uns["scrdit"]["seed"] = args.seed
-    temporary = path.with_suffix(".tmp")
-    adata.write_h5ad(temporary, **COMPRESSION)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with write_atomically(path) as temporary:
+        adata.write_h5ad(temporary, **COMPRESSION)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
@@ -259,7 +247,7 @@ def join_shards(shards: list[Path], temporary: Path) -> None:
 
 
 def replace(joined: Path, output: Path) -> None:
-    """Give the whole file or store its name; a store of that name is moved aside until then, for it is no one file."""
+    """Give the whole file or store its name; a store of that name is moved aside until then, because it is a folder."""
     old = joined.with_name(f"replaced{output.suffix}")
     if old.exists():  # a run was killed between the two moves, or while it deleted
         shutil.rmtree(old)
@@ -272,12 +260,7 @@ def join_processes(device: str | None) -> PartialState:
     """Find the other processes that were launched; raise ValueError if they would each write all cells."""
     cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # of waiting for the slowest process
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != state.num_processes:
-        raise ValueError(f"{launched} processes were launched, but each finds {state.num_processes}: --device cpu?")
-    # accelerate launch --num_processes 2 starts one process where it finds no GPU, and sets the port for two
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        logger.warning("One process: on CPUs accelerate launch starts several only with --multi_gpu as well.")
+    check_processes(state.num_processes)
     return state
 
 
@@ -327,7 +310,7 @@ def main(args: GenerationArguments) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        main(HfArgumentParser(GenerationArguments).parse_args_into_dataclasses()[0])
+        main(parse(GenerationArguments))
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

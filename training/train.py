@@ -55,7 +55,7 @@ from scrdit_diffusers import (
     model_card,
 )
 from scrdit_diffusers.atomic import delete_folder
-from scrdit_diffusers.cell_statistics import CellStatistics
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.launch import check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
@@ -70,7 +70,7 @@ class Cells:
     """Training and validation cells, and what was learned from the former."""
 
     processor: SCRDiTProcessor
-    statistics: CellStatistics
+    statistics: CellMoments
     batches: CellBatches
     preview_batch: dict[str, torch.Tensor]  # held-out cells, or training cells if there are none
     start_cells: dict[str, torch.Tensor]  # at most MAX_START_CELLS training cells
@@ -99,7 +99,7 @@ def main(args: TrainingArguments) -> None:
     pretrained = load_pretrained(args)
     cells = open_cells(args, accelerator, pretrained)
     model, changes = build_model(args, cells, pretrained)
-    settings = args.resolve(cells.num_train, accelerator.num_processes, width(model))
+    settings = args.resolve(cells.num_train, accelerator.num_processes, width(model), default_num_genes(pretrained))
     report_plan(settings, accelerator, cells, model, changes)
     if args.dry_run:
         return
@@ -223,6 +223,11 @@ def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
     return pretrained
 
 
+def default_num_genes(pretrained: SCRDiTPipeline | None) -> int:
+    """Choose the number of genes if none is given."""
+    return pretrained.processor.num_genes if pretrained else 2000
+
+
 def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SCRDiTPipeline | None) -> Cells:
     """Open the cells as a dataset on disk, split it, fit the processor to the training cells."""
     dataset = CellDataset.open(
@@ -263,11 +268,11 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
 
 def fit_processor(
     args: TrainingArguments, train: CellDataset, pretrained: SCRDiTPipeline | None
-) -> tuple[SCRDiTProcessor, CellStatistics]:
+) -> tuple[SCRDiTProcessor, CellMoments]:
     """Choose the genes and learn the transform from the training cells."""
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "flavor", "standardize"]
     options = {name: getattr(args, name) for name in names}
-    options |= {"n_top_genes": args.n_top_genes or (pretrained.processor.num_genes if pretrained else 2000)}
+    options |= {"n_top_genes": args.n_top_genes or default_num_genes(pretrained)}
     options |= {"name": str(args.dataset), "num_proc": args.preprocessing_num_workers}
     options |= {"recover_counts": args.decode == "posterior"}
     genes = Path(args.genes).read_text().split() if args.genes else None

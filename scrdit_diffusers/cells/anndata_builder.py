@@ -21,8 +21,7 @@ import scipy.sparse as sp
 import zarr
 from anndata.io import read_elem, sparse_dataset
 
-from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
-from scrdit_diffusers.processing_scrdit import _check_gene_names, _check_label, check_values, get_matrix
+from scrdit_diffusers.checks import check_gene_names, check_label, check_values, get_matrix
 
 from .layout import (
     check_obs_columns,
@@ -32,6 +31,7 @@ from .layout import (
     pa_type_name,
     values_to_arrow,
 )
+from .moments import ROWS_PER_CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ def gene_vocabulary(
         if gene_key is not None and gene_key not in var:
             raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
         key = pd.Index(var.index if gene_key is None else var[gene_key].astype(str))
-        _check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
+        check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
         variables.append(var.set_axis(key))
         keys.append(key)
         if gene_key is not None:
@@ -453,7 +453,7 @@ def check_files(
             check_obs_columns(file.columns if obs_columns is None else list(obs_columns))
             for key in [*(obs_columns or []), *labels_key]:
                 try:
-                    _check_label(pd.DataFrame(columns=file.columns), key)
+                    check_label(pd.DataFrame(columns=file.columns), key)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
             for key in labels_key:

@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
-from scrdit_diffusers.processing_scrdit import SCRDiTProcessor, _check_label
+from scrdit_diffusers.checks import check_label
+from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 
 from .layout import VALUE_COLUMNS, LabelNames, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
+from .moments import ROWS_PER_CHUNK
 
 
 class CellRows(torch.utils.data.Dataset):
@@ -30,7 +31,7 @@ class CellRows(torch.utils.data.Dataset):
 
     def __init__(self, dataset: datasets.Dataset, columns: Sequence[str] | None = None):
         for key in columns or []:
-            _check_label(pd.DataFrame(columns=dataset.column_names), key)
+            check_label(pd.DataFrame(columns=dataset.column_names), key)
         self.dataset = dataset.with_format("arrow", columns=None if columns is None else [*VALUE_COLUMNS, *columns])
         self.named = LabelNames(dataset.features)
 
@@ -183,10 +184,7 @@ class CellCollator:
         `library_size` (B,) float32.
         """
         matrix = rows_to_matrix(rows, self.num_vars, self.positions)
-        if self.processor.models_counts:
-            values, library_size = self.processor.select_counts(matrix, self.columns)
-        else:
-            values = self.processor.select_values(matrix, self.columns)
+        values, library_size = self.processor.value_kind.model_values(matrix, self.columns)
         obs = rows_to_obs(rows, self.processor.condition_keys)
         batch = {
             "values": torch.from_numpy(self.processor.transform(values)).float(),

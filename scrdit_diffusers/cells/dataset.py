@@ -19,9 +19,8 @@ import pyarrow as pa
 from huggingface_hub import HfApi, hf_hub_download
 
 from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.cell_statistics import ROWS_PER_CHUNK
+from scrdit_diffusers.checks import check_label, get_matrix, label_categories
 from scrdit_diffusers.hub import explain_push
-from scrdit_diffusers.processing_scrdit import _check_label, get_matrix, label_categories
 
 from .anndata_builder import check_files, convert_files
 from .layout import (
@@ -37,6 +36,7 @@ from .layout import (
     token_positions,
     values_to_arrow,
 )
+from .moments import ROWS_PER_CHUNK
 
 ANNDATA_SUFFIXES = (".h5ad", ".zarr")
 
@@ -163,7 +163,7 @@ class CellDataset:
         ValueError
             The values cannot be used, or a column of obs is named `genes` or `expressions`.
         """
-        matrix = get_matrix(adata, layer, False).astype(np.float32)
+        matrix = get_matrix(adata, layer, expect_counts=False).astype(np.float32)
         matrix.sort_indices()
         obs = adata.obs if obs_columns is None else adata.obs[list(obs_columns)]
         check_obs_columns(list(obs))
@@ -200,7 +200,7 @@ class CellDataset:
         parts: dict[str, list[pd.Categorical]] = {key: [] for key in columns}
         no_rows = pd.DataFrame(columns=[key for key in rows.column_names if key not in VALUE_COLUMNS])
         for key in columns:
-            _check_label(no_rows, key)
+            check_label(no_rows, key)
         for chunk in self.iterate(100 * ROWS_PER_CHUNK, columns) if columns else []:
             obs = rows_to_obs(chunk, columns)
             for key in columns:

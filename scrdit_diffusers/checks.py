@@ -1,0 +1,187 @@
+"""Every check of AnnData, genes, labels and values, with one wording for each."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+logger = logging.getLogger(__name__)
+
+MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
+
+
+def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
+    """Whether all values of a matrix are finite, non-negative integers (and not all are zero)."""
+    data = np.asarray(matrix.data if sp.issparse(matrix) else matrix)
+    if data.size == 0 or not np.issubdtype(data.dtype, np.number) or not np.isfinite(data).all():
+        return False
+    return bool(data.min() >= 0 and data.max() > 0 and np.array_equal(data, np.rint(data)))
+
+
+def check_values(matrix: sp.csr_matrix, name: str, expect_counts: bool, hint: str = "") -> None:
+    """Raise ValueError unless all values are finite, non-negative and, for counts, integers that float32 holds.
+
+    Parameters
+    ----------
+    matrix
+        Cells x genes.
+    name
+        What to call the matrix in the message, such as `adata.layers['counts']`.
+    expect_counts
+        Whether integers are expected.
+    hint
+        Where the right values may be found; ends the message.
+    """
+    data = matrix.data
+    if not np.isfinite(data).all():
+        raise ValueError(
+            f"{name} holds {np.sum(~np.isfinite(data))} NaN or infinite values; fill or drop them first.{hint}"
+        )
+    if data.size and data.min() < 0:
+        raise ValueError(
+            f"{name} holds negative values (smallest {data.min():g}), as scaled data do; give unscaled values.{hint}"
+        )
+    if expect_counts and not np.array_equal(data, np.rint(data)):
+        example = data[data != np.rint(data)][0]
+        raise ValueError(
+            f"{name} was taken as counts but holds non-integers such as {example:g}.{hint} Log-normalized values need "
+            'value_space="log_normalized".'
+        )
+    if expect_counts and data.size and data.max() > MAX_COUNT:
+        raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
+
+
+def matrix_name(layer: str | None) -> str:
+    """Name X (`layer=None`) or a layer in messages."""
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
+def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.csr_matrix:
+    """Take X (`layer=None`) or a layer as CSR and check its values.
+
+    Raises
+    ------
+    ValueError
+        The layer does not exist, or its values are not what `expect_counts` says; the message names the layers that
+        look like counts.
+    """
+    name = matrix_name(layer)
+    if adata.isbacked:
+        raise ValueError("adata is backed by a file; load it into memory with adata.to_memory().")
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(
+            f"{name} does not exist; the layers are {list(adata.layers) or 'none'}, and layer=None takes adata.X."
+        )
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError(f"{name} is empty; name the layer that holds the values.")
+    matrix = sp.csr_matrix(matrix)
+    if not matrix.has_canonical_format:  # an entry may be stored in parts
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    hint = ""
+    if expect_counts and not looks_like_counts(matrix):
+        found = [key for key in adata.layers if key != layer and looks_like_counts(adata.layers[key])]
+        hint = f" These layers look like counts: {found}." if found else " No layer looks like counts."
+        if layer is not None and looks_like_counts(adata.X):
+            hint = " adata.X looks like counts: use layer=None."
+        elif adata.raw is not None and looks_like_counts(adata.raw.X):
+            hint += " adata.raw does: use adata.raw.to_adata()."
+    check_values(matrix, name, expect_counts, hint)
+    return matrix
+
+
+def check_gene_names(names: Sequence[str], name: str, hint: str = "") -> None:
+    """Raise ValueError for gene names that repeat or are missing; `name` is what the message calls them."""
+    duplicated = pd.Index(names)[pd.Index(names).duplicated()].unique()
+    if len(duplicated):
+        raise ValueError(f"{name} repeats {len(duplicated)} gene names, such as {list(duplicated[:5])}.{hint}")
+    if any(not gene or gene == "nan" for gene in names):
+        raise ValueError(
+            f"{name} has {sum(not gene or gene == 'nan' for gene in names)} missing (empty or NaN) gene names."
+        )
+
+
+def check_label(obs: pd.DataFrame, key: str) -> None:
+    """Raise ValueError unless obs has the column, without NaN."""
+    if key not in obs:
+        closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
+        raise ValueError(
+            f"obs has no column {key!r}{f', did you mean {closest[0]!r}?' if closest else '.'} It has {list(obs)}."
+        )
+    if obs[key].isna().any():
+        raise ValueError(f"obs[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
+    if key == "synthetic":
+        raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
+
+
+def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:
+    """List the categories of a column of obs that occur, in the order of the categorical, else sorted.
+
+    Parameters
+    ----------
+    obs
+        Cells, or of each combination of labels one cell.
+    key
+        Column.
+    num_cells
+        Number of cells, where obs has not all of them.
+
+    Raises
+    ------
+    ValueError
+        The column is missing, holds NaN, or holds too many different values for a label.
+    """
+    check_label(obs, key)
+    column = obs[key]
+    num_cells = num_cells or len(column)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = list(column.cat.remove_unused_categories().cat.categories)
+    else:
+        names = sorted(column.unique(), key=lambda name: (str(type(name)), name))
+    if len(names) > max(50, num_cells // 2):
+        raise ValueError(
+            f"obs[{key!r}] has {len(names)} different values in {num_cells} cells: it is not a categorical label."
+        )
+    return [str(name) for name in names]
+
+
+def find_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: np.ndarray | None = None) -> np.ndarray:
+    """Find the positions of named genes.
+
+    Parameters
+    ----------
+    genes
+        Names of the wanted genes.
+    var_names
+        Names of the genes of the data.
+    num_expressing
+        Number of cells that express each gene of the data; `None` before that is known.
+
+    Raises
+    ------
+    ValueError
+        A gene is missing, or no cell expresses any of them.
+    """
+    columns = pd.Index(var_names).get_indexer(pd.Index(genes))
+    if (columns < 0).any():
+        missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
+        raise ValueError(f"{len(missing)} of {len(genes)} genes are not in adata.var_names, such as {missing[:5]}.")
+    if num_expressing is not None and not num_expressing[columns].any():
+        raise ValueError(f"All {len(columns)} genes are zero in every training cell: there is nothing to learn.")
+    if num_expressing is not None and not num_expressing[columns].all():
+        silent = (num_expressing[columns] == 0).sum()
+        logger.warning("%d of the %d genes are zero in every training cell.", silent, len(columns))
+    return columns
+
+
+def find_gene_ids(var: pd.DataFrame, key: str | None) -> list[str] | None:
+    """Take the Ensembl ids of the genes from a column of var, or from the usual ones; `None` where there are none."""
+    if key is not None and key not in var:
+        raise ValueError(f"var has no column {key!r}; it has {list(var)}.")
+    key = key or next((name for name in ("gene_ids", "gene_id", "ensembl_id", "ensembl") if name in var), None)
+    return None if key is None else [str(gene_id) for gene_id in var[key]]
