@@ -9,7 +9,7 @@ import pandas as pd
 
 
 def assert_same_cells(left: ad.AnnData, right: ad.AnnData) -> None:
-    """Values, genes and labels are equal; obs_names and categorical dtypes are not part of a table."""
+    """Values, genes and labels are equal; obs_names and categorical dtypes are not part of a dataset."""
     assert np.array_equal(left.X.toarray(), right.X.toarray())
     pd.testing.assert_frame_equal(left.var, right.var, check_names=False)
     assert list(left.obs) == list(right.obs)

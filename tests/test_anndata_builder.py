@@ -64,7 +64,7 @@ def test_open_reads_no_more_than_a_chunk(adata, tmp_path, monkeypatch):
     assert_same_cells(dataset.to_anndata(), adata)
 
 
-def test_a_table_is_converted_once(adata, tmp_path, monkeypatch):
+def test_a_dataset_is_converted_once(adata, tmp_path, monkeypatch):
     path = write(adata, tmp_path / "cells.h5ad")
     first = CellDataset.open(path, cache_dir=tmp_path / "cache")
     with monkeypatch.context() as context:
@@ -116,7 +116,7 @@ def all_of(messages):
     return received
 
 
-def test_a_conversion_that_was_killed_leaves_no_table(adata, tmp_path):
+def test_a_conversion_that_was_killed_leaves_no_dataset(adata, tmp_path):
     path = write(adata, tmp_path / "cells.h5ad")
     process, messages = open_elsewhere(path, tmp_path / "cache", 60)
     assert messages.recv() == "converting"

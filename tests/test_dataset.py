@@ -11,13 +11,14 @@ from cell_files import assert_same_cells, write
 
 from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, read_cells, split_cells
 from scrdit_diffusers.cells import dataset as dataset_module
+from scrdit_diffusers.cells import fitting
 from scrdit_diffusers.cells.layout import rows_to_matrix, token_positions
 
 # -- AnnData to rows and back ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows_per_chunk", [7, 10_000])
-def test_table_round_trip(adata, monkeypatch, rows_per_chunk):
+def test_dataset_round_trip(adata, monkeypatch, rows_per_chunk):
     monkeypatch.setattr(dataset_module, "ROWS_PER_CHUNK", rows_per_chunk)
     dataset = CellDataset.from_anndata(adata)
     assert dataset.rows.column_names == ["genes", "expressions", "cell_type", "batch", "age"]
@@ -25,7 +26,7 @@ def test_table_round_trip(adata, monkeypatch, rows_per_chunk):
     assert_same_cells(dataset.to_anndata(), adata)
 
 
-def test_table_is_sparse(adata):
+def test_dataset_is_sparse(adata):
     adata.X = sp.csr_matrix(adata.X.toarray() * (np.arange(60) != 2)[:, None])
     dataset = CellDataset.from_anndata(adata)
     assert len(dataset.rows[2]["genes"]) == 0
@@ -37,20 +38,20 @@ def test_table_is_sparse(adata):
 
 
 @pytest.mark.parametrize("convert", [sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
-def test_table_of_other_matrices(adata, convert):
+def test_dataset_of_other_matrices(adata, convert):
     expected = adata.X.toarray()
     adata.X = convert(adata.X)
     assert np.array_equal(CellDataset.from_anndata(adata).to_anndata().X.toarray(), expected)
 
 
-def test_table_of_a_layer_with_chosen_columns(adata):
+def test_dataset_of_a_layer_with_chosen_columns(adata):
     dataset = CellDataset.from_anndata(adata, layer="lognorm", obs_columns=["batch"])
     assert dataset.rows.column_names == ["genes", "expressions", "batch"]
     back = dataset.to_anndata()
     assert np.array_equal(back.X.toarray(), adata.layers["lognorm"].toarray())
 
 
-def test_table_after_selecting_and_shuffling(adata):
+def test_dataset_after_selecting_and_shuffling(adata):
     order = np.random.default_rng(0).permutation(60)[:20]
     back = CellDataset.from_anndata(adata).select(order).to_anndata()
     assert_same_cells(back, adata[order].copy())
@@ -73,7 +74,7 @@ def test_labels_missing_from_a_whole_chunk(adata, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["genes", "expressions"])
-def test_refuses_obs_columns_of_the_tables_own_names(adata, key):
+def test_refuses_obs_columns_with_names_of_value_columns(adata, key):
     adata.obs[key] = 1
     with pytest.raises(ValueError, match=key):
         CellDataset.from_anndata(adata)
@@ -99,7 +100,7 @@ def test_reads_zarr(adata, tmp_path):
     assert_same_cells(read_cells(str(tmp_path / "cells.zarr")), adata)
 
 
-def test_reads_a_table_folder(adata, tmp_path):
+def test_reads_a_saved_folder(adata, tmp_path):
     CellDataset.from_anndata(adata).save(tmp_path / "cells")
     assert_same_cells(read_cells(tmp_path / "cells"), adata)
 
@@ -109,7 +110,7 @@ def test_saves_the_layer_it_is_told_to(adata, tmp_path):
     assert np.array_equal(read_cells(tmp_path / "cells").X.toarray(), adata.layers["lognorm"].toarray())
 
 
-def test_a_saved_table_is_an_ordinary_dataset(adata, tmp_path):
+def test_what_is_saved_is_an_ordinary_dataset(adata, tmp_path):
     """What others read it with is `datasets` alone, and a Hub upload goes through parquet."""
     CellDataset.from_anndata(adata).save(tmp_path / "cells")
     rows = datasets.load_from_disk(str(tmp_path / "cells"))
@@ -157,7 +158,7 @@ def test_split_refuses_missing_labels(adata):
         split_cells(adata, ["cell_type"], 0.25, seed=0)
 
 
-def test_split_of_a_table_is_that_of_the_cells(adata, tmp_path):
+def test_split_of_a_dataset_is_that_of_the_cells(adata, tmp_path):
     dataset = CellDataset.open(write(adata, tmp_path / "cells.h5ad"))
     labels = ["cell_type", "batch"]
     for left, right in zip(
@@ -180,14 +181,16 @@ def tahoe(adata, tmp_path):
     pd.DataFrame(metadata).to_parquet(folder / "metadata" / "gene_metadata.parquet", index=False)
     for part, cells in enumerate(np.split(np.arange(60), 3)):
         rows = [adata.X[i] for i in cells]
-        table = {
+        columns = {
             "genes": [[1, *tokens[row.indices].tolist()] for row in rows],
             "expressions": [[-2.0, *row.data.tolist()] for row in rows],
             "drug": adata.obs["cell_type"].iloc[cells].astype(str).tolist(),
             "plate": adata.obs["batch"].iloc[cells].tolist(),
         }
         path = folder / "data" / f"train-{part:05d}-of-00003.parquet"
-        pq.write_table(pa.table(table | {"expressions": pa.array(table["expressions"], pa.list_(pa.float32()))}), path)
+        pq.write_table(
+            pa.table(columns | {"expressions": pa.array(columns["expressions"], pa.list_(pa.float32()))}), path
+        )
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: expression_data\n  default: true\n  data_files: data/train-*\n"
         "- config_name: gene_metadata\n  data_files: metadata/gene_metadata.parquet\n---\n"
@@ -212,7 +215,7 @@ def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr(dataset_module, "ROWS_PER_CHUNK", 13)
+    monkeypatch.setattr(fitting, "ROWS_PER_UPDATE", 13)
     dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
     processor, _ = fit_table(dataset.rows, dataset.var, ["drug", "plate"], flavor="all")
     adata.obs = adata.obs.rename(columns={"cell_type": "drug", "batch": "plate"}).astype({"drug": str})
@@ -255,3 +258,38 @@ def test_split_of_a_stream(adata, monkeypatch):
     stay, aside = numbers(0.3, 0)
     assert sorted(stay + aside) == list(range(60)) and 8 <= len(aside) <= 28
     assert numbers(0.3, 0) == [stay, aside] != numbers(0.3, 1)
+
+
+def test_saving_fails_without_a_trace_and_replaces_what_was_there(adata, tmp_path, monkeypatch):
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    other = adata[:20].copy()
+    with monkeypatch.context() as context:
+        context.setattr(pd.DataFrame, "to_parquet", lambda *args: pytest.fail("no room"))
+        with pytest.raises(pytest.fail.Exception):
+            CellDataset.from_anndata(other).save(tmp_path / "cells")
+    assert_same_cells(read_cells(tmp_path / "cells"), adata)
+    CellDataset.from_anndata(other).save(tmp_path / "cells")
+    assert_same_cells(read_cells(tmp_path / "cells"), other)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+
+
+def test_sample(adata):
+    adata.obs["number"] = np.arange(60)
+    dataset = CellDataset.from_anndata(adata)
+    stream = CellDataset(dataset.rows.to_iterable_dataset(4), adata.var)
+
+    def numbers(cells, seed=0):
+        return cells.sample(20, ["number"], np.random.default_rng(seed))["number"].to_pylist()
+
+    assert numbers(dataset) == sorted(np.random.default_rng(0).permutation(60)[:20]) != numbers(dataset, 1)
+    assert numbers(stream) == list(range(20))
+    for cells in (dataset, stream):
+        assert cells.split([], 0, 0)[1].sample(20, ["number"], np.random.default_rng(0)).num_rows == 0
+
+
+def test_a_stream_is_read_in_order_only(adata):
+    stream = CellDataset(CellDataset.from_anndata(adata).rows.to_iterable_dataset(4), adata.var)
+    assert stream.is_stream
+    for read in (lambda: len(stream), lambda: stream.select([0]), lambda: stream.labels(["batch"]), stream.to_anndata):
+        with pytest.raises(ValueError, match="streaming=False"):
+            read()
