@@ -6,61 +6,38 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from .cells.batches import CellBatches, CellCollator, CellRows
-from .cells.moments import CellMoments
+from .cells.batches import CellBatches, CellCollator
+from .cells.dataset import CellDataset, read_cells, split_cells
+from .cells.fitting import fit_table
 from .count_head import SCRDiTCountHead
-from .data import (
-    anndata_to_table,
-    fit_table,
-    iterate_rows,
-    open_table,
-    push_table,
-    read_cells,
-    read_labels,
-    save_table,
-    split_cells,
-    split_stream,
-    table_to_anndata,
-)
 from .initialization import count_bins, initialize_from_cells
-from .objective import FoldChangePrior, diffusion_loss, drop_labels
+from .objective import FoldChangePrior, diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
 from .schedulers import default_scheduler
-from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput
+from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer
 
 __version__ = version("scrdit_diffusers")
 __all__ = [
     "SCRDIT_PRESETS",
     "CellBatches",
     "CellCollator",
-    "CellRows",
-    "CellMoments",
+    "CellDataset",
     "FoldChangePrior",
     "SCRDiTCountHead",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
     "SCRDiTProcessor",
     "SCRDiTTransformer",
-    "SCRDiTTransformerOutput",
-    "anndata_to_table",
     "count_bins",
     "default_scheduler",
     "diffusion_loss",
-    "drop_labels",
     "fit_table",
     "initialize_from_cells",
-    "iterate_rows",
-    "open_table",
     "push_remote_code",
-    "push_table",
     "read_cells",
-    "read_labels",
-    "save_table",
     "split_cells",
-    "split_stream",
-    "table_to_anndata",
 ]
 
 # Registration: `DiffusionPipeline.from_pretrained` loads a component listed in model_index.json as

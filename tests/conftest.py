@@ -22,10 +22,10 @@ from scripts import load_script, run_main
 from tqdm import tqdm
 
 from scrdit_diffusers import (
+    CellDataset,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
-    anndata_to_table,
     count_bins,
     default_scheduler,
 )
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
-    """Keep the tables that tests convert out of the user's cache, in subprocesses as well."""
+    """Keep the datasets that tests convert out of the user's cache, in subprocesses as well."""
     folder = tmp_path_factory.mktemp("datasets")
     before, os.environ["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE"), str(folder)
     kept, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
@@ -194,9 +194,9 @@ def parquet_folder(dataset, tmp_path_factory):
     """A dataset as on the Hub: parquet files and the gene vocabulary."""
     folder = tmp_path_factory.mktemp("parquet")
     adata = ad.read_h5ad(dataset)
-    table = anndata_to_table(adata)
+    rows = CellDataset.from_anndata(adata).rows
     (folder / "data").mkdir()
     for part in range(2):
-        table.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
+        rows.shard(2, part, contiguous=True).to_parquet(folder / "data" / f"train-{part:05d}-of-00002.parquet")
     adata.var.rename_axis("var_names").to_parquet(folder / "var.parquet")
     return folder

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import (
-    CellMoments,
     FoldChangePrior,
     SCRDiTPipeline,
     SCRDiTProcessor,
@@ -28,6 +27,7 @@ from scrdit_diffusers import (
     default_scheduler,
     finetuning,
 )
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.count_head import LABEL_TABLES
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.values import normalize_log1p

@@ -28,13 +28,13 @@ from scripts import TINY, load_script
 from test_first_class import add_lora
 from transformers import HfArgumentParser
 
+import scrdit_diffusers
 from scrdit_diffusers import (
+    CellDataset,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
-    data,
     push_remote_code,
-    push_table,
     read_cells,
 )
 from scrdit_diffusers.remote_code import bundle_module
@@ -236,7 +236,7 @@ def push(count_pipe, adata, tmp_path, part):
     parts = {"transformer": count_pipe.transformer, "processor": count_pipe.processor, "pipeline": count_pipe}
     saved = parts.get(part.removesuffix(" folder"))
     if part == "table":
-        return lambda repo_id, **kwargs: push_table(adata, repo_id, **kwargs)
+        return lambda repo_id, **kwargs: CellDataset.from_anndata(adata).push_to_hub(repo_id, **kwargs)
     if part.endswith("folder"):
         kwargs = dict(save_directory=tmp_path / "saved", push_to_hub=True)
         return lambda repo_id, token: saved.save_pretrained(**kwargs, repo_id=repo_id, token=token)
@@ -391,7 +391,7 @@ def test_evaluate_loads(hub, published, adata, tmp_path):
 
 
 def test_cells_as_a_data_set(hub, adata, monkeypatch):
-    push_table(adata, "user/cells", layer="counts", token=USER, private=True)
+    CellDataset.from_anndata(adata, "counts").push_to_hub("user/cells", token=USER, private=True)
     monkeypatch.setenv("HF_TOKEN", USER)
     cells = read_cells("user/cells")
     assert (cells.X != adata.X).nnz == 0
@@ -404,10 +404,10 @@ def test_cells_as_a_data_set(hub, adata, monkeypatch):
 
 def test_missing_data_sets_are_named(hub):
     with pytest.raises(OSError, match="user/missing"):
-        data.read_cells("user/missing")
+        read_cells("user/missing")
     hub.add("user/other", {"README.md": b""}, repo_type="dataset")
     with pytest.raises(OSError, match="user/other"):
-        data.read_cells("user/other")
+        read_cells("user/other")
 
 
 # -- no pickles --------------------------------------------------------------------------------------------------------
@@ -605,7 +605,7 @@ def test_remote_code_checks_its_arguments(hub, published):
     ],
 )
 def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, message):
-    package = Path(data.__file__).parent
+    package = Path(scrdit_diffusers.__file__).parent
     for path in package.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "module.py").write_text(imports)

@@ -16,13 +16,13 @@ from scrdit_diffusers import (
     SCRDiTPipelineOutput,
     SCRDiTProcessor,
     SCRDiTTransformer,
-    SCRDiTTransformerOutput,
     count_bins,
     default_scheduler,
 )
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.initialization import initialize_count_head
+from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
 
 
 def seeded(seed=0):

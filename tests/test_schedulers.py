@@ -15,10 +15,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from scripts import load_script
 from sklearn.ensemble import RandomForestClassifier
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, SCRDiTTransformerOutput, default_scheduler
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_scheduler
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.evaluation import compare
 from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
+from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scripts import TINY, logged, run, weights
 
-from scrdit_diffusers import SCRDiTPipeline, save_table
+from scrdit_diffusers import CellDataset, SCRDiTPipeline
 from scrdit_diffusers.values import normalize_log1p
 
 
@@ -126,8 +126,8 @@ def test_pipeline_of_counts_has_their_noise_process(trained, dataset):
 
 
 def test_dataset_folder_trains_as_the_file_does(train_here, trained, dataset, tmp_path):
-    save_table(ad.read_h5ad(dataset), tmp_path / "table")
-    train_here(tmp_path / "table", tmp_path / "model", "--labels_key", "cell_type")
+    CellDataset.from_anndata(ad.read_h5ad(dataset)).save(tmp_path / "cells")
+    train_here(tmp_path / "cells", tmp_path / "model", "--labels_key", "cell_type")
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path / "model")[name], tensor, rtol=0, atol=1e-6)
 

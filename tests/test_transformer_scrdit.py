@@ -11,10 +11,10 @@ from sklearn.decomposition import PCA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, SCRDiTTransformerOutput, count_bins
+from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
-from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock
+from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock, SCRDiTTransformerOutput
 
 PATCH_EMBED_TYPES = ("per_patch", "shared")
 TINY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8)

@@ -34,8 +34,9 @@ from anndata.io import sparse_dataset, write_elem
 from measuring import Clock, PeakMemory  # beside this file
 from torch.utils.data import DataLoader
 
-from scrdit_diffusers import CellCollator, CellRows, SCRDiTProcessor, fit_table, open_table
-from scrdit_diffusers.data import rows_to_matrix
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table
+from scrdit_diffusers.cells.batches import CellRows
+from scrdit_diffusers.cells.layout import rows_to_matrix
 
 LABELS_KEY = "cell_type"
 WAYS = ("table", "memory", "backed", "rows")
@@ -65,21 +66,21 @@ def convert(args) -> dict:
     """Convert a file; the cache is new."""
     with PeakMemory() as memory:
         clock = Clock()
-        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
-        rates = clock.rates(len(table))
+        dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        rates = clock.rates(len(dataset))
     size = sum(path.stat().st_size for path in Path(args.cache_dir).rglob("*.arrow"))
-    values = sum(map(len, table.with_format("arrow")[:1000]["genes"])) / 1000
-    size_of_cell = {"values_per_cell": values, "bytes_per_cell": size / len(table)}
+    values = sum(map(len, dataset.rows.with_format("arrow")[:1000]["genes"])) / 1000
+    size_of_cell = {"values_per_cell": values, "bytes_per_cell": size / len(dataset)}
     return rates | size_of_cell | {"megabytes": memory.megabytes}
 
 
 def fit(args) -> dict:
     """Learn the processor and the statistics of the count head: two passes."""
-    table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+    dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
     with PeakMemory() as memory:
         clock = Clock()
-        processor, _ = fit_table(table, var, LABELS_KEY, flavor=args.flavor)
-        rates = clock.rates(len(table))
+        processor, _ = fit_table(dataset.rows, dataset.var, LABELS_KEY, flavor=args.flavor)
+        rates = clock.rates(len(dataset))
     processor.save_pretrained(args.cache_dir)
     return rates | {"megabytes": memory.megabytes}
 
@@ -88,15 +89,15 @@ def batches(args, processor: SCRDiTProcessor):
     """Start random batches in model space, endless, by one of the ways."""
     rng = np.random.default_rng(args.seed)
     if args.way == "rows":
-        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
-        cells = CellRows(table, [LABELS_KEY])
+        dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        cells = CellRows(dataset.rows, [LABELS_KEY])
         while True:
             drawn = rng.integers(0, len(cells), args.batch_size).tolist()
-            yield rows_to_matrix(cells.__getitems__(drawn), len(var))
+            yield rows_to_matrix(cells.__getitems__(drawn), len(dataset.var))
     if args.way == "table":
-        table, var = open_table(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
-        cells = CellRows(table, [LABELS_KEY])
-        collate = CellCollator(processor, var, counts=True)
+        dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
+        cells = CellRows(dataset.rows, [LABELS_KEY])
+        collate = CellCollator(processor, dataset.var, counts=True)
         sampler = torch.utils.data.RandomSampler(cells, replacement=True, num_samples=10**7)
         yield from DataLoader(cells, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
         return

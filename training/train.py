@@ -40,8 +40,7 @@ from scrdit_diffusers import (
     SCRDIT_PRESETS,
     CellBatches,
     CellCollator,
-    CellMoments,
-    CellRows,
+    CellDataset,
     FoldChangePrior,
     SCRDiTPipeline,
     SCRDiTProcessor,
@@ -49,20 +48,16 @@ from scrdit_diffusers import (
     count_bins,
     default_scheduler,
     diffusion_loss,
-    drop_labels,
     finetuning,
     fit_table,
     hub,
     initialize_from_cells,
-    iterate_rows,
-    open_table,
-    read_labels,
-    split_cells,
-    split_stream,
 )
 from scrdit_diffusers.atomic import delete_folder
+from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import check_processes
+from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 
 logger = logging.getLogger("train")
@@ -235,39 +230,30 @@ def default_num_genes(pretrained: SCRDiTPipeline | None) -> int:
 
 def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SCRDiTPipeline | None) -> Cells:
     """Open the cells as a dataset on disk, split it, fit the processor to the training cells."""
-    dataset, var = open_table(
+    dataset = CellDataset.open(
         args.dataset,
         layer=args.layer,
-        counts=args.value_space == "counts" or args.target_sum is not None,
+        expect_counts=args.value_space == "counts" or args.target_sum is not None,
         labels_key=args.labels_key,
         join=args.join,
         gene_key=args.gene_key,
         streaming=args.streaming,
         num_proc=args.preprocessing_num_workers,
     )
-    if args.streaming:
-        train, val = split_stream(dataset, args.val_fraction, args.seed) if args.val_fraction else (dataset, dataset)
-    else:
-        labels = read_labels(dataset, args.labels_key)
-        train_cells, val_cells = split_cells(labels, args.labels_key, args.val_fraction, args.seed)
-        train = dataset.select(train_cells)
-    processor, statistics = fit_processor(args, train, var, pretrained)
+    train, val = dataset.split(args.labels_key, args.val_fraction, args.seed)
+    processor, statistics = fit_processor(args, train, pretrained)
     num_train = int(statistics.num_cells.sum())
-    collate = CellCollator(processor, var, counts=args.decode == "posterior")
-    if args.streaming:
-        shown = next(iterate_rows(val, args.num_validation_cells, ["genes", "expressions", *args.labels_key]))
-        start_cells = collate(next(iterate_rows(train, MAX_START_CELLS, shown.column_names)))
-        preview_batch, num_val = collate(shown), shown.num_rows
-    else:
-        rng = np.random.default_rng(args.seed)
-        rows = rng.permutation(len(train_cells))[:MAX_START_CELLS]
-        start_cells = collate(CellRows(train, args.labels_key).__getitems__(np.sort(rows).tolist()))
-        rows = rng.permutation(val_cells if len(val_cells) else train_cells)[: args.num_validation_cells]
-        preview_batch = collate(CellRows(dataset, args.labels_key).__getitems__(np.sort(rows).tolist()))
-        num_val = len(val_cells)
+    collate = CellCollator(processor, dataset.var, counts=args.decode == "posterior")
+    rng = np.random.default_rng(args.seed)
+    start_cells = collate(train.sample(MAX_START_CELLS, args.labels_key, rng))
+    shown = val.sample(args.num_validation_cells, args.labels_key, rng)
+    num_val = shown.num_rows if val.is_stream else len(val)
+    if not num_val:
+        shown = train.sample(args.num_validation_cells, args.labels_key, rng)
+    preview_batch = collate(shown)
     preview_batch = {name: tensor.to(accelerator.device) for name, tensor in preview_batch.items()}
     batches = CellBatches(
-        train,
+        train.rows,
         num_train,
         args.train_batch_size,
         collate,
@@ -281,7 +267,7 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
 
 
 def fit_processor(
-    args: TrainingArguments, train: Any, var: Any, pretrained: SCRDiTPipeline | None
+    args: TrainingArguments, train: CellDataset, pretrained: SCRDiTPipeline | None
 ) -> tuple[SCRDiTProcessor, CellMoments]:
     """Choose the genes and learn the transform from the training cells."""
     names = ["value_space", "target_sum", "zero_negation", "zero_value", "min_std", "flavor", "standardize"]
@@ -291,15 +277,15 @@ def fit_processor(
     options |= {"recover_counts": args.decode == "posterior"}
     genes = Path(args.genes).read_text().split() if args.genes else None
     if pretrained is None:
-        return fit_table(train, var, args.labels_key, genes=genes, **options)
+        return fit_table(train.rows, train.var, args.labels_key, genes=genes, **options)
     known = pretrained.processor.var_names
-    finetuning.check_common_genes(known, genes or list(var.index))
+    finetuning.check_common_genes(known, genes or list(train.var.index))
     if genes is None:
-        variable, _ = fit_table(train, var, args.labels_key, **options)
-        total = len(var) if args.flavor == "all" else options["n_top_genes"]
-        genes = finetuning.choose_genes(known, list(var.index), variable, total)
+        variable, _ = fit_table(train.rows, train.var, args.labels_key, **options)
+        total = len(train.var) if args.flavor == "all" else options["n_top_genes"]
+        genes = finetuning.choose_genes(known, list(train.var.index), variable, total)
     genes = finetuning.arrange_genes(known, genes)
-    fitted, statistics = fit_table(train, var, args.labels_key, genes=genes, **options)
+    fitted, statistics = fit_table(train.rows, train.var, args.labels_key, genes=genes, **options)
     adapted = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels=bool(args.lora_rank))
     return adapted, statistics
 

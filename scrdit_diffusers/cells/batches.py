@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from scrdit_diffusers.checks import check_label
-from scrdit_diffusers.data import VALUE_COLUMNS, LabelNames, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 
+from .layout import VALUE_COLUMNS, LabelNames, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_CHUNK
 
 

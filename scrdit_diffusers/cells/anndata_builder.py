@@ -1,6 +1,6 @@
 """AnnData files as a `datasets` builder: read some rows at a time, written as memory-mapped Arrow to its cache.
 
-The cache of `datasets` gives the rest: a table is made once for each set of files and options, under a lock, in a
+The cache of `datasets` gives the rest: a dataset is made once for each set of files and options, under a lock, in a
 folder that gets its name when it is whole, so that two processes at once or a kill half-way do no harm.
 """
 
@@ -21,15 +21,23 @@ import scipy.sparse as sp
 import zarr
 from anndata.io import read_elem, sparse_dataset
 
-from .cells.moments import ROWS_PER_CHUNK
-from .checks import check_gene_names, check_values, get_matrix
+from scrdit_diffusers.checks import check_gene_names, check_label, check_values, get_matrix
+
+from .layout import (
+    check_obs_columns,
+    class_label,
+    columns_to_arrow,
+    dataset_features,
+    pa_type_name,
+    values_to_arrow,
+)
+from .moments import ROWS_PER_CHUNK
 
 logger = logging.getLogger(__name__)
 
 JOINS = ("inner", "outer")
 ROWS_OF_COLUMN = 2**20  # read of a column at a time
 VALUES_PER_CHUNK = 2**22  # read at a time, whatever the number of genes
-MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
 
 
 def _rows_of(stored: Any, rows: slice) -> np.ndarray:
@@ -118,7 +126,7 @@ class CellFile:
         return sum(int(self.column(key, part).isna().sum()) for part in rows)
 
     def column_type(self, key: str) -> Any:
-        """Type of a column of obs in a table, without reading all of it."""
+        """Type that a column of obs has in a dataset, without reading all of it."""
         stored, names = self.group["obs"][key], self.categories(key)
         if names is not None:
             return class_label([str(name) for name in names])
@@ -164,7 +172,7 @@ class CellFile:
             yield slice(start, stop)
             start = stop
 
-    def check(self, layer: str | None, counts: bool, num_rows: int = 1000) -> None:
+    def check(self, layer: str | None, expect_counts: bool, num_rows: int = 1000) -> None:
         """Raise ValueError unless the layer is whole and its first rows are what is expected; see [`get_matrix`]."""
         rows = min(num_rows, self.n_obs)
         if not rows:
@@ -196,7 +204,7 @@ class CellFile:
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged: {error}. Copy or write it again.") from error
         try:
-            get_matrix(head, layer, counts)
+            get_matrix(head, layer, expect_counts)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -221,18 +229,6 @@ class CellFile:
             raise ValueError(f"{self.path}: {name} is incomplete: its indptr does not fit its values. Write it again.")
 
 
-def class_label(names: Sequence[str]) -> Any:
-    """Type of a categorical column."""
-    if 0 < len(names) <= MAX_CLASS_LABELS and len(set(names)) == len(names):
-        return datasets.ClassLabel(names=list(names))
-    return datasets.Value("string")
-
-
-def pa_type_name(dtype: np.dtype) -> str:
-    """Name that `datasets` has for a NumPy type of numbers."""
-    return str(pa.from_numpy_dtype(dtype)) if dtype.kind != "f" else f"float{8 * dtype.itemsize}"
-
-
 def join_types(types: Sequence[Any]) -> Any:
     """Type of a column that has these types in several files."""
     if all(isinstance(of_file, datasets.ClassLabel) for of_file in types):
@@ -242,38 +238,6 @@ def join_types(types: Sequence[Any]) -> Any:
     if any(isinstance(of_file, datasets.ClassLabel) or of_file.dtype in ("string", "bool") for of_file in types):
         return datasets.Value("string")
     return datasets.Value(pa_type_name(np.result_type(*(of_file.dtype for of_file in types))))
-
-
-def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str, pa.Array]:
-    """Columns of obs as a table stores them."""
-    columns: dict[str, pa.Array] = {}
-    for key in map(str, obs):
-        column, feature = obs[key], features[key]
-        if isinstance(feature, datasets.ClassLabel):
-            names = pd.Index(feature.names)
-            categories = pd.Categorical(column)
-            codes = np.append(names.get_indexer(categories.categories.astype(str)), -1)[categories.codes]
-            columns[key] = pa.array(codes, pa.int64(), mask=codes < 0)
-        elif feature.dtype == "string":
-            columns[key] = pa.array(column.astype(object).map(str, na_action="ignore"), pa.string(), from_pandas=True)
-        else:
-            columns[key] = pa.array(column, feature.pa_type, from_pandas=True)
-    return columns
-
-
-def values_to_arrow(matrix: sp.csr_matrix) -> dict[str, pa.Array]:
-    """Rows of a matrix as the columns `genes` and `expressions`."""
-    offsets = pa.array(matrix.indptr.astype(np.int32, copy=False))
-    return {
-        "genes": pa.ListArray.from_arrays(offsets, pa.array(matrix.indices.astype(np.int32, copy=False))),
-        "expressions": pa.ListArray.from_arrays(offsets, pa.array(matrix.data.astype(np.float32, copy=False))),
-    }
-
-
-def table_features(columns: dict[str, Any]) -> datasets.Features:
-    """Types of a table with these columns of obs."""
-    values = {"genes": datasets.List(datasets.Value("int32")), "expressions": datasets.List(datasets.Value("float32"))}
-    return datasets.Features(values | columns)
 
 
 def gene_vocabulary(
@@ -344,7 +308,7 @@ def gene_vocabulary(
 
 @dataclass
 class AnnDataConfig(datasets.BuilderConfig):
-    """What makes a table: a JSON object with `files` (path, size and time of change of each), and the options.
+    """What makes a dataset: a JSON object with `files` (path, size and time of change of each), and the options.
 
     One string, because the cache's key is made of it.
     """
@@ -353,7 +317,7 @@ class AnnDataConfig(datasets.BuilderConfig):
 
 
 class AnnDataBuilder(datasets.ArrowBasedBuilder):
-    """Turns AnnData files into a table; see [`open_table`]."""
+    """Turns AnnData files into a dataset; see [`CellDataset.open`]."""
 
     VERSION = datasets.Version("1.1.0")  # of what is written for given files and options
     BUILDER_CONFIG_CLASS = AnnDataConfig
@@ -364,7 +328,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         cls,
         paths: Sequence[Path],
         layer: str | None,
-        counts: bool,
+        expect_counts: bool,
         join: str,
         gene_key: str | None,
         obs_columns: Sequence[str] | None,
@@ -376,8 +340,8 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
             parts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
             changed = max(part.st_mtime_ns for part in parts)
             files.append([str(path.resolve()), sum(part.st_size for part in parts), changed])
-        source: dict[str, Any] = {"files": files, "layer": layer, "counts": counts, "join": join, "gene_key": gene_key}
-        source["obs_columns"] = None if obs_columns is None else list(obs_columns)
+        source: dict[str, Any] = {"files": files, "layer": layer, "expect_counts": expect_counts, "join": join}
+        source |= {"gene_key": gene_key, "obs_columns": None if obs_columns is None else list(obs_columns)}
         return cls(cache_dir=None if cache_dir is None else str(cache_dir), source=json.dumps(source))
 
     @property
@@ -397,7 +361,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         columns = {key: join_types([of_file[key] for of_file in types]) for key in shared}
         # What `datasets` looks for room for, before it converts.
         options = {"download_size": 0, "dataset_size": size, "size_in_bytes": size}
-        return datasets.DatasetInfo(features=table_features(columns), **options)
+        return datasets.DatasetInfo(features=dataset_features(columns), **options)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread
@@ -410,11 +374,12 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         for number in numbers:
             with CellFile(paths[number]) as file:
                 for i, rows in enumerate(file.chunks(source["layer"])):
-                    # Nothing here keeps the rows while the next ones are read.
+                    # Nothing here keeps the rows while the next ones are read. `datasets` needs keys of this
+                    # class, which it offers nowhere else.
                     yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
 
     def _read(self, file: CellFile, rows: slice, place: np.ndarray, num_vars: int) -> pa.Table:
-        """Read some rows of a file, whose genes have the given places among those of the table."""
+        """Read some rows of a file, whose genes have the given places among those of the dataset."""
         name, source, features = f"{file.path}, cells from {rows.start}", self._source, self.info.features
         try:
             matrix = file.matrix(source["layer"], rows)
@@ -422,7 +387,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise CellFileError(f"{name}: the file is damaged: {error}. Copy or write it again.") from error
         try:
-            check_values(matrix, name, source["counts"])
+            check_values(matrix, name, source["expect_counts"])
         except ValueError as error:
             raise CellFileError(str(error)) from error
         if not np.array_equal(place, np.arange(num_vars)):
@@ -433,3 +398,64 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         matrix.sort_indices()
         columns = values_to_arrow(matrix) | columns_to_arrow(obs, features)
         return pa.table(columns, schema=features.arrow_schema)
+
+
+def convert_files(
+    files: Sequence[Path],
+    layer: str | None,
+    expect_counts: bool,
+    obs_columns: Sequence[str] | None,
+    join: str,
+    gene_key: str | None,
+    num_proc: int | None,
+    cache_dir: str | Path | None,
+) -> tuple[datasets.Dataset, pd.DataFrame]:
+    """Convert AnnData files, or find them converted in the cache; see [`CellDataset.open`].
+
+    Returns
+    -------
+    The rows of all files, and their common gene vocabulary.
+    """
+    var, positions = gene_vocabulary(files, join, gene_key)
+    if len(files) > 1:
+        for path, place in zip(files, positions, strict=True):
+            kept = int((place >= 0).sum())
+            lacking = f", lacks {len(var) - kept} (taken as zero)" if kept < len(var) else ""
+            logger.info(f"{path}: {len(place)} genes, {kept} of the {len(var)} that are used{lacking}")
+    try:
+        builder = AnnDataBuilder.for_files(files, layer, expect_counts, join, gene_key, obs_columns, cache_dir)
+        builder.download_and_prepare(num_proc=num_proc)
+    except CellFileError as error:
+        raise ValueError(str(error)) from error
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+        raise OSError(
+            f"The dataset of the cells could not be written to the cache {cache}: {reason} Give HF_DATASETS_CACHE a "
+            "folder of your own with room for 8 bytes for each value that is not zero."
+        ) from error
+    return builder.as_dataset("train"), var
+
+
+def check_files(
+    files: Sequence[Path],
+    layer: str | None,
+    expect_counts: bool,
+    obs_columns: Sequence[str] | None,
+    labels_key: Sequence[str],
+) -> None:
+    """Raise ValueError, with the name of the file, for one that cannot be converted as asked for."""
+    for path in files:
+        with CellFile(path) as file:
+            file.check(layer, expect_counts)
+            check_obs_columns(file.columns if obs_columns is None else list(obs_columns))
+            for key in [*(obs_columns or []), *labels_key]:
+                try:
+                    check_label(pd.DataFrame(columns=file.columns), key)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+            for key in labels_key:
+                if missing := file.num_missing(key):
+                    raise ValueError(f"{path}: obs[{key!r}] holds {missing} NaN; give every cell a label or drop it.")

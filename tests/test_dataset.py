@@ -1,0 +1,295 @@
+"""Datasets of cells: AnnData to rows and back, files, folders, tokens, streams, splits."""
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse as sp
+from cell_files import assert_same_cells, write
+
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, read_cells, split_cells
+from scrdit_diffusers.cells import dataset as dataset_module
+from scrdit_diffusers.cells import fitting
+from scrdit_diffusers.cells.layout import rows_to_matrix, token_positions
+
+# -- AnnData to rows and back ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows_per_chunk", [7, 10_000])
+def test_dataset_round_trip(adata, monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(dataset_module, "ROWS_PER_CHUNK", rows_per_chunk)
+    dataset = CellDataset.from_anndata(adata)
+    assert dataset.rows.column_names == ["genes", "expressions", "cell_type", "batch", "age"]
+    assert len(dataset) == 60
+    assert_same_cells(dataset.to_anndata(), adata)
+
+
+def test_dataset_is_sparse(adata):
+    adata.X = sp.csr_matrix(adata.X.toarray() * (np.arange(60) != 2)[:, None])
+    dataset = CellDataset.from_anndata(adata)
+    assert len(dataset.rows[2]["genes"]) == 0
+    row, dense = dataset.rows[5], adata.X[5].toarray().ravel()
+    assert row["genes"] == np.flatnonzero(dense).tolist()
+    assert row["expressions"] == dense[dense > 0].tolist()
+    assert dataset.rows.features["genes"].feature.dtype == "int32"
+    assert dataset.rows.features["expressions"].feature.dtype == "float32"
+
+
+@pytest.mark.parametrize("convert", [sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
+def test_dataset_of_other_matrices(adata, convert):
+    expected = adata.X.toarray()
+    adata.X = convert(adata.X)
+    assert np.array_equal(CellDataset.from_anndata(adata).to_anndata().X.toarray(), expected)
+
+
+def test_dataset_of_a_layer_with_chosen_columns(adata):
+    dataset = CellDataset.from_anndata(adata, layer="lognorm", obs_columns=["batch"])
+    assert dataset.rows.column_names == ["genes", "expressions", "batch"]
+    back = dataset.to_anndata()
+    assert np.array_equal(back.X.toarray(), adata.layers["lognorm"].toarray())
+
+
+def test_dataset_after_selecting_and_shuffling(adata):
+    order = np.random.default_rng(0).permutation(60)[:20]
+    back = CellDataset.from_anndata(adata).select(order).to_anndata()
+    assert_same_cells(back, adata[order].copy())
+
+
+@pytest.mark.parametrize("column", ["text", "category"])
+def test_missing_labels_stay_missing(adata, column):
+    """A label "nan" would pass for a cell type, and its cells would be trained on."""
+    labels = pd.Series(["x", None, "y"] * 20, index=adata.obs_names, dtype=object)
+    adata.obs["label"] = labels.astype("category") if column == "category" else labels
+    back = CellDataset.from_anndata(adata).to_anndata()
+    assert back.obs["label"].isna().tolist() == labels.isna().tolist()
+
+
+def test_labels_missing_from_a_whole_chunk(adata, monkeypatch):
+    monkeypatch.setattr(dataset_module, "ROWS_PER_CHUNK", 30)
+    adata.obs["donor"] = [None] * 30 + ["d1"] * 30
+    back = CellDataset.from_anndata(adata).to_anndata()
+    assert back.obs["donor"].tolist() == [None] * 30 + ["d1"] * 30
+
+
+@pytest.mark.parametrize("key", ["genes", "expressions"])
+def test_refuses_obs_columns_with_names_of_value_columns(adata, key):
+    adata.obs[key] = 1
+    with pytest.raises(ValueError, match=key):
+        CellDataset.from_anndata(adata)
+
+
+def test_refuses_values_that_are_no_expression(adata):
+    adata.X.data[0] = np.nan
+    with pytest.raises(ValueError, match=r"adata\.X holds 1 NaN"):
+        CellDataset.from_anndata(adata)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_reads_h5ad(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert_same_cells(read_cells(tmp_path / "cells.h5ad"), adata)
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")  # anndata, on writing
+def test_reads_zarr(adata, tmp_path):
+    adata.write_zarr(tmp_path / "cells.zarr")
+    assert_same_cells(read_cells(str(tmp_path / "cells.zarr")), adata)
+
+
+def test_reads_a_saved_folder(adata, tmp_path):
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    assert_same_cells(read_cells(tmp_path / "cells"), adata)
+
+
+def test_saves_the_layer_it_is_told_to(adata, tmp_path):
+    CellDataset.from_anndata(adata, layer="lognorm").save(tmp_path / "cells")
+    assert np.array_equal(read_cells(tmp_path / "cells").X.toarray(), adata.layers["lognorm"].toarray())
+
+
+def test_what_is_saved_is_an_ordinary_dataset(adata, tmp_path):
+    """What others read it with is `datasets` alone, and a Hub upload goes through parquet."""
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    rows = datasets.load_from_disk(str(tmp_path / "cells"))
+    rows.to_parquet(str(tmp_path / "cells.parquet"))
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "cells.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert_same_cells(CellDataset(rows, adata.var).to_anndata(), adata)
+
+
+@pytest.mark.parametrize("name", ["no.h5ad", "no.zarr", "no", "a/b/c"])
+def test_missing_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        read_cells(name)
+
+
+@pytest.mark.parametrize("name", ["cells.csv", "folder"])
+def test_files_of_another_kind(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir() if name == "folder" else path.write_text("a,b")
+    with pytest.raises(ValueError, match=f"{name} is neither a .h5ad file, nor a .zarr store, nor a folder"):
+        read_cells(path)
+
+
+# -- split -------------------------------------------------------------------------------------------------------------
+
+
+def test_split_takes_its_share_of_every_combination(adata):
+    stay, aside = split_cells(adata, ["cell_type", "batch"], 0.25, seed=0)
+    assert sorted([*stay, *aside]) == list(range(60))
+    groups = adata.obs.reset_index().groupby(["cell_type", "batch"], observed=True).indices
+    assert {key: len(np.intersect1d(cells, aside)) for key, cells in groups.items()} == {
+        key: round(0.25 * len(cells)) for key, cells in groups.items()
+    }
+
+
+def test_split_depends_on_the_seed_only(adata):
+    first, second, other = (split_cells(adata, [], 0.25, seed)[1].tolist() for seed in (0, 0, 1))
+    assert first == second != other
+    assert len(first) == 15
+
+
+def test_split_refuses_missing_labels(adata):
+    adata.obs.loc["cell3", "cell_type"] = np.nan
+    with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds 1 NaN"):
+        split_cells(adata, ["cell_type"], 0.25, seed=0)
+
+
+def test_split_of_a_dataset_is_that_of_the_cells(adata, tmp_path):
+    dataset = CellDataset.open(write(adata, tmp_path / "cells.h5ad"))
+    labels = ["cell_type", "batch"]
+    for left, right in zip(
+        split_cells(dataset.labels(labels), labels, 0.3, 0), split_cells(adata, labels, 0.3, 0), strict=True
+    ):
+        assert np.array_equal(left, right)
+
+
+# -- datasets with tokens, streams -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tahoe(adata, tmp_path):
+    """A folder laid out as tahoebio/Tahoe-100M: token ids from 3 on, and a special token 1 of value -2 first."""
+    folder = tmp_path / "tahoe"
+    (folder / "data").mkdir(parents=True)
+    tokens = np.random.default_rng(0).permutation(23) + 3
+    metadata = {"gene_symbol": adata.var_names, "ensembl_id": adata.var["gene_ids"], "token_id": tokens}
+    (folder / "metadata").mkdir()
+    pd.DataFrame(metadata).to_parquet(folder / "metadata" / "gene_metadata.parquet", index=False)
+    for part, cells in enumerate(np.split(np.arange(60), 3)):
+        rows = [adata.X[i] for i in cells]
+        columns = {
+            "genes": [[1, *tokens[row.indices].tolist()] for row in rows],
+            "expressions": [[-2.0, *row.data.tolist()] for row in rows],
+            "drug": adata.obs["cell_type"].iloc[cells].astype(str).tolist(),
+            "plate": adata.obs["batch"].iloc[cells].tolist(),
+        }
+        path = folder / "data" / f"train-{part:05d}-of-00003.parquet"
+        pq.write_table(
+            pa.table(columns | {"expressions": pa.array(columns["expressions"], pa.list_(pa.float32()))}), path
+        )
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: expression_data\n  default: true\n  data_files: data/train-*\n"
+        "- config_name: gene_metadata\n  data_files: metadata/gene_metadata.parquet\n---\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tokens_become_genes(adata, tahoe, tmp_path, streaming):
+    dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
+    assert list(dataset.var.index) == list(adata.var_names)
+    rows = pa.concat_tables(dataset.iterate(11, ["genes", "expressions"]))
+    assert np.array_equal(
+        rows_to_matrix(rows, len(dataset.var), token_positions(dataset.var)).toarray(), adata.X.toarray()
+    )
+
+
+def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
+    dataset = CellDataset.open(tahoe, gene_key="ensembl_id", cache_dir=tmp_path / "cache")
+    assert list(dataset.var.index) == list(adata.var["gene_ids"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(fitting, "ROWS_PER_UPDATE", 13)
+    dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
+    processor, _ = fit_table(dataset.rows, dataset.var, ["drug", "plate"], flavor="all")
+    adata.obs = adata.obs.rename(columns={"cell_type": "drug", "batch": "plate"}).astype({"drug": str})
+    expected = SCRDiTProcessor.from_anndata(adata, ["drug", "plate"], flavor="all")
+    assert processor.composition == expected.composition
+    assert processor.conditions == expected.conditions
+    assert processor.gene_ids == expected.gene_ids
+    np.testing.assert_allclose(processor.mean, expected.mean)
+    rows = next(dataset.iterate(60, ["genes", "expressions", "drug", "plate"]))
+    values = CellCollator(processor, dataset.var, counts=True)(rows)["counts"]
+    assert np.array_equal(values.numpy(), adata.X.toarray())
+
+
+def test_an_unknown_token_is_refused(tahoe, tmp_path):
+    dataset = CellDataset.open(tahoe, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"\d+ values belong to tokens that var does not have, such as \d+"):
+        CellDataset(dataset.rows, dataset.var.iloc[:-3]).to_anndata()
+
+
+def test_integer_expressions_are_read():
+    rows = pa.table({"genes": [[0, 2], [], [1]], "expressions": [[5, 1], [], [2]]})
+    assert rows_to_matrix(rows, 3).toarray().tolist() == [[5, 0, 1], [0, 0, 0], [0, 2, 0]]
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tahoe, tmp_path):
+    (tahoe / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"neither var\.parquet nor the configuration gene_metadata"):
+        CellDataset.open(tahoe, cache_dir=tmp_path / "cache")
+
+
+def test_split_of_a_stream(adata, monkeypatch):
+    monkeypatch.setattr(dataset_module, "ROWS_PER_CHUNK", 16)
+    adata.obs["number"] = np.arange(60)
+    stream = CellDataset(CellDataset.from_anndata(adata).rows.to_iterable_dataset(4), adata.var)
+
+    def numbers(fraction, seed):
+        parts = stream.split([], fraction, seed)
+        return [[n for rows in part.iterate(9, ["number"]) for n in rows["number"].to_pylist()] for part in parts]
+
+    stay, aside = numbers(0.3, 0)
+    assert sorted(stay + aside) == list(range(60)) and 8 <= len(aside) <= 28
+    assert numbers(0.3, 0) == [stay, aside] != numbers(0.3, 1)
+
+
+def test_saving_fails_without_a_trace_and_replaces_what_was_there(adata, tmp_path, monkeypatch):
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    other = adata[:20].copy()
+    with monkeypatch.context() as context:
+        context.setattr(pd.DataFrame, "to_parquet", lambda *args: pytest.fail("no room"))
+        with pytest.raises(pytest.fail.Exception):
+            CellDataset.from_anndata(other).save(tmp_path / "cells")
+    assert_same_cells(read_cells(tmp_path / "cells"), adata)
+    CellDataset.from_anndata(other).save(tmp_path / "cells")
+    assert_same_cells(read_cells(tmp_path / "cells"), other)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+
+
+def test_sample(adata):
+    adata.obs["number"] = np.arange(60)
+    dataset = CellDataset.from_anndata(adata)
+    stream = CellDataset(dataset.rows.to_iterable_dataset(4), adata.var)
+
+    def numbers(cells, seed=0):
+        return cells.sample(20, ["number"], np.random.default_rng(seed))["number"].to_pylist()
+
+    assert numbers(dataset) == sorted(np.random.default_rng(0).permutation(60)[:20]) != numbers(dataset, 1)
+    assert numbers(stream) == list(range(20))
+    for cells in (dataset, stream):
+        assert cells.split([], 0, 0)[1].sample(20, ["number"], np.random.default_rng(0)).num_rows == 0
+
+
+def test_a_stream_is_read_in_order_only(adata):
+    stream = CellDataset(CellDataset.from_anndata(adata).rows.to_iterable_dataset(4), adata.var)
+    assert stream.is_stream
+    for read in (lambda: len(stream), lambda: stream.select([0]), lambda: stream.labels(["batch"]), stream.to_anndata):
+        with pytest.raises(ValueError, match="streaming=False"):
+            read()
