@@ -4,11 +4,11 @@ from importlib.metadata import version
 
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers import FeatureExtractionMixin
 
 from .cells.batches import CellBatches, CellCollator
 from .cells.dataset import CellDataset, read_cells, split_cells
-from .cells.fitting import fit_table
+from .cells.fitting import fit_dataset
 from .count_head import SCRDiTCountHead
 from .initialization import count_bins, initialize_from_cells
 from .objective import FoldChangePrior, diffusion_loss
@@ -33,7 +33,7 @@ __all__ = [
     "count_bins",
     "default_scheduler",
     "diffusion_loss",
-    "fit_table",
+    "fit_dataset",
     "initialize_from_cells",
     "push_remote_code",
     "read_cells",

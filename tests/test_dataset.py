@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from cell_files import assert_same_cells, write
 
-from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table, read_cells, split_cells
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_dataset, read_cells, split_cells
 from scrdit_diffusers.cells import dataset as dataset_module
 from scrdit_diffusers.cells import fitting
 from scrdit_diffusers.cells.layout import rows_to_matrix, token_positions
@@ -217,7 +217,7 @@ def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
 def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(fitting, "ROWS_PER_UPDATE", 13)
     dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
-    processor, _ = fit_table(dataset.rows, dataset.var, ["drug", "plate"], flavor="all")
+    processor, _ = fit_dataset(dataset.rows, dataset.var, ["drug", "plate"], flavor="all")
     adata.obs = adata.obs.rename(columns={"cell_type": "drug", "batch": "plate"}).astype({"drug": str})
     expected = SCRDiTProcessor.from_anndata(adata, ["drug", "plate"], flavor="all")
     assert processor.composition == expected.composition

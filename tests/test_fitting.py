@@ -10,7 +10,7 @@ import torch
 from cell_files import write
 from made_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs, names
 
-from scrdit_diffusers import CellDataset, SCRDiTProcessor, SCRDiTTransformer, count_bins, fit_table
+from scrdit_diffusers import CellDataset, SCRDiTProcessor, SCRDiTTransformer, count_bins, fit_dataset
 from scrdit_diffusers.cells import fitting
 from scrdit_diffusers.cells.fitting import FitOptions, fit_chunks
 from scrdit_diffusers.cells.moments import CellMoments
@@ -124,13 +124,13 @@ def test_log_normalized_values_may_begin_with_integers(counts, obs):
 def test_what_was_learned_is_kept(adata, tmp_path, monkeypatch):
     dataset = CellDataset.open(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    first, statistics = fit_table(dataset.rows.select(range(40)), dataset.var, "cell_type", flavor="all")
+    first, statistics = fit_dataset(dataset.rows.select(range(40)), dataset.var, "cell_type", flavor="all")
     with monkeypatch.context() as context:
         context.setattr(fitting, "fit_chunks", None)  # would raise if called
-        again, kept = fit_table(dataset.rows.select(range(40)), dataset.var, "cell_type", flavor="all")
+        again, kept = fit_dataset(dataset.rows.select(range(40)), dataset.var, "cell_type", flavor="all")
     assert again.to_json_string() == first.to_json_string()
     assert np.array_equal(kept.count_sum, statistics.count_sum)
-    other, _ = fit_table(dataset.rows.select(range(41)), dataset.var, "cell_type", flavor="all")
+    other, _ = fit_dataset(dataset.rows.select(range(41)), dataset.var, "cell_type", flavor="all")
     assert other.to_json_string() != first.to_json_string()
 
 
@@ -144,7 +144,7 @@ def test_what_was_learned_does_not_depend_on_the_number_of_processes(adata, tmp_
     learned = []
     for num_proc in (1, 2):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(num_proc))
-        learned.append(fit_table(dataset.rows, dataset.var, num_proc=num_proc, **options))
+        learned.append(fit_dataset(dataset.rows, dataset.var, num_proc=num_proc, **options))
     (alone, statistics), (shared, of_two) = learned
     assert alone.to_json_string() == shared.to_json_string()
     for name, array in vars(statistics).items():
@@ -157,4 +157,4 @@ def test_a_refusal_in_another_process_is_told_as_in_this_one(adata, tmp_path, mo
     adata.X.data[-1] = 0.5
     dataset = CellDataset.open(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="^some file was taken as counts but holds non-integers such as 0.5"):
-        fit_table(dataset.rows, dataset.var, num_proc=2, name="some file")
+        fit_dataset(dataset.rows, dataset.var, num_proc=2, name="some file")

@@ -34,7 +34,7 @@ from anndata.io import sparse_dataset, write_elem
 from measuring import Clock, PeakMemory  # beside this file
 from torch.utils.data import DataLoader
 
-from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_table
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_dataset
 from scrdit_diffusers.cells.batches import CellRows
 from scrdit_diffusers.cells.layout import rows_to_matrix
 
@@ -79,7 +79,7 @@ def fit(args) -> dict:
     dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
     with PeakMemory() as memory:
         clock = Clock()
-        processor, _ = fit_table(dataset.rows, dataset.var, LABELS_KEY, flavor=args.flavor)
+        processor, _ = fit_dataset(dataset.rows, dataset.var, LABELS_KEY, flavor=args.flavor)
         rates = clock.rates(len(dataset))
     processor.save_pretrained(args.cache_dir)
     return rates | {"megabytes": memory.megabytes}
@@ -182,7 +182,7 @@ def main() -> None:
             common = ["--file", path, "--cache_dir", cache, "--batch_size", args.batch_size, "--seconds", args.seconds]
             row = {"cells": num_cells, "genes": num_genes}
             row["convert"] = result(run("convert", *common))
-            os.environ["HF_DATASETS_CACHE"] = str(cache)  # where fit_table keeps what it has learned
+            os.environ["HF_DATASETS_CACHE"] = str(cache)  # where fit_dataset keeps what it has learned
             row["fit"] = result(run("fit", *common, "--flavor", args.flavor))
             for way in WAYS:
                 row[way] = result(run("read", *common, "--way", way))

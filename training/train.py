@@ -49,7 +49,7 @@ from scrdit_diffusers import (
     default_scheduler,
     diffusion_loss,
     finetuning,
-    fit_table,
+    fit_dataset,
     hub,
     initialize_from_cells,
 )
@@ -277,15 +277,15 @@ def fit_processor(
     options |= {"recover_counts": args.decode == "posterior"}
     genes = Path(args.genes).read_text().split() if args.genes else None
     if pretrained is None:
-        return fit_table(train.rows, train.var, args.labels_key, genes=genes, **options)
+        return fit_dataset(train.rows, train.var, args.labels_key, genes=genes, **options)
     known = pretrained.processor.var_names
     finetuning.check_common_genes(known, genes or list(train.var.index))
     if genes is None:
-        variable, _ = fit_table(train.rows, train.var, args.labels_key, **options)
+        variable, _ = fit_dataset(train.rows, train.var, args.labels_key, **options)
         total = len(train.var) if args.flavor == "all" else options["n_top_genes"]
         genes = finetuning.choose_genes(known, list(train.var.index), variable, total)
     genes = finetuning.arrange_genes(known, genes)
-    fitted, statistics = fit_table(train.rows, train.var, args.labels_key, genes=genes, **options)
+    fitted, statistics = fit_dataset(train.rows, train.var, args.labels_key, genes=genes, **options)
     adapted = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels=bool(args.lora_rank))
     return adapted, statistics
 

@@ -382,7 +382,7 @@ class TableChunks:
             yield rows_to_matrix(rows, self.num_vars, self.positions), rows_to_obs(rows, self.labels_key)
 
 
-def fit_table(
+def fit_dataset(
     table: Table,
     var: pd.DataFrame,
     labels_key: str | Sequence[str] = (),
