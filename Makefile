@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format benchmark clean
+.PHONY: help demo test quick lint format benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,7 +39,10 @@ format: $(INSTALLED)  ## mend style where ruff can
 	$(BIN)/ruff format .
 
 benchmark: $(INSTALLED)  ## measure training and sampling speed against the paper's model
-	$(BIN)/python training/benchmark.py
+	$(BIN)/python training/benchmarks/speed.py
+
+sizes: $(INSTALLED)  ## list how large files and functions are, beside those of the last version before the redesign
+	$(BIN)/python training/benchmarks/sizes.py
 
 clean:  ## remove the environment and all outputs
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

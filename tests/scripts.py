@@ -13,14 +13,15 @@ from transformers import HfArgumentParser
 
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = REPOSITORY / "training"
-sys.path.append(str(TRAINING))  # scripts import each other by name
+sys.path += [str(TRAINING), str(TRAINING / "benchmarks")]  # scripts import each other by name
 
 
 def load_script(name):
     """Import a script anew, so that what a test changes in it is gone."""
-    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    path = TRAINING / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 

@@ -2,23 +2,20 @@
 
 import dataclasses
 import json
-import sys
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from scripts import REPOSITORY, load_script
+from scripts import load_script
 from test_acceleration import save_tiny_pipelines
 from transformers import HfArgumentParser
 
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(REPOSITORY / "training"))  # it imports acceleration.py, its neighbor
-    yield load_script("ablations")
-    sys.path.remove(str(REPOSITORY / "training"))
+    return load_script("benchmarks/ablations")
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,7 @@ RECIPE = REPOSITORY / "training/recipes/scrdit-paper.sh"
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(REPOSITORY / "training"))  # it imports benchmark.py, its neighbor
-    yield load_script("acceleration")
-    sys.path.remove(str(REPOSITORY / "training"))
+    return load_script("benchmarks/acceleration")
 
 
 def published_scheduler(script, name, steps):

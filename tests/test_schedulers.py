@@ -284,14 +284,14 @@ def test_every_scheduler_draws_counts(count_pipe, generators, name):
     assert np.array_equal(together, np.rint(together)) and together.any()
 
 
-# -- training/benchmark_schedulers.py ----------------------------------------------------------------------------------
+# -- training/benchmarks/schedulers.py ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def benchmark():
     """The script; what it sets for its process is put back."""
     verbosity = diffusers.logging.get_verbosity()
-    yield load_script("benchmark_schedulers")
+    yield load_script("benchmarks/schedulers")
     diffusers.logging.set_verbosity(verbosity)
     torch.set_flush_denormal(False)
 
@@ -327,7 +327,7 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     def run(*arguments):
         command = ["--pipeline", tmp_path / "pipeline", "--split_dir", tmp_path, "--output_dir", tmp_path / "out"]
         command += ["--calls", 2, 3, "--schedulers", "DDIMScheduler", "--n_jobs", 1, *arguments]
-        monkeypatch.setattr("sys.argv", ["benchmark_schedulers.py", *map(str, command)])
+        monkeypatch.setattr("sys.argv", ["schedulers.py", *map(str, command)])
         benchmark.main()
         return json.loads((tmp_path / "out" / "schedulers.json").read_text())
 

@@ -1,6 +1,6 @@
-"""The part of benchmark_data.py for annbatch, which may need a Python of its own: anndata and annbatch suffice.
+"""The part of data.py for annbatch, which may need a Python of its own: anndata and annbatch suffice.
 
-    python training/benchmark_annbatch.py cells.h5ad store.zarr --batch_size 128 --seconds 5
+    python training/benchmarks/annbatch_loader.py cells.h5ad store.zarr --batch_size 128 --seconds 5
 
 Prints cells per second and peak memory of writing annbatch's store and of reading random sparse batches from it, as
 JSON.

@@ -1,6 +1,7 @@
-"""Time and quality of scRDiT as published against this package's defaults, sampler by sampler, in one run.
+r"""Time and quality of scRDiT as published against this package's defaults, sampler by sampler, in one run.
 
-    python training/acceleration.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type --labels "CD19+ B" CD34+
+    python training/benchmarks/acceleration.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type \
+        --labels "CD19+ B" CD34+
 
 The cells of `--labels` are split 60 / 20 / 20 into train, control and test. On the train cells, over the same highly
 variable genes, (a) recipes/scrdit-paper.sh trains one unconditional model per label, at the width and length that
@@ -30,10 +31,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from benchmark import DEFAULT, PAPER, make_pipeline
+from _common import Record, to_markdown
+from speed import DEFAULT, PAPER, make_pipeline
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.checks import get_matrix, label_categories, looks_like_counts
 from scrdit_diffusers.evaluation import baselines
 from scrdit_diffusers.evaluation.compare import compare
@@ -41,7 +44,7 @@ from scrdit_diffusers.evaluation.space import TARGET_SUM, get_values
 from scrdit_diffusers.values import normalize_log1p
 
 matplotlib.use("Agg")
-TRAINING = Path(__file__).resolve().parent
+TRAINING = Path(__file__).resolve().parents[1]
 METHODS = {"paper": f"{PAPER}, as published", "default": f"{DEFAULT}, this package"}
 FULL_SIZE_CALLS = {"paper": 4, "default": 25}  # calls of the network that are timed at full size; more are scaled
 FULL_SIZE_CELLS = {"paper": 64, "default": 512}
@@ -226,21 +229,20 @@ def summarize(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.removeprefix("metrics."))
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """Format the table; rows of real cells and of the floor have no time."""
+def format_table(table: pd.DataFrame) -> str:
+    """Format the table; rows of real cells and of the baseline have no time."""
     columns = {
         "seconds": "CPU s per 1,000 cells",
         "full_size_seconds": "... at full size",
         "full_size_speedup": "faster",
     }
     columns |= SHOWN
-    lines = ["| method | sampler | steps | " + " | ".join(columns.values()) + " |"]
-    lines.append("| --- " * (3 + len(columns)) + "|")
+    lines = []
     for (method, sampler, steps), row in table.iterrows():
         figures = [row.get(name, np.nan) for name in columns]
         texts = ["" if np.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in figures]
-        lines.append(" | ".join([f"| {METHODS.get(method, method)}", sampler, str(steps or ""), *texts]) + " |")
-    return "\n".join(lines)
+        lines.append([METHODS.get(method, method), sampler, str(steps or ""), *texts])
+    return to_markdown(["method", "sampler", "steps", *columns.values()], lines)
 
 
 def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
@@ -264,7 +266,7 @@ def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
                     )
         real, copula = (table[metric].xs(name, level="method").iloc[0] for name in ("real cells", "Gaussian copula"))
         axis.axhline(real, color="black", linestyle="--", linewidth=1, label="real cells")
-        axis.axhline(copula, color="grey", linestyle=":", linewidth=1, label="Gaussian copula")
+        axis.axhline(copula, color="gray", linestyle=":", linewidth=1, label="Gaussian copula")
         axis.set_xscale("log")
         where = "full size" if time_column.startswith("full") else "size of this run"
         axis.set_xlabel(f"CPU seconds per 1,000 cells, {where}")
@@ -280,28 +282,18 @@ def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
 def main(args: AccelerationArguments) -> None:
     """Train what is missing, sample and judge what is missing, print the table, draw it."""
     folder = Path(args.output_dir)
-    results_path = folder / "acceleration.json"
-    record: dict[str, Any] = {"arguments": asdict(args), "full_size": {}, "rows": []}
-    if results_path.exists():
-        record = json.loads(results_path.read_text())
-        free = ("num_seeds", "figure", "output_dir")
-        changed = {k: v for k, v in record["arguments"].items() if k not in free and getattr(args, k) != v}
-        if changed:
-            raise ValueError(f"{results_path} is of other arguments: {changed}; give another --output_dir.")
+    may_change = ("num_seeds", "figure", "output_dir")
+    fixed = {name: value for name, value in asdict(args).items() if name not in may_change}
+    record = Record(folder / "acceleration.json", fixed, full_size={}, rows=[])
     if not (folder / "cells").exists():
-        prepare_cells(args, folder / "cells.tmp")
-        os.replace(folder / "cells.tmp", folder / "cells")
+        with write_atomically(folder / "cells") as temporary:
+            prepare_cells(args, temporary)
     labels = json.loads((folder / "cells/labels.json").read_text())
     parts = {name: ad.read_h5ad(folder / f"cells/{name}.h5ad") for name in ("train", "control", "test")}
     counts = looks_like_counts(parts["train"].X)
 
-    def save() -> None:
-        temporary = results_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2))
-        os.replace(temporary, results_path)
-
     # 1. Train
-    save()
+    record.save()
     train_models(args, folder, labels, counts)
     trained = {
         "paper": Trained.load({label: folder / f"paper-{i}" for i, label in enumerate(labels)}),
@@ -316,7 +308,7 @@ def main(args: AccelerationArguments) -> None:
         figures = table.set_index("metric")["value"].dropna().to_dict()
         row = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, **seconds, "metrics": figures}
         record["rows"].append(row)
-        save()
+        record.save()
         print(f"{method}, {sampler}, {steps} steps, seed {seed}: {figures['classifier_genes_auroc']:.3f}", flush=True)
 
     # 2. Sample and judge
@@ -341,7 +333,7 @@ def main(args: AccelerationArguments) -> None:
 
     # 3. Show
     table = summarize(record["rows"])
-    print(to_markdown(table))
+    print(format_table(table))
     column = "full_size_seconds" if "full_size_seconds" in table else "seconds"
     draw(table, column, Path(args.figure or folder / "acceleration.png"))
 

@@ -1,6 +1,6 @@
 """Time and memory of a piece of code; needs nothing but Python, so that other environments can use it.
 
-Used by benchmark_data.py and benchmark_annbatch.py.
+Used by data.py and annbatch_loader.py.
 """
 
 import threading

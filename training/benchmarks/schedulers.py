@@ -1,6 +1,6 @@
 """Network calls, quality and time of every scheduler on a trained pipeline, as a Markdown table.
 
-    python training/benchmark_schedulers.py --pipeline my-model --split_dir split --output_dir outputs/schedulers
+    python training/benchmarks/schedulers.py --pipeline my-model --split_dir split --output_dir outputs/schedulers
 
 For each scheduler that samples the pipeline (`scrdit_diffusers.schedulers.SCHEDULERS`) and each number of network
 calls, cells are generated with the labels of test cells, and judged as `training/evaluate.py` does; the last row is
@@ -11,8 +11,6 @@ interruption.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +21,7 @@ import diffusers
 import numpy as np
 import pandas as pd
 import torch
+from _common import Record, to_markdown
 
 from scrdit_diffusers import SCRDiTPipeline
 from scrdit_diffusers.evaluation.compare import compare
@@ -57,7 +56,7 @@ def format_table(results: pd.DataFrame, real: Mapping[str, float]) -> str:
     steps = sorted(results["steps"].unique())
     titles = [f"{title}, {' / '.join(map(str, steps))} calls" for title in COLUMNS.values()]
     titles = ["scheduler", "calls needed", *titles, "CPU s per 1,000 cells"]
-    lines = [titles, ["---"] * len(titles)]
+    lines = []
     for name, rows in results.set_index("steps").groupby("scheduler"):
         rows = rows.reindex(steps)
         cells = [str(name).removesuffix("Scheduler"), str(enough.get(name, f"more than {rows['calls'].max():.0f}"))]
@@ -65,7 +64,7 @@ def format_table(results: pd.DataFrame, real: Mapping[str, float]) -> str:
             cells.append(" / ".join("–" if pd.isna(value) else f"{value:.{digits}f}" for value in rows[metric]))
         lines.append(cells)
     lines.append(["other real cells", "", *(f"{real[metric]:.3f}" for metric in COLUMNS), ""])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return to_markdown(titles, lines)
 
 
 def main() -> None:
@@ -93,15 +92,10 @@ def main() -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"pipeline": args.pipeline, "split_dir": args.split_dir, "num_cells": num_cells, "seed": args.seed}
-    output: dict = about | {"results": []}
-    if (folder / "schedulers.json").is_file():
-        output = json.loads((folder / "schedulers.json").read_text())
-        if about != {name: output[name] for name in about}:
-            sys.exit(f"error: --output_dir {folder} holds figures of other cells than {about}; give another.")
-
-    def save() -> None:
-        (folder / "schedulers.tmp").write_text(json.dumps(output, indent=2))
-        os.replace(folder / "schedulers.tmp", folder / "schedulers.json")
+    try:
+        output = Record(folder / "schedulers.json", about, results=[])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
     # 1. Generate
     for scheduler in usable_schedulers(pipe):
@@ -119,7 +113,7 @@ def main() -> None:
             row["seconds_per_1000"] = 1000 * (time.process_time() - start) / num_cells
             cells.write_h5ad(folder / f"{name}-{steps}.h5ad", compression="gzip")
             output["results"].append(row)
-            save()
+            output.save()
             print(row, flush=True)
 
     # 2. Judge
@@ -133,7 +127,7 @@ def main() -> None:
             judged |= {name: table["value"].astype(float).to_dict()}
             if "ceiling" in table and "real" not in judged:
                 judged["real"] = table["ceiling"].astype(float).to_dict()
-            save()
+            output.save()
         row |= judged[name]
 
     print("\n" + format_table(pd.DataFrame(output["results"]), judged["real"]))

@@ -1,6 +1,6 @@
 """What each choice of the defaults is worth: one change of train.py at a time, every model judged alike.
 
-    python training/ablations.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type
+    python training/benchmarks/ablations.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type
 
 Cells are split 60 / 20 / 20 into train, control and test. Each row of `ROWS` trains with the same passes over the same
 cells and genes, generates the labels of the test cells, and is judged in log1p of counts per 10,000 over these genes,
@@ -22,11 +22,13 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from _common import Record, to_markdown
 from acceleration import TRAINING, Sampler, Trained, log_normalized, prepare_cells
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.stats import zscore
 from transformers import HfArgumentParser
 
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.evaluation.compare import compare
 
 LOG = "--value_space log_normalized --target_sum 1e4 --decode round"
@@ -125,36 +127,27 @@ def train_model(args: AblationArguments, name: str, cells: Path, labels: list[st
     return Trained.load(folders)
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Format the means over seeds; real cells first, then the rows in their order."""
     table = pd.json_normalize(rows).groupby("name").mean(numeric_only=True)
-    lines = ["| | change | " + " | ".join(SHOWN.values()) + " |", "| --- " * (2 + len(SHOWN)) + "|"]
+    lines = []
     for name in ("real cells", *ROWS):
         if name in table.index:
             figures = [f"{table.loc[name, f'metrics.{metric}']:.3g}" for metric in SHOWN]
             change = f"`{ROWS[name]}`" if ROWS.get(name) else ""
-            lines.append(f"| {name} | {change} | " + " | ".join(figures) + " |")
-    return "\n".join(lines)
+            lines.append([name, change, *figures])
+    return to_markdown(["", "change", *SHOWN.values()], lines)
 
 
 def main(args: AblationArguments) -> None:
     """Train and judge what is missing, print the table."""
     folder = Path(args.output_dir)
-    results_path = folder / "ablations.json"
-    record: dict[str, Any] = {"arguments": asdict(args), "rows": []}
-    if results_path.exists():
-        record = json.loads(results_path.read_text())
-        changed = {
-            name: value
-            for name, value in record["arguments"].items()
-            if name not in ("rows", "output_dir") and getattr(args, name) != value
-        }
-        if changed:
-            raise ValueError(f"{results_path} is of other arguments: {changed}; give another --output_dir.")
+    fixed = {name: value for name, value in asdict(args).items() if name not in ("rows", "output_dir")}
+    record = Record(folder / "ablations.json", fixed, rows=[])
     if not (folder / "cells").exists():
-        prepare_cells(args, folder / "cells.tmp")
-        write_gene_orders(folder / "cells.tmp", args.seed)
-        os.replace(folder / "cells.tmp", folder / "cells")
+        with write_atomically(folder / "cells") as temporary:
+            prepare_cells(args, temporary)
+            write_gene_orders(temporary, args.seed)
     labels = json.loads((folder / "cells/labels.json").read_text())
     parts = {name: ad.read_h5ad(folder / f"cells/{name}.h5ad") for name in ("train", "control", "test")}
     judged = {name: log_normalized(part) for name, part in parts.items()}
@@ -182,10 +175,8 @@ def main(args: AblationArguments) -> None:
             for seed in seeds:
                 cells, _ = trained.generate(sampler, *options, seed)
                 record["rows"].append(judge(name, seed, cells))
-        temporary = results_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2))
-        os.replace(temporary, results_path)
-    print(to_markdown(record["rows"]))
+        record.save()
+    print(format_table(record["rows"]))
 
 
 if __name__ == "__main__":

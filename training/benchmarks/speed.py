@@ -1,7 +1,7 @@
 """Speed of the default preset against the paper's model, side by side in one run.
 
-    python training/benchmark.py                                        # two CPU cores: about three minutes
-    python training/benchmark.py --device cuda --dtype bfloat16 --compile
+    python training/benchmarks/speed.py                                        # two CPU cores: about three minutes
+    python training/benchmarks/speed.py --device cuda --dtype bfloat16 --compile
 
 Both models have 2,000 genes and ten labels. The values are random; speed depends on them only through the sizes of the
 counts, which are as in blood cells: at most a few for most genes, hundreds for some. Training is one optimiser step

@@ -1,6 +1,6 @@
 """Speed and memory of the table against other ways to read cells, side by side in one run.
 
-    python training/benchmark_data.py --cells 10000 100000 1000000 --genes 2000
+    python training/benchmarks/data.py --cells 10000 100000 1000000 --genes 2000
 
 Makes `.h5ad` files by drawing cells of a real one with replacement, then measures, each in a process of its own:
 
@@ -35,6 +35,7 @@ from measuring import Clock, PeakMemory  # beside this file
 from torch.utils.data import DataLoader
 
 from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_dataset
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.cells.batches import CellRows
 from scrdit_diffusers.cells.layout import rows_to_matrix
 
@@ -51,15 +52,13 @@ def make_file(path: Path, source: Path, num_cells: int, num_genes: int) -> None:
     drawn = rng.integers(0, cells.n_obs, num_cells)
     labels = pd.Categorical(cells.obs[LABELS_KEY].iloc[drawn])
     obs = pd.DataFrame({LABELS_KEY: labels}, index=np.arange(num_cells).astype(str))
-    unfinished = path.with_suffix(".tmp")
-    with h5py.File(unfinished, "w") as file:
+    with write_atomically(path) as unfinished, h5py.File(unfinished, "w") as file:
         empty = ad.AnnData(shape=(num_cells, len(genes)), obs=obs, var=cells.var.iloc[genes][[]])
         write_elem(file, "/", empty)
         write_elem(file, "X", matrix[drawn[:10_000]])
         stored = sparse_dataset(file["X"])
         for start in range(10_000, num_cells, 10_000):
             stored.append(matrix[drawn[start : start + 10_000]])
-    unfinished.rename(path)
 
 
 def convert(args) -> dict:
@@ -187,7 +186,7 @@ def main() -> None:
             for way in WAYS:
                 row[way] = result(run("read", *common, "--way", way))
             if args.annbatch_python:
-                script = Path(__file__).with_name("benchmark_annbatch.py")
+                script = Path(__file__).with_name("annbatch_loader.py")
                 command = [args.annbatch_python, script, path, f"{cache}/annbatch.zarr"]
                 command += ["--batch_size", str(args.batch_size), "--seconds", str(args.seconds)]
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,0 +1,43 @@
+"""The table of sizes, on a made-up repository."""
+
+import pytest
+from scripts import load_script
+
+FILES = {
+    "training/train.py": """
+from scrdit_diffusers.objective import loss
+
+def main(args):
+    for batch in args:
+        step(batch)
+
+def step(batch):
+    value = loss(batch)
+    return value
+""",
+    "scrdit_diffusers/objective.py": "def loss(batch):\n    return model(batch)\n",
+    "scrdit_diffusers/transformer_scrdit.py": "class T:\n    def forward(self, x):\n        return x\n",
+    "scrdit_diffusers/pipeline_scrdit.py": "\n\nclass P:\n    def __call__(self):\n        pass\n",
+    "training/arguments.py": "class TrainingArguments:\n    seed: int = 0\n    dataset: str = ''\n",
+}
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return load_script("benchmarks/sizes")
+
+
+def test_sizes_are_those_of_the_files(sizes):
+    table = sizes.measure({path: sizes.parse(text) for path, text in FILES.items()})
+    assert table["Python files"] == "5" and table["train.py: lines"] == "10"
+    assert table["train.py: main, lines / names"] == "3 / 2"
+    assert table["train.py: flags"] == "2" and table["pipeline: line of `__call__`"] == "4"
+    assert table["modules entered by the arguments"] == "2"
+
+
+def test_hops_are_the_files_entered_on_the_way(sizes):
+    """From train.py, whose own functions cost nothing, to the loss, and from there to the model."""
+    objective = "from .transformer_scrdit import T\n" + FILES["scrdit_diffusers/objective.py"]
+    files = FILES | {"scrdit_diffusers/objective.py": objective}
+    assert sizes.count_hops({path: sizes.parse(text) for path, text in files.items()}) == 2
+    assert sizes.count_hops({path: sizes.parse(text) for path, text in FILES.items()}) is None

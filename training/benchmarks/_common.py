@@ -1,0 +1,48 @@
+"""What the benchmarks share: a record of results that a run continues, and rows of numbers as Markdown."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scrdit_diffusers.atomic import write_atomically
+
+
+class Record(dict):
+    """Results as JSON, saved as they come; the same command continues where it was interrupted.
+
+    Parameters
+    ----------
+    path
+        File to write, and to continue if it exists.
+    arguments
+        What the results depend on.
+    **empty
+        Entries of a new record.
+
+    Raises
+    ------
+    ValueError
+        The file is of other arguments.
+    """
+
+    def __init__(self, path: Path, arguments: Mapping[str, Any], **empty: Any):
+        super().__init__(empty, arguments=dict(arguments))
+        self.path = path
+        if path.exists():
+            self.update(json.loads(path.read_text()))
+            before = self["arguments"]
+            changed = {k: before.get(k) for k, v in json.loads(json.dumps(arguments)).items() if before.get(k) != v}
+            if changed:
+                raise ValueError(f"{path} is of other arguments: {changed}; give another --output_dir.")
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self, indent=2))
+
+
+def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
