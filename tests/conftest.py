@@ -59,6 +59,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("training")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Sums depend on how many threads share them, and Accelerate changes the number."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
     """Keep the datasets that tests convert out of the user's cache, in subprocesses as well."""

@@ -25,15 +25,6 @@ MADE_WITH = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capab
 SAME_MACHINE = MADE_WITH == json.loads((FOLDER / "made_with.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums depend on how many threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def load(name):
     pipe = SCRDiTPipeline.from_pretrained(FOLDER / ("counts" if name == "adapter" else name))
     if name == "adapter":
