@@ -387,10 +387,10 @@ def test_evaluate_loads(hub, published, adata, tmp_path):
     assert metrics["source"] == f"pipeline {REPO}"
 
 
-# -- data sets ---------------------------------------------------------------------------------------------------------
+# -- datasets ----------------------------------------------------------------------------------------------------------
 
 
-def test_cells_as_a_data_set(hub, adata, monkeypatch):
+def test_cells_as_a_dataset(hub, adata, monkeypatch):
     CellDataset.from_anndata(adata, "counts").push_to_hub("user/cells", token=USER, private=True)
     monkeypatch.setenv("HF_TOKEN", USER)
     cells = read_cells("user/cells")
@@ -402,7 +402,7 @@ def test_cells_as_a_data_set(hub, adata, monkeypatch):
     assert rows[5]["genes"] == adata.X[5].indices.tolist() and rows[5]["expressions"] == adata.X[5].data.tolist()
 
 
-def test_missing_data_sets_are_named(hub):
+def test_missing_datasets_are_named(hub):
     with pytest.raises(OSError, match="user/missing"):
         read_cells("user/missing")
     hub.add("user/other", {"README.md": b""}, repo_type="dataset")
