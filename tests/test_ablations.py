@@ -92,12 +92,12 @@ def test_table_holds_means_over_seeds_and_the_flags(script):
     def row(name, seed, value):
         return {"name": name, "seed": seed, "metrics": dict.fromkeys(script.SHOWN, value)}
 
-    lines = script.to_markdown(
+    lines = script.format_table(
         [row("no prior of the log fold changes", 0, 0.5), row("real cells", 0, 0.25)]
     ).splitlines()
     assert lines[2].startswith("| real cells |  | 0.25 |")
     assert lines[3].startswith("| no prior of the log fold changes | `--prior_std 1000` | 0.5 |")
-    lines = script.to_markdown([row("default", 0, 0.5), row("default", 1, 0.7)]).splitlines()
+    lines = script.format_table([row("default", 0, 0.5), row("default", 1, 0.7)]).splitlines()
     assert lines[2].startswith("| default |  | 0.6 |")
 
 

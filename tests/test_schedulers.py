@@ -352,5 +352,5 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     monkeypatch.setattr(benchmark, "compare", None)
     assert run() == output
     assert printed.endswith(capsys.readouterr().out)
-    with pytest.raises(SystemExit, match="holds figures of other cells"):
+    with pytest.raises(SystemExit, match="is of other arguments"):
         run("--seed", 1)
