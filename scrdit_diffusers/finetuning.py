@@ -149,7 +149,7 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
         The pretrained model sees counts behind log-normalized values, and the new cells hold none, or other ones.
     """
     if pretrained.value_step is not None or fitted.value_step is not None:
-        raise ValueError("Values that are no log1p of scaled counts have steps of their own: train from scratch.")
+        raise ValueError("Values that are not log1p of scaled counts have steps of their own: train from scratch.")
     before = pretrained.conditions
     categories = []
     composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)

@@ -378,7 +378,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             Conditions that are left out are drawn from the training composition, given those that are not.
         obs
             Instead of `conditions`, a table with one row per new cell, such as the `obs` of real cells. Its columns
-            that are no conditions of the model are ignored.
+            that are not conditions of the model are ignored.
         library_size
             Total count over the model's genes, one number for all cells or one per cell. `None` draws it from the
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it

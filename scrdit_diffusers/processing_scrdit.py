@@ -34,7 +34,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` k / d), with
       x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size over all genes of the data
       ("library_size") or over those of the model ("model_genes").
-    - The same with `value_step`, for values that are no scaled counts: the model sees k, which is 0 for an exact zero,
+    - The same with `value_step`, for values that are not scaled counts: the model sees k, which is 0 for an exact zero,
       else how many steps v is above the gene's smallest value, plus 1: v = `value_min`_g + `value_step` (k - 1).
 
     The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
@@ -75,7 +75,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         For a model of counts, for each row of `composition` quantiles of the log of its cells' library sizes, equally
         spaced from 0 to 1: total counts over the G genes, or over all genes with `normalized_by="library_size"`.
     normalized_by
-        "library_size" or "model_genes", see above; `None` where values are no scaled counts, or not modelled as such.
+        "library_size" or "model_genes", see above; `None` where values are not scaled counts, or not modeled as such.
     normalized_to
         Library size to which the counts behind log-normalized values were scaled.
     value_step

@@ -81,7 +81,7 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture
 def adata() -> ad.AnnData:
-    """Sixty cells of 23 genes: counts in X and in a layer, log-normalised values in another, two conditions."""
+    """Sixty cells of 23 genes: counts in X and in a layer, log-normalized values in another, two conditions."""
     rng = np.random.default_rng(0)
     counts = rng.poisson(rng.uniform(0.3, 6.0, NUM_GENES), (60, NUM_GENES)).astype(np.float32)
     counts[:, 0] = rng.integers(0, 2, 60)

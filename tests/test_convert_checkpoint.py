@@ -43,7 +43,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """adaLN-Zero: scale and shift after each normalisation, a gate before each residual."""
+    """adaLN-Zero: scale and shift after each normalization, a gate before each residual."""
 
     def __init__(self, dim, heads, hidden):
         super().__init__()
@@ -222,7 +222,7 @@ def half_of_a_checkpoint():
         (b"hello", "no whole file of torch.save"),
         (b"", "no whole file of torch.save"),
         (half_of_a_checkpoint(), "no whole file of torch.save"),
-        (None, "is no file"),
+        (None, "is not a file"),
     ],
     ids=["text", "empty", "cut off", "absent"],
 )

@@ -362,7 +362,7 @@ def test_incomplete_split_is_refused(evaluate, split_dir, tmp_path):
 
 def test_no_condition_of_the_pipeline_is_refused(evaluate, split_dir, pipeline, tmp_path):
     arguments = ["--pipeline", pipeline, "--labels_key", "donor", "--output_dir", tmp_path]
-    refuse(evaluate, "donor is no condition of the pipeline", "--split_dir", split_dir, *arguments)
+    refuse(evaluate, "donor is not a condition of the pipeline", "--split_dir", split_dir, *arguments)
 
 
 def wrong_genes(synthetic):

@@ -256,22 +256,22 @@ def test_new_labels_start_as_the_known_one_that_fits_their_cells(pipe, label):
     assert torch.equal(after, before[[code, -1]])
 
 
-def log_normalised(adata, lengths=1.0):
+def log_normalized(adata, lengths=1.0):
     values = normalize_log1p(sp.csr_matrix(adata.X.multiply(1 / np.broadcast_to(lengths, adata.n_vars))), 1e4)
     return ad.AnnData(values.astype(np.float32), adata.obs, adata.var)
 
 
 def test_means_relative_to_library_sizes_over_all_genes_stay(count_model):
-    """However many of the genes are modelled."""
+    """However many of the genes are modeled."""
     options = dict(value_space="log_normalized", recover_counts=True)
-    before = log_normalised(other_cells([*ALL_GENES, "left0"], seed=2))
+    before = log_normalized(other_cells([*ALL_GENES, "left0"], seed=2))
     processor = SCRDiTProcessor.from_anndata(before, ["cell_type", "batch"], genes=ALL_GENES, **options)
     counts, _ = processor.get_counts(before)
     config = dict(count_model.config) | dict(count_bins=count_bins(counts), num_classes=processor.num_classes)
     model = SCRDiTTransformer.from_config(config)
     codes = processor.encode_labels(before.obs)
     initialize_count_head(model.count_head, CellMoments.from_counts(counts, codes), processor.mean, processor.std)
-    after = log_normalised(other_cells([*OTHER_GENES, "left1"]))
+    after = log_normalized(other_cells([*OTHER_GENES, "left1"]))
     fitted = SCRDiTProcessor.from_anndata(after, ["cell_type", "batch"], genes=OTHER_GENES, **options)
     assert processor.normalized_by == fitted.normalized_by == "library_size"
     adapted = finetuning.adapt_processor(processor, fitted)
@@ -284,7 +284,7 @@ def test_means_relative_to_library_sizes_over_all_genes_stay(count_model):
 
 
 def test_values_that_are_no_scaled_counts_are_refused():
-    adata = log_normalised(other_cells(), np.linspace(0.3, 3, 23))
+    adata = log_normalized(other_cells(), np.linspace(0.3, 3, 23))
     options = dict(value_space="log_normalized", recover_counts=True, flavor="all")
     processor = SCRDiTProcessor.from_anndata(adata, "cell_type", **options)
     with pytest.raises(ValueError, match="steps of their own: train from scratch"):

@@ -302,7 +302,7 @@ def test_layerwise_casting(pipe, sample):
 # -- offloading --------------------------------------------------------------------------------------------------------
 
 # On a CPU an offloaded weight has no values where no hook brings it back: sequential offloading leaves it on the meta
-# device, and group offloading to a disk leaves memory that was not initialised.
+# device, and group offloading to a disk leaves memory that was not initialized.
 CPU = torch.device("cpu")
 OFFLOADING = {
     "model": lambda pipe, folder: pipe.enable_model_cpu_offload(device="cpu"),

@@ -314,7 +314,7 @@ def test_store_is_replaced_only_once_the_new_one_is_whole(generate, script, whol
 
 
 def test_float_values_are_joined(generate, script, pipe, processor, pipeline, adata, tmp_path):
-    """A model of log-normalised values, which has no layer."""
+    """A model of log-normalized values, which has no layer."""
     log = type(processor).from_anndata(
         adata, ["cell_type", "batch"], "lognorm", value_space="log_normalized", flavor="all"
     )

@@ -112,7 +112,7 @@ def test_return_dict_false_gives_a_tuple(pipe, output_type):
 
 @pytest.fixture
 def log_pipe(adata, count_model):
-    """The count pipeline for log-normalised values of the same cells, with a fourth of the genes left out."""
+    """The count pipeline for log-normalized values of the same cells, with a fourth of the genes left out."""
 
     def make(layer="lognorm", genes=None, **options):
         options |= dict(value_space="log_normalized", recover_counts=True, genes=genes, flavor="all")

@@ -58,12 +58,12 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         The file holds anything but dense tensors by name. It is loaded with `weights_only`, so that no code in it runs.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--checkpoint {path} is no file.")
+        raise ValueError(f"--checkpoint {path} is not a file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
+    except Exception as error:  # bytes that are not a pickle make the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} holds more than weights, or is no whole file of torch.save ({reason}).") from error
+        raise ValueError(f"{path} holds more than weights, or is not a whole file of torch.save ({reason}).") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: tensors by name.")
     others = {
@@ -194,7 +194,7 @@ def convert_to_published(model: SCRDiTTransformer) -> dict[str, torch.Tensor]:
 def make_processor(
     num_genes: int, genes: list[str] | None, target_sum: float | None, zero_negation: bool, zero_value: float
 ) -> SCRDiTProcessor:
-    """Make the transform of the published recipe: log-normalised values, zeros moved away, no scaling."""
+    """Make the transform of the published recipe: log-normalized values, zeros moved away, no scaling."""
     if genes is not None and len(genes) != num_genes:
         raise ValueError(f"--genes lists {len(genes)} genes, the checkpoint has {num_genes}; list them in its order.")
     return SCRDiTProcessor(

@@ -263,7 +263,9 @@ class Evaluation:
             (key for key in (split.get("labels_key"), *conditions) if key in conditions), None
         )
         if self.labels_key and self.labels_key not in conditions:
-            raise ValueError(f"--labels_key {self.labels_key} is no condition of the pipeline; it has {conditions}.")
+            raise ValueError(
+                f"--labels_key {self.labels_key} is not a condition of the pipeline, which has {conditions}."
+            )
         self.value_space, self.var_names = processor.value_space, pd.Index(processor.var_names)
         self.gene_choice = "those of the pipeline"
         for name in ("control", "test"):

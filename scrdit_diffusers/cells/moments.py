@@ -176,7 +176,7 @@ class CellMoments:
     def update(
         self, counts: sp.csr_matrix | None, class_labels: np.ndarray, library_sizes: np.ndarray | None = None
     ) -> None:
-        """Take in more cells: counts (cells, G), codes (cells, K), and library sizes where these are no sums."""
+        """Take in more cells: counts (cells, G), codes (cells, K), and library sizes where they are not the sums."""
         of_cell = np.searchsorted(self._keys, self._key(class_labels))  # (cells,)
         present, of_present, number = np.unique(of_cell, return_inverse=True, return_counts=True)
         self.num_cells[present] += number

@@ -99,7 +99,7 @@ def scvi_prior(
     Parameters
     ----------
     train
-        Training cells, with counts; all their genes are modelled.
+        Training cells, with counts; all their genes are modeled.
     obs, labels_key, rng, layer
         As [`resample_genes`].
     max_epochs
@@ -114,7 +114,7 @@ def scvi_prior(
     ImportError
         scvi-tools is not installed.
     ValueError
-        The values are no counts, or `obs` asks for what train lacks.
+        The values are not counts, or `obs` asks for what train lacks.
 
     References
     ----------

@@ -110,7 +110,7 @@ def nearest_neighbor_accuracies(x: np.ndarray, y: np.ndarray) -> dict[str, float
 
 
 def ilisi(x: np.ndarray, y: np.ndarray, n_neighbors: int = 90) -> float:
-    """Median local inverse Simpson index of x and y among neighbours in E, scaled to 0 - 1; higher is better.
+    """Median local inverse Simpson index of x and y among neighbors in E, scaled to 0 - 1; higher is better.
 
     References
     ----------
@@ -123,7 +123,7 @@ def ilisi(x: np.ndarray, y: np.ndarray, n_neighbors: int = 90) -> float:
 
         cells = np.concatenate([x, y])
         search = NearestNeighbors(n_neighbors=min(n_neighbors, len(cells))).fit(cells)
-        distances, indices = search.kneighbors(cells)  # scib-metrics expects each cell among its neighbours
+        distances, indices = search.kneighbors(cells)  # scib-metrics expects each cell among its neighbors
         return float(ilisi_knn(NeighborsResults(indices, distances), np.repeat([0, 1], [len(x), len(y)])))
 
 

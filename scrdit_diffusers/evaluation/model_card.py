@@ -1,4 +1,4 @@
-"""Model cards: what a pipeline folder holds, how it was trained and judged, rendered from a template.
+"""Model cards: what a pipeline folder holds, how it was trained and evaluated, rendered from a template.
 
     python -m scrdit_diffusers.evaluation.model_card FOLDER
 
@@ -103,7 +103,7 @@ def build_card(
     facts
         Output of [`describe_pipeline`].
     metrics
-        What `training/evaluate.py` writes as metrics.json; `None` for a model that was not judged.
+        What `training/evaluate.py` writes as metrics.json; `None` for a model that was not evaluated.
     figures
         Names of the figures in `figures`, without `.png`.
     name

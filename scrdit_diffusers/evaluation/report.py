@@ -166,10 +166,10 @@ def verdict(record: dict[str, Any]) -> list[str]:
 
     for name, title in baselines.items():
         # A value is better if it lies nearer to that of real cells. The paper's are left out, they have no aim.
-        judged = [row for metric, row in rows.items() if not metric.startswith("legacy") and row[name] is not None]
-        nearer = sum(abs(row["value"] - row["ceiling"]) < abs(row[name] - row["ceiling"]) for row in judged)
+        decisive = [row for metric, row in rows.items() if not metric.startswith("legacy") and row[name] is not None]
+        nearer = sum(abs(row["value"] - row["ceiling"]) < abs(row[name] - row["ceiling"]) for row in decisive)
         sentences.append(
-            f"In {nearer} of {len(judged)} metrics the generated cells are nearer to real cells than the baseline "
+            f"In {nearer} of {len(decisive)} metrics the generated cells are nearer to real cells than the baseline "
             f"“{title}” is."
         )
 

@@ -4,7 +4,7 @@
 
 Cells are split 60 / 20 / 20 into train, control and test. Each row of `ROWS` trains with the same passes over the same
 cells and genes, generates the labels of the test cells, and is judged in log1p of counts per 10,000 over these genes,
-where models of counts and of log-normalised values can be compared. The second row is the first with another seed of
+where models of counts and of log-normalized values can be compared. The second row is the first with another seed of
 training: differences of that size mean nothing. Results are written as they come, and the same command goes on where
 it stopped.
 """
@@ -32,7 +32,7 @@ from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.evaluation.compare import compare
 
 LOG = "--value_space log_normalized --target_sum 1e4 --decode round"
-# What changes: flags of train.py. Rounded and log-normalised rows are to be read against the first of their kind.
+# What changes: flags of train.py. Rounded and log-normalized rows are to be read against the first of their kind.
 ROWS = {
     "default": "",
     "another seed of training": "--seed 1",
@@ -56,9 +56,9 @@ ROWS = {
     "counts rounded, zero negation": "--decode round --zero_negation True",
     "counts rounded, v prediction": "--decode round --prediction_type v_prediction",
     "counts rounded, epsilon prediction": "--decode round --prediction_type epsilon",
-    "log-normalised": LOG,
-    "log-normalised, zero negation": f"{LOG} --zero_negation True",
-    "log-normalised, zero negation, not scaled": f"{LOG} --zero_negation True --standardize False",
+    "log-normalized": LOG,
+    "log-normalized, zero negation": f"{LOG} --zero_negation True",
+    "log-normalized, zero negation, not scaled": f"{LOG} --zero_negation True --standardize False",
     "one model per label": "",
 }
 PER_LABEL = "one model per label"

@@ -7,8 +7,8 @@ The cells of `--labels` are split 60 / 20 / 20 into train, control and test. On 
 variable genes, (a) recipes/scrdit-paper.sh trains one unconditional model per label, at the width and length that
 `--paper_*` give, and (b) train.py trains one model with its defaults. Every sampler then generates as many cells of
 each label as there are test cells, and `evaluation.compare` judges them, all in log1p of counts per 10,000 over these
-genes (values that are no counts are taken as they are). The same judge gives the ceiling (control cells) and a floor
-(Gaussian copula).
+genes (values that are not counts are taken as they are). The same evaluation gives the ceiling (control cells) and a
+baseline (Gaussian copula).
 
 Times are CPU seconds, which other programs on the machine hardly change. The models at full size (2,000 genes; the
 paper's of width 768) are timed untrained, on a few calls of the network, and scaled: all calls cost the same. Results
@@ -98,7 +98,7 @@ SAMPLERS = (
 class AccelerationArguments:
     """Command-line arguments."""
 
-    dataset: str = field(metadata={"help": "Cells: .h5ad, .zarr, table folder or Hub id; counts or log-normalised."})
+    dataset: str = field(metadata={"help": "Cells: .h5ad, .zarr, table folder or Hub id; counts or log-normalized."})
     labels_key: str = field(metadata={"help": "Column of obs with the cell types."})
     labels: list[str] = field(default_factory=list, metadata={"help": "Cell types to use; all if not given."})
     layer: str | None = field(default=None, metadata={"help": "Layer that holds the values; X if not given."})
@@ -182,7 +182,7 @@ class Trained(NamedTuple):
     def generate(
         self, sampler: Sampler, steps: int, obs: pd.DataFrame, labels_key: str, batch_size: int, seed: int
     ) -> tuple[ad.AnnData, float]:
-        """Log-normalised cells with the labels of `obs`, and the CPU seconds that generating them took."""
+        """Log-normalized cells with the labels of `obs`, and the CPU seconds that generating them took."""
         options = {"num_inference_steps": steps, "batch_size": batch_size, "eta": sampler.eta}
         options["generator"] = torch.Generator().manual_seed(seed)
         parts, seconds = [], 0.0

@@ -4,7 +4,7 @@
     python training/benchmarks/speed.py --device cuda --dtype bfloat16 --compile
 
 Both models have 2,000 genes and ten labels. The values are random; speed depends on them only through the sizes of the
-counts, which are as in blood cells: at most a few for most genes, hundreds for some. Training is one optimiser step
+counts, which are as in blood cells: at most a few for most genes, hundreds for some. Training is one optimizer step
 (forward, backward, clipping, AdamW); sampling is the pipeline as a user calls it. The paper's 1,000 DDPM steps are
 measured on some of them and scaled, as all steps cost the same.
 """
@@ -95,7 +95,7 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
 
 
 def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float, float]:
-    """Cells per second of an optimiser step, and achieved FLOP/s (backward counted as two forward passes)."""
+    """Cells per second of an optimizer step, and achieved FLOP/s (backward counted as two forward passes)."""
     pipe = make_pipeline(preset, args.device, torch.float32)
     model = pipe.transformer.train()
     flops = 3 * model.flops_per_cell() * batch_size
