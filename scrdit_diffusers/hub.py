@@ -29,7 +29,7 @@ _ADVICE = {
     401: f"The Hub does not know the token, or there is none: {_LOG_IN}.",
     403: (
         f"The account may not write there: choose a repository of your own or of your organization, or {_LOG_IN}; "
-        "or its storage is full, if the library says so below: free some."
+        "or the storage quota is exceeded (see the response below)."
     ),
     404: f"There is no such repository, or the account may not see it: {_LOG_IN}.",
 }
@@ -149,7 +149,7 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
     except OSError as error:
         if isinstance(source, (str, Path)) and any(Path(source).glob("checkpoint-*")) and "model_index" in str(error):
             raise OSError(
-                f"{source} holds no pipeline yet, but checkpoints of a training: go on with "
+                f"{source} holds no pipeline yet, but checkpoints of a training run: continue with "
                 "training/train.py --resume_from_checkpoint latest and its other arguments."
             ) from error
         if "safetensors" in str(error) and _SAFETENSORS_ONLY not in str(error):

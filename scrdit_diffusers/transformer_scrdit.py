@@ -339,7 +339,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.
 
         The lite mode of TaylorSeer leaves the blocks out and extrapolates the last projection, of which there are two
-        here: that of the cell tokens would go on with zeros.
+        here: that of the cell tokens would continue with zeros.
         """
         # FirstBlockCache, TaylorSeer and the like look blocks up in this table of diffusers. It is private: imported
         # here, a change of it breaks caches and not the import of this package.

@@ -157,7 +157,7 @@ def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict)
 
 
 def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
-    """Make the folder of shards, or go on with one of the same run.
+    """Make the folder of shards, or continue one of the same run.
 
     Raises
     ------
@@ -314,4 +314,4 @@ if __name__ == "__main__":
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Stopped; the same command goes on.")
+        sys.exit("Stopped; repeat the command to continue.")

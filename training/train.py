@@ -350,7 +350,7 @@ def report_plan(
     )
     for key, numbers in (processor.label_counts if processor.composition else {}).items():
         if rare := {name: number for name, number in numbers.items() if number < RARE_LABEL_CELLS}:
-            logger.warning(f"Few training cells for some of {key}, expect little of the cells generated for it: {rare}")
+            logger.warning(f"Few training cells for some of {key}, so cells generated for these may be poor: {rare}")
     logger.info(
         f"{settings.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "
         f"{model.flops_per_cell() / 1e6:.1f} MFLOP per cell forward; {steps} steps of {cells_per_step} "
