@@ -264,7 +264,7 @@ def test_pushing_without_the_right(hub, push, tmp_path, part):
 @pytest.mark.parametrize("part", PARTS)
 def test_pushing_without_a_network_or_room(hub, published, push, part):
     hub.full = True
-    with pytest.raises(OSError, match=f"Could not push to {REPO}.*its storage is full.*Storage limit exceeded"):
+    with pytest.raises(OSError, match=f"Could not push to {REPO}.*storage quota.*Storage limit exceeded"):
         push(REPO, token=USER)
     hub.stop()
     with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
