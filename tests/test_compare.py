@@ -85,7 +85,7 @@ def test_real_cells_pass_as_real(real_table):
         assert low <= value(real_table, metric) <= high, metric
 
 
-def test_independent_genes_are_recognised(independent_table, real_table):
+def test_independent_genes_are_recognized(independent_table, real_table):
     for metric in ("mmd2", "w2", "classifier_pcs_auroc", "classifier_genes_auroc", "nearest_neighbor_accuracy"):
         assert value(independent_table, metric) > value(real_table, metric), metric
     assert value(independent_table, "classifier_genes_auroc") > 0.7
@@ -212,7 +212,7 @@ def test_seed_makes_it_reproducible(split):
     pd.testing.assert_frame_equal(first, second)
 
 
-def test_log_normalised_values_without_labels(split):
+def test_log_normalized_values_without_labels(split):
     logged = {name: adata.copy() for name, adata in split.items()}
     for adata in logged.values():
         adata.X = log_normalize(adata.X, "counts")

@@ -219,9 +219,9 @@ def half_of_a_checkpoint():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello", "no whole file of torch.save"),
-        (b"", "no whole file of torch.save"),
-        (half_of_a_checkpoint(), "no whole file of torch.save"),
+        (b"hello", "whole file of torch.save"),
+        (b"", "whole file of torch.save"),
+        (half_of_a_checkpoint(), "whole file of torch.save"),
         (None, "is not a file"),
     ],
     ids=["text", "empty", "cut off", "absent"],

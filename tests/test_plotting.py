@@ -176,7 +176,7 @@ def test_library_size_histograms_are_shares_of_all_cells(cells):
     assert "counts" in axes[0].get_xlabel() and named(axes)
 
 
-def test_log_normalised_values_are_named_as_such(cells):
+def test_log_normalized_values_are_named_as_such(cells):
     logged = cells.copy()
     logged.X = space.log_normalize(logged.X, "counts")
     axes = plotting.library_size_histogram(logged, logged, value_space="log_normalized")
