@@ -1,0 +1,90 @@
+"""What pipelines share, each piece alone."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
+
+from scrdit_diffusers import default_scheduler
+from scrdit_diffusers.sampling import Denoiser, check_finite, denoise, draw_uniform, guide, set_timesteps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def denoiser(count_model):
+    labels, sizes = torch.tensor([[0, 1], [2, 0]]), torch.tensor([40.0, 60.0])
+    return Denoiser(count_model, default_scheduler(), labels, sizes)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, 3.0])
+def test_guidance_moves_from_the_prediction_without_labels_to_that_with_them(scale):
+    uncond, cond = torch.randn(2, 3, 5)
+    torch.testing.assert_close(guide(torch.cat([uncond, cond]), scale), uncond + scale * (cond - uncond))
+
+
+def test_a_scale_of_1_is_off():
+    prediction = torch.randn(3, 5)
+    assert torch.equal(guide(prediction, 1.0), prediction)
+
+
+@pytest.mark.parametrize("decode_timestep", [None, 200, 700])
+def test_as_many_timesteps_as_asked_for_lie_above_the_one_of_decoding(decode_timestep):
+    scheduler = default_scheduler()
+    num_steps, num_timesteps = set_timesteps(scheduler, 6, decode_timestep, CPU)
+    scheduler.set_timesteps(num_steps)
+    assert num_timesteps == 6
+    assert decode_timestep is None or scheduler.timesteps[5] >= decode_timestep - 1 > scheduler.timesteps[6]
+
+
+def test_a_scheduler_may_visit_more_timesteps_than_steps():
+    scheduler = HeunDiscreteScheduler.from_config(default_scheduler(beta_schedule="linear").config)
+    assert set_timesteps(scheduler, 6, None, CPU) == (6, 11)
+
+
+def test_uniform_numbers_of_a_list_of_generators_are_those_of_each_alone(generators):
+    together = draw_uniform((3, 4), generators(3), CPU)
+    alone = [draw_uniform((1, 4), torch.Generator().manual_seed(i), CPU) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone)) and ((together >= 0) & (together < 1)).all()
+
+
+@torch.no_grad()
+def test_cells_are_not_moved_where_counts_are_drawn(denoiser):
+    """The network is called at every timestep, and the scheduler takes a step after all of them but the last."""
+    denoiser.scheduler = DDIMScheduler.from_config(denoiser.scheduler.config)
+    denoiser.scheduler.set_timesteps(5)
+    timesteps, noise, seen = denoiser.scheduler.timesteps[:3], torch.randn(2, 23), []
+
+    def remember(i, t, x_t):
+        seen.append(x_t)
+        return x_t
+
+    x_t, output = denoise(denoiser, noise, timesteps, draws_counts=True, on_step_end=remember)
+    assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+    assert torch.equal(x_t, seen[2])
+    counts = denoiser.draw_counts(output, timesteps[-1], x_t, torch.rand(2, 23))
+    assert counts.shape == (2, 23) and torch.equal(counts, counts.round())
+
+
+@torch.no_grad()
+def test_known_values_can_be_put_back_after_each_step(denoiser):
+    denoiser.scheduler.set_timesteps(4)
+
+    def put_back(i, t, x_t):
+        return torch.cat([torch.full((2, 3), 0.5), x_t[:, 3:]], dim=1)
+
+    x_t, _ = denoise(denoiser, torch.randn(2, 23), denoiser.scheduler.timesteps, False, on_step_end=put_back)
+    assert (x_t[:, :3] == 0.5).all() and (x_t[:, 3:] != 0.5).all()
+
+
+@torch.no_grad()
+def test_what_is_left_is_left_out_when_asked(denoiser):
+    denoiser.scheduler.set_timesteps(4)
+    noise = torch.randn(2, 23)
+    x_t, output = denoise(denoiser, noise, denoiser.scheduler.timesteps, False, on_step_start=lambda t: False)
+    assert torch.equal(x_t, noise) and output is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        check_finite(torch.tensor([0.0, value]))
