@@ -204,7 +204,7 @@ def test_report_refers_to_nothing_outside_itself(html):
     assert set(re.findall(r"(?:src|href)=\"([^;]*);", html)) == {"data:image/png"}
 
 
-def test_report_embeds_every_picture(html):
+def test_report_embeds_every_figure(html):
     assert html.count("data:image/png;base64,iVBOR") == html.count("<img") == 9
 
 

@@ -210,9 +210,9 @@ def write_card(folder: str | Path, template: str | Path | None = None) -> None:
     path = folder / "metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if metrics and metrics["steps_curve"]:
-        picture = draw_steps_curve(metrics)
-        save_figures([picture], folder)
-        plt.close(picture.figure)
+        curve = draw_steps_curve(metrics)
+        save_figures([curve], folder)
+        plt.close(curve.figure)
     figures = [name for name in FIGURES if (folder / "figures" / f"{name}.png").is_file()]
     build_card(facts, metrics, figures, folder.resolve().name, template).save(folder / "README.md")
 
