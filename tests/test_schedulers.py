@@ -354,3 +354,7 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     assert printed.endswith(capsys.readouterr().out)
     with pytest.raises(SystemExit, match="is of other arguments"):
         run("--seed", 1)
+    del output["arguments"]  # as records once were
+    (tmp_path / "out" / "schedulers.json").write_text(json.dumps(output))
+    with pytest.raises(SystemExit, match="is of other arguments"):
+        run()

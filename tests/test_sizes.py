@@ -35,9 +35,10 @@ def test_sizes_are_those_of_the_files(sizes):
     assert table["modules entered by the arguments"] == "2"
 
 
-def test_hops_are_the_files_entered_on_the_way(sizes):
-    """From train.py, whose own functions cost nothing, to the loss, and from there to the model."""
+def test_calls_and_files_on_the_way_are_counted(sizes):
+    """From main to step in the same file, to the loss, and from there to the model."""
     objective = "from .transformer_scrdit import T\n" + FILES["scrdit_diffusers/objective.py"]
     files = FILES | {"scrdit_diffusers/objective.py": objective}
-    assert sizes.count_hops({path: sizes.parse(text) for path, text in files.items()}) == 2
+    sources = {path: sizes.parse(text) for path, text in files.items()}
+    assert sizes.count_hops(sources) == 3 and sizes.count_hops(sources, files_only=True) == 2
     assert sizes.count_hops({path: sizes.parse(text) for path, text in FILES.items()}) is None

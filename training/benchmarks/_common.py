@@ -30,7 +30,7 @@ class Record(dict):
         super().__init__(empty, arguments=dict(arguments))
         self.path = path
         if path.exists():
-            self.update(json.loads(path.read_text()))
+            self.update({"arguments": {}} | json.loads(path.read_text()))  # an old record does not say its arguments
             before = self["arguments"]
             changed = {k: before.get(k) for k, v in json.loads(json.dumps(arguments)).items() if before.get(k) != v}
             if changed:

@@ -16,8 +16,8 @@ ENTRY, GOAL = ("training/train.py", "main"), "forward"
 NOTES = """
 - Names of a function: what is assigned or a parameter in it, nested functions included.
 - Modules entered by the arguments: those of this repository that training/train.py imports, also through others.
-- Hops: files that one enters on the way of calls from train.py's `main` to the transformer's `forward`. Calls are found
-  by name in the modules above; a call of the model is one of `forward`.
+- Calls and files entered are those of the shortest way from train.py's `main` to the transformer's `forward`. Calls are
+  found by name in the modules above; a call of the model is one of `forward`.
 """
 
 
@@ -96,8 +96,8 @@ def calls(function: ast.FunctionDef) -> set[str]:
     return called
 
 
-def count_hops(sources: dict[str, ast.Module]) -> int | None:
-    """Count the files that one enters on the way from train.py's `main` to `forward`; `None` if there is no way."""
+def count_hops(sources: dict[str, ast.Module], files_only: bool = False) -> int | None:
+    """Count the calls from train.py's `main` to `forward`, or the files that they enter; `None` if there is no way."""
     places: dict[str, set[str]] = {}  # files that define a function
     called: dict[tuple[str, str], set[str]] = {}
     for path in reach(ENTRY[0], sources):
@@ -106,14 +106,15 @@ def count_hops(sources: dict[str, ast.Module]) -> int | None:
             called.setdefault((path, function.name), set()).update(calls(function))
     hops = {ENTRY: 0}
     queue = deque(hops)
-    while queue:  # calls within a file cost nothing, and go first
+    while queue:  # cheap ones first: with `files_only` calls within a file cost nothing
         path, name = queue.popleft()
         for other in sorted(called[path, name] & places.keys()):
             for place in [path] if path in places[other] else sorted(places[other]):
-                cost = hops[path, name] + (place != path)
+                free = files_only and place == path
+                cost = hops[path, name] + (not free)
                 if cost < hops.get((place, other), cost + 1):
                     hops[place, other] = cost
-                    queue.appendleft((place, other)) if place == path else queue.append((place, other))
+                    queue.appendleft((place, other)) if free else queue.append((place, other))
     return min((cost for (path, name), cost in hops.items() if name == GOAL and "transformer" in path), default=None)
 
 
@@ -154,7 +155,8 @@ def measure(sources: dict[str, ast.Module]) -> dict[str, str]:
         "train.py: main, lines / names": f"{length(main)} / {len(names(main))}",
         "train.py: flags": str(count_flags(sources)),
         "modules entered by the arguments": str(len(reach(ENTRY[0], sources))),
-        "hops from main to forward": str(count_hops(sources)),
+        "calls from main to forward": str(count_hops(sources)),
+        "files entered from train.py to forward": str(count_hops(sources, files_only=True)),
         "pipeline: line of `__call__`": str(call.lineno),
     }
 
