@@ -59,22 +59,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class CountsBehindLogs(Counts):
-    """Values are v = log1p(s k / d) of counts k, and the model sees k.
+class LogNormalized(Counts):
+    """What values that are log-normalized share.
 
     Parameters
     ----------
-    normalized_by
-        The divisor d is the cell's library size over all genes of the data ("library_size") or over those of the model
-        ("model_genes").
-    normalized_to
-        Library size s to which counts are scaled.
     target_sum
-        The same where the data hold counts, which are still to be normalized.
+        Library size to which counts are scaled where the data hold counts; `None` where they are normalized already.
     """
 
-    normalized_by: str = "library_size"
-    normalized_to: float = 1e4
     target_sum: float | None = None
 
     @property
@@ -83,7 +76,25 @@ class CountsBehindLogs(Counts):
         return self.target_sum is not None
 
     def data_values(self, matrix, columns):  # noqa: D102
-        return _log_normalized(matrix, self.target_sum)[:, columns]
+        logs = matrix if self.target_sum is None else normalize_log1p(matrix, self.target_sum)
+        return logs[:, columns]
+
+
+@dataclass(frozen=True)
+class CountsBehindLogs(LogNormalized):
+    """Values are v = log1p(s k / d) of counts k, and the model sees k.
+
+    Parameters
+    ----------
+    normalized_by
+        The divisor d is the cell's library size over all genes of the data ("library_size") or over those of the model
+        ("model_genes").
+    normalized_to
+        Library size s to which counts are scaled; `target_sum` is the same where the data hold counts.
+    """
+
+    normalized_by: str = "library_size"
+    normalized_to: float = 1e4
 
     def model_values(self, matrix, columns):  # noqa: D102
         if self.target_sum is None:
@@ -138,27 +149,11 @@ class SteppedLogs(Counts):
 
 
 @dataclass(frozen=True)
-class PlainLogs(Counts):
-    """Values are log-normalized, and the model sees them as they are (the paper's).
-
-    Parameters
-    ----------
-    target_sum
-        Library size to which counts are scaled where the data hold counts; `None` where they are normalized already.
-    """
-
-    target_sum: float | None = None
+class PlainLogs(LogNormalized):
+    """Values are log-normalized, and the model sees them as they are (the paper's)."""
 
     models_counts = False
     scaled_counts = False
-
-    @property
-    def expect_counts(self) -> bool:  # type: ignore[override]
-        """Whether the values of a dataset have to be integers."""
-        return self.target_sum is not None
-
-    def data_values(self, matrix, columns):  # noqa: D102
-        return _log_normalized(matrix, self.target_sum)[:, columns]
 
     def model_values(self, matrix, columns):  # noqa: D102
         return self.data_values(matrix, columns), None
@@ -204,7 +199,7 @@ def choose_value_kind(
     if zero and (normalized_by or value_step is not None):
         raise ValueError("zero_negation is for values that the model does not see as counts.")
     if normalized_by is not None and normalized_to is not None:
-        return CountsBehindLogs(0.0, normalized_by, normalized_to, target_sum)
+        return CountsBehindLogs(0.0, target_sum, normalized_by, normalized_to)
     if value_step is not None:
         return SteppedLogs(0.0, value_step, value_min)
     return Counts(zero) if value_space == "counts" else PlainLogs(zero, target_sum)
@@ -265,10 +260,6 @@ def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np
 def row_sums(matrix: sp.csr_matrix) -> np.ndarray:
     """Sum of each row, shape (cells,)."""
     return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
-
-
-def _log_normalized(matrix: sp.csr_matrix, target_sum: float | None) -> sp.csr_matrix:
-    return matrix if target_sum is None else normalize_log1p(matrix, target_sum)
 
 
 def _with_data(matrix: sp.csr_matrix, data: np.ndarray) -> sp.csr_matrix:
