@@ -126,6 +126,7 @@ def train(state: TrainingState, cells: Cells, objective: Objective, progress: tq
     """Train until all steps are done or a signal came; tell if one came."""
     accelerator, settings = state.accelerator, state.settings
     accumulation = settings.gradient_accumulation_steps
+    weighting = (settings.loss_weighting, settings.max_loss_weight)
     first_batch = state.step * accumulation
     batches = enumerate(cells.batches(first_batch), first_batch)
     stopped = False
@@ -134,7 +135,11 @@ def train(state: TrainingState, cells: Cells, objective: Objective, progress: tq
         step, micro_step = divmod(number, accumulation)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.accumulate(state.model):
-            losses, timesteps = training_loss(state.model, batch, objective, settings, accelerator, step, micro_step)
+            timesteps, noise, labels = draw_inputs(batch, objective, settings, accelerator, step, micro_step)
+            batch["class_labels"] = labels
+            losses = diffusion_loss(
+                state.model, objective.noise_scheduler, batch, timesteps, noise, *weighting, prior=objective.prior
+            )
             loss = losses.mean()
             state.losses.append(loss.item())
             if not math.isfinite(state.losses[-1]):
@@ -158,16 +163,15 @@ def train(state: TrainingState, cells: Cells, objective: Objective, progress: tq
     return stopped
 
 
-def training_loss(
-    model: torch.nn.Module,
+def draw_inputs(
     batch: Mapping[str, torch.Tensor],
     objective: Objective,
     settings: TrainingArguments,
     accelerator: Accelerator,
     step: int,
     micro_step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each cell of a batch and its timestep, both of shape (B,); draws are functions of seed and step."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw a timestep (B,) and noise (B, G) for each cell of a batch, and drop labels (B, K), by seed and step."""
     batch_size, num_genes = batch["values"].shape
     # All processes draw for the joined batch of all, J cells, and each takes the part of its own B cells.
     joined_size = batch_size * accelerator.num_processes
@@ -181,12 +185,7 @@ def training_loss(
     labels[own] = batch["class_labels"]
     labels = drop_labels(labels, objective.null_labels, settings.class_dropout_prob, generator)[own]  # (B, K)
     torch.manual_seed(mix_seeds(settings.seed, step, micro_step, 1 + accelerator.process_index))  # for dropout
-    weighting = (settings.loss_weighting, settings.max_loss_weight)
-    batch = {**batch, "class_labels": labels}
-    losses = diffusion_loss(
-        model, objective.noise_scheduler, batch, timesteps, noise, *weighting, prior=objective.prior
-    )
-    return losses, timesteps
+    return timesteps, noise, labels
 
 
 def start(args: TrainingArguments) -> Accelerator:
