@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format benchmark sizes clean
+.PHONY: help demo test quick lint format wheel benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,13 @@ lint: $(INSTALLED)  ## check style and types
 format: $(INSTALLED)  ## mend style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, run the demo there: outputs/wheel
+	rm -rf outputs/wheel
+	$(BIN)/python -m hatchling build -t wheel -d outputs/wheel
+	$(PYTHON) -m venv outputs/wheel/venv
+	outputs/wheel/venv/bin/pip install --quiet --constraint constraints.txt "$$(ls outputs/wheel/*.whl)[train]"
+	cd outputs/wheel && venv/bin/scrdit demo
 
 benchmark: $(INSTALLED)  ## measure training and sampling speed against the paper's model
 	$(BIN)/python training/benchmarks/speed.py

@@ -9,6 +9,7 @@ from transformers import FeatureExtractionMixin
 from .cells.batches import CellBatches, CellCollator
 from .cells.dataset import CellDataset, read_cells, split_cells
 from .cells.fitting import fit_dataset
+from .commands import train
 from .count_head import SCRDiTCountHead
 from .initialization import count_bins, initialize_from_cells
 from .objective import FoldChangePrior, diffusion_loss
@@ -38,6 +39,7 @@ __all__ = [
     "push_remote_code",
     "read_cells",
     "split_cells",
+    "train",
 ]
 
 # Registration: `DiffusionPipeline.from_pretrained` loads a component listed in model_index.json as

@@ -46,7 +46,8 @@ MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 
 # What `make quick` leaves out: modules that train, start processes, compile, fit classifiers or try all schedulers,
 # and tests that need what these fixtures train or fit.
-TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_diffusers_testers"}
+TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_commands"}
+TRAINING_MODULES |= {"test_diffusers_testers"}
 TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_train"}
 TRAINING_MODULES |= {"test_published_pipelines", "test_schedulers"}
 TRAINING_FIXTURES = {"embedding", "pretrained", "train", "train_here", "trained", "tuned"}

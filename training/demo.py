@@ -68,7 +68,7 @@ def main() -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     arguments = ["--dataset", str(OUTPUT / "train.h5ad"), "--labels_key", LABELS_KEY]
     arguments += ["--output_dir", str(pipeline_folder)]
-    run(*accelerate, "training/train.py", *arguments)
+    run(*accelerate, str(Path(__file__).with_name("train.py")), *arguments)
 
     # 2. Load, and generate as many cells as there are test cells, with their labels
     pipe = SCRDiTPipeline.from_pretrained(pipeline_folder)

@@ -1,0 +1,98 @@
+"""Training, generation and evaluation without a checkout: from the shell and from Python."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import anndata as ad
+import pytest
+from scripts import REPOSITORY, TINY
+
+from scrdit_diffusers import SCRDiTPipeline, commands, train
+
+OPTIONS = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
+
+
+@pytest.fixture
+def cells(dataset):
+    return ad.read_h5ad(dataset)
+
+
+def test_a_call_trains_and_returns_the_pipeline(cells, trained, tmp_path, capsys):
+    """With the weights of the script, which ran with the same arguments in this process."""
+    cells.obs["unused"], cells.uns["unused"] = [{1, 2}] * cells.n_obs, object()  # cannot be written
+    pipe = train(cells, tmp_path / "model", "cell_type", **OPTIONS)
+    expected = SCRDiTPipeline.from_pretrained(trained).transformer.state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert "loss=" in capsys.readouterr().err
+
+
+def test_an_interrupted_call_is_continued_by_the_next(cells, trained, tmp_path):
+    options = OPTIONS | {"max_train_steps": 100000, "lr_scheduler": "constant"}
+    checkpoint = tmp_path / "checkpoint-3"
+
+    def interrupt():
+        while not checkpoint.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="resume_from_checkpoint"):
+        train(cells, tmp_path, "cell_type", **options)
+    last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    train(cells, tmp_path, "cell_type", **options | {"max_train_steps": last + 1}, resume_from_checkpoint="latest")
+    assert (tmp_path / f"checkpoint-{last + 1}").is_dir()
+
+
+def test_errors_of_the_script_are_raised_here(cells, tmp_path):
+    with pytest.raises(ValueError, match="--dropout.*2"):
+        train(cells, tmp_path, "cell_type", dropout=2)
+
+
+@pytest.mark.parametrize("name", ["labels_key", "layer", "gene_key"])
+def test_missing_columns_are_refused_before_the_script_starts(cells, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(commands, "_run_script", None)
+    with pytest.raises(ValueError, match=f"{name}.*nowhere"):
+        train(cells, tmp_path, **{name: "nowhere"})
+
+
+def test_keywords_become_flags():
+    options = {"seed": 1, "labels_key": ["a", "b"], "genes": None, "use_ema": False, "layer": []}
+    assert commands._flags(options) == ["--seed", "1", "--labels_key", "a", "b", "--use_ema", "False"]
+
+
+def test_path_prints_where_a_script_is(capsys):
+    commands.main(["path", "train"])
+    assert capsys.readouterr().out.strip() == str(REPOSITORY / "training" / "train.py")
+
+
+def test_unknown_commands_are_refused():
+    with pytest.raises(SystemExit, match="trian"):
+        commands.main(["trian"])
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    with pytest.raises(SystemExit, match=r"sklearn.*scrdit-diffusers\[train\]"):
+        commands.main(["evaluate", "--help"])
+
+
+def test_a_wheel_holds_the_scripts_and_runs_them(tmp_path):
+    """Installed alone into a folder; only the other packages come from this environment."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True)
+    command = [sys.executable, "-m", "scrdit_diffusers.commands", "path", "generate"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(site / "scrdit_diffusers" / "scripts" / "generate.py")
+    names = {path.name for path in (site / "scrdit_diffusers" / "scripts").glob("*.py")}
+    assert names == {path.name for path in (REPOSITORY / "training").glob("*.py")}
