@@ -18,6 +18,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from accelerate.state import AcceleratorState
+from made_cells import make_counts, make_obs
 from scripts import load_script, run_main
 from tqdm import tqdm
 
@@ -101,6 +102,18 @@ def adata() -> ad.AnnData:
     adata.layers["counts"] = adata.X.copy()
     adata.layers["lognorm"] = sp.csr_matrix(np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32))
     return adata
+
+
+@pytest.fixture(scope="module")
+def counts() -> sp.csr_matrix:
+    """Overdispersed counts of 211 cells x 120 genes."""
+    return make_counts()
+
+
+@pytest.fixture(scope="module")
+def obs() -> pd.DataFrame:
+    """Cell types and batches of the cells of `counts`."""
+    return make_obs()
 
 
 @pytest.fixture

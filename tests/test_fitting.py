@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from cell_files import write
-from made_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs, names
+from made_cells import NUM_CELLS, NUM_GENES, chunked, names
 
 from scrdit_diffusers import CellDataset, SCRDiTProcessor, SCRDiTTransformer, count_bins, fit_dataset
 from scrdit_diffusers.cells import fitting
@@ -16,16 +16,6 @@ from scrdit_diffusers.cells.fitting import FitOptions, fit_chunks
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.values import normalize_log1p
-
-
-@pytest.fixture(scope="module")
-def counts() -> sp.csr_matrix:
-    return make_counts()
-
-
-@pytest.fixture(scope="module")
-def obs() -> pd.DataFrame:
-    return make_obs()
 
 
 @pytest.mark.parametrize(

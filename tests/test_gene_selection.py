@@ -8,20 +8,10 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
-from made_cells import chunked, make_adata, make_counts, make_obs, names
+from made_cells import chunked, make_adata, names
 
 from scrdit_diffusers import SCRDiTProcessor
 from scrdit_diffusers.cells.fitting import FitOptions, fit_chunks
-
-
-@pytest.fixture(scope="module")
-def counts() -> sp.csr_matrix:
-    return make_counts()
-
-
-@pytest.fixture(scope="module")
-def obs() -> pd.DataFrame:
-    return make_obs()
 
 
 @pytest.mark.parametrize("rows", [13, 1000])

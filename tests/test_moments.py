@@ -1,23 +1,12 @@
 """Moments in chunks: NumPy and the formulas over all cells as oracles."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
-from made_cells import NUM_CELLS, NUM_GENES, chunked, make_counts, make_obs
+from made_cells import NUM_CELLS, NUM_GENES, chunked
 
 from scrdit_diffusers.cells import moments
 from scrdit_diffusers.cells.moments import CellMoments, GeneMoments, run_pass
-
-
-@pytest.fixture(scope="module")
-def counts() -> sp.csr_matrix:
-    return make_counts()
-
-
-@pytest.fixture(scope="module")
-def obs() -> pd.DataFrame:
-    return make_obs()
 
 
 @pytest.mark.parametrize("rows", [1, 10, 1000])
