@@ -172,32 +172,32 @@ def test_missing_labels_are_refused_before_anything_is_converted(adata, tmp_path
     adata.obs.loc[adata.obs_names[3:5], "cell_type"] = np.nan
     path = write(adata, tmp_path / "cells.h5ad")
     monkeypatch.setattr(anndata_builder.AnnDataBuilder, "for_files", lambda *args: pytest.fail("it was converted"))
-    with pytest.raises(ValueError, match=r"cells\.h5ad: obs\['cell_type'\] holds 2 NaN"):
+    with pytest.raises(ValueError, match=r"cells\.h5ad: obs\['cell_type'\] [^;]*2 NaN"):
         CellDataset.open(path, labels_key=["cell_type"])
 
 
 def test_files_without_common_genes_are_refused(two_files):
-    with pytest.raises(ValueError, match="no gene in common; their genes look like"):
+    with pytest.raises(ValueError, match="'othergene22'.*--join outer"):
         CellDataset.open(two_files)
 
 
 def test_files_of_names_and_ids_are_not_taken_for_other_genes(two_files):
-    with pytest.raises(ValueError, match="No gene is in two of the files.*gene_key"):
+    with pytest.raises(ValueError, match="'othergene22'.*--gene_key"):
         CellDataset.open(two_files, join="outer")
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(gene_key="symbol"), "has no column 'symbol'"),
-        (dict(join="left"), "join must be one of"),
-        (dict(layer="nothing"), r"a\.h5ad: adata\.layers\['nothing'\] does not exist; the layers are"),
+        (dict(gene_key="symbol"), r"^var .*a\.h5ad .*'symbol'"),
+        (dict(join="left"), "^join .*'left'"),
+        (dict(layer="nothing"), r"a\.h5ad: adata\.layers\['nothing'\] .*'lognorm'"),
         (
             dict(layer="lognorm", expect_counts=True),
-            r"a\.h5ad: .* non-integers .* adata\.X looks like counts: use layer=None",
+            r"a\.h5ad: adata\.layers\['lognorm'\] .* 4\.98311.* adata\.X .*layer=None",
         ),
-        (dict(obs_columns=["celltype"]), "did you mean 'cell_type'"),
-        (dict(streaming=True), "streaming is for datasets"),
+        (dict(obs_columns=["celltype"]), r"a\.h5ad: obs .*'celltype'.*'cell_type'.*\['cell_type'"),
+        (dict(streaming=True), "^streaming "),
     ],
 )
 def test_open_refuses(two_files, tmp_path, kwargs, message):
@@ -232,7 +232,7 @@ def test_values_that_are_no_counts_are_refused_with_their_file(adata, tmp_path, 
     adata.X.data[-1] = 0.5
     monkeypatch.setattr(CellFile, "check", lambda *args: None)
     path = write(adata, tmp_path / "cells.h5ad")
-    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0 was taken as counts but holds .* 0\.5"):
+    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0 .* 0\.5"):
         CellDataset.open(path, expect_counts=True, cache_dir=tmp_path / "cache")
     assert len(CellDataset.open(path, cache_dir=tmp_path / "cache")) == 60
 
@@ -341,13 +341,13 @@ def lose_chunk(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("b.h5ad", shorten, "cannot be opened as a .h5ad file"),
-        ("b.h5ad", overwrite_values, "damaged: .* Copy or write it again"),
-        ("b.h5ad", drop_rows, r"X has \(59, 23\) cells x genes, but obs and var have \(60, 23\)"),
-        ("b.h5ad", drop_values, "X is incomplete"),
-        ("b.h5ad", stop_writing, "lacks var. Was it written to its end"),
-        ("b.h5ad", make_obs_an_array, "obs of .* is not stored as anndata 0.7"),
-        ("b.zarr", lose_chunk, "1 chunks of X are missing"),
+        ("b.h5ad", shorten, r"b\.h5ad .*\.zarr .*eof = \d+"),
+        ("b.h5ad", overwrite_values, r"b\.h5ad [^:]*: .*\(filter "),
+        ("b.h5ad", drop_rows, r"b\.h5ad: X .*\(59, 23\).*\(60, 23\)"),
+        ("b.h5ad", drop_values, r"b\.h5ad: X .*indptr"),
+        ("b.h5ad", stop_writing, r"b\.h5ad .*AnnData: .* var\."),
+        ("b.h5ad", make_obs_an_array, r"^obs .*b\.h5ad .*anndata 0\.7"),
+        ("b.zarr", lose_chunk, r"b\.zarr: 1 .* X "),
     ],
 )
 def test_a_damaged_file_among_others_is_named(adata, tmp_path, name, damage, message):
@@ -367,7 +367,7 @@ def test_a_damaged_end_is_found_while_converting(adata, tmp_path, monkeypatch):
     adata.write_h5ad(tmp_path / "cells.h5ad", compression="gzip")
     overwrite_values(tmp_path / "cells.h5ad")
     monkeypatch.setattr(CellFile, "check", lambda *args: None)
-    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0: the file is damaged: "):
+    with pytest.raises(ValueError, match=r"cells\.h5ad, cells from 0: .*\(filter "):
         CellDataset.open(tmp_path, cache_dir=tmp_path / "cache")
 
 
@@ -375,7 +375,7 @@ def test_labels_that_one_file_lacks_are_refused_with_it(adata, tmp_path):
     write(adata, tmp_path / "a.h5ad")
     adata.obs = adata.obs.rename(columns={"cell_type": "celltype"})
     write(adata, tmp_path / "b.h5ad")
-    with pytest.raises(ValueError, match=r"b\.h5ad: obs has no column 'cell_type'.* did you mean 'celltype'"):
+    with pytest.raises(ValueError, match=r"b\.h5ad: obs .*'cell_type'.*'celltype'.*\['celltype'"):
         CellDataset.open(tmp_path, labels_key=["cell_type"], cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -385,7 +385,7 @@ def test_a_cache_without_room_is_refused_before_anything_is_converted(adata, tmp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(datasets.utils.py_utils, "disk_usage", lambda folder: usage._replace(free=8 * adata.X.nnz - 1))
     monkeypatch.setattr(anndata_builder.AnnDataBuilder, "_generate_tables", None)  # would raise if called
-    with pytest.raises(OSError, match="could not be written to the cache .*Not enough disk space.* HF_DATASETS_CACHE"):
+    with pytest.raises(OSError, match="/cache: .*disk space.* HF_DATASETS_CACHE"):
         CellDataset.open(path, cache_dir=tmp_path / "cache")
 
 
@@ -396,7 +396,7 @@ def test_a_disk_that_is_full_while_converting(adata, tmp_path, monkeypatch):
     path = write(adata, tmp_path / "cells.h5ad")
     with monkeypatch.context() as context:
         context.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
-        with pytest.raises(OSError, match="could not be written to the cache .*No space left.* HF_DATASETS_CACHE"):
+        with pytest.raises(OSError, match=r"/cache: \[Errno 28\].* HF_DATASETS_CACHE"):
             CellDataset.open(path, cache_dir=tmp_path / "cache")
     assert len(CellDataset.open(path, cache_dir=tmp_path / "cache")) == 60
 
@@ -409,5 +409,5 @@ def test_a_cache_of_another_user(adata, tmp_path, monkeypatch):
 
     path = write(adata, tmp_path / "cells.h5ad")
     monkeypatch.setattr(datasets.builder, "FileLock", refuse)
-    with pytest.raises(OSError, match="could not be written to the cache .*Permission denied.* HF_DATASETS_CACHE"):
+    with pytest.raises(OSError, match=r"/cache: \[Errno 13\].* HF_DATASETS_CACHE"):
         CellDataset.open(path, cache_dir=tmp_path / "cache")

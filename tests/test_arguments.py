@@ -27,26 +27,29 @@ def test_default_number_of_steps(train_script, dataset, tmp_path, capsys, batch_
 
 
 BAD_ARGUMENTS = {
-    "no such file": (["--dataset", "nowhere.h5ad"], "does not exist"),
-    "unknown label column": (["--labels_key", "celltype"], "did you mean 'cell_type'"),
-    "missing layer": (["--layer", "counts"], "does not exist"),
-    "no layers": (["--num_layers", "0"], "num_layers must be at least 1"),
-    "negative rate": (["--learning_rate", "-1"], "--learning_rate must be positive"),
-    "all cells held out": (["--val_fraction", "1"], "--val_fraction must be at least 0 and below 1"),
-    "no genes": (["--n_top_genes", "0"], "--n_top_genes must be positive"),
-    "unknown schedule": (["--lr_scheduler", "cosin"], "--lr_scheduler must be one of .*cosine"),
-    "unknown precision": (["--mixed_precision", "fp8"], "--mixed_precision must be no, fp16 or bf16"),
+    "no such file": (["--dataset", "nowhere.h5ad"], r"^nowhere\.h5ad "),
+    "unknown label column": (
+        ["--labels_key", "celltype"],
+        r"cells\.h5ad: obs .*'celltype'.*'cell_type'.*\['cell_type'",
+    ),
+    "missing layer": (["--layer", "counts"], r"cells\.h5ad: adata\.layers\['counts'\]"),
+    "no layers": (["--num_layers", "0"], "num_layers .* 0"),
+    "negative rate": (["--learning_rate", "-1"], "--learning_rate .*-1"),
+    "all cells held out": (["--val_fraction", "1"], r"--val_fraction .* 1\.0"),
+    "no genes": (["--n_top_genes", "0"], "--n_top_genes .* 0"),
+    "unknown schedule": (["--lr_scheduler", "cosin"], r"--lr_scheduler .*'cosine'.* cosin\b"),
+    "unknown precision": (["--mixed_precision", "fp8"], "--mixed_precision .* fp8"),
     "unknown tracker": (["--report_to", "foo"], "foo"),
-    "no gene list": (["--genes", "nowhere.txt"], "--genes"),
+    "no gene list": (["--genes", "nowhere.txt"], r"--genes nowhere\.txt"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere"),
-    "decoding below what is trained": (["--decode_timestep", "100"], "--decode_timestep"),
+    "decoding below what is trained": (["--decode_timestep", "100"], "--min_timestep 200.*--decode_timestep 100"),
     "noise prediction with counts": (["--prediction_type", "epsilon"], "--prediction_type epsilon.*--decode round"),
     "velocity prediction with counts": (
         ["--prediction_type", "v_prediction"],
         "--prediction_type v_prediction.*--decode round",
     ),
     "zero negation of counts": (["--zero_negation", "True"], "--zero_negation.*--decode round"),
-    "counts for log values": (["--value_space", "log_normalized"], "holds only integers"),
+    "counts for log values": (["--value_space", "log_normalized"], r"cells\.h5ad .*target_sum=1e4"),
 }
 
 
@@ -72,7 +75,7 @@ def test_all_rare_labels_are_named_before_training(train_here, dataset, tmp_path
 
 def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched, but each finds 1"):
+    with pytest.raises(ValueError, match="^2 .* 1: .*ACCELERATE_USE_CPU"):
         train_here(dataset, tmp_path)
 
 
@@ -139,4 +142,4 @@ def test_unknown_facts_of_the_model_card_are_refused(tmp_path):
 
 def test_errors_end_the_script_without_a_traceback(tmp_path):
     result = train("nowhere.h5ad", tmp_path)
-    assert result.returncode != 0 and "error: nowhere.h5ad does not exist" in result.stderr
+    assert result.returncode != 0 and "error: nowhere.h5ad" in result.stderr

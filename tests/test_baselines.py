@@ -49,11 +49,11 @@ def test_resampled_genes_are_independent_and_copula_genes_are_not():
 @pytest.mark.parametrize("baseline", [baselines.resample_genes, baselines.gaussian_copula, baselines.scvi_prior])
 def test_baselines_refuse_what_train_lacks(baseline, adata, obs):
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="labels that train lacks: .*Platelet"):
+    with pytest.raises(ValueError, match=r"obs\['cell_type'\] .*\['Platelet'\]"):
         baseline(adata, pd.DataFrame({KEY: ["B", "Platelet"]}), KEY, rng)
-    with pytest.raises(ValueError, match="train.obs has no column 'cluster'"):
+    with pytest.raises(ValueError, match=r"train\.obs .*'cluster'"):
         baseline(adata, obs, "cluster", rng)
-    with pytest.raises(ValueError, match="obs has no rows"):
+    with pytest.raises(ValueError, match="^obs .*row"):
         baseline(adata, obs[:0], KEY, rng)
 
 
@@ -113,11 +113,11 @@ def test_scvi_without_labels(adata):
 
 
 def test_scvi_refuses_values_that_are_no_counts(adata, obs):
-    with pytest.raises(ValueError, match="lognorm.*non-integers"):
+    with pytest.raises(ValueError, match=r"layers\['lognorm'\] .* 4\.98311"):
         baselines.scvi_prior(adata, obs, KEY, np.random.default_rng(0), layer="lognorm")
 
 
 def test_scvi_says_how_to_install_it(adata, obs, monkeypatch):
     monkeypatch.setitem(sys.modules, "scvi", None)
-    with pytest.raises(ImportError, match="pip install scvi-tools"):
+    with pytest.raises(ImportError, match="scvi_prior .*scvi-tools"):
         baselines.scvi_prior(adata, obs, KEY, np.random.default_rng(0))

@@ -136,7 +136,7 @@ def test_a_batch_with_the_counts_behind_log_normalized_values(adata):
 
 def test_refuses_the_counts_of_log_normalized_values(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
-    with pytest.raises(ValueError, match="counts=True needs a processor whose model sees counts"):
+    with pytest.raises(ValueError, match="^counts=True .*value_space"):
         CellCollator(processor, adata.var, counts=True)
 
 
@@ -169,7 +169,7 @@ def test_numeric_labels_survive_the_dataset(adata):
 
 
 def test_refuses_a_dataset_without_the_models_genes(adata, processor):
-    with pytest.raises(ValueError, match=r"2 of the model's 23 genes are missing from the data"):
+    with pytest.raises(ValueError, match=r"^2 .* 23 genes .*\['gene0', 'gene1'\]"):
         CellCollator(processor, adata.var.iloc[2:])
 
 

@@ -73,50 +73,58 @@ def nan_text_label(adata):
 
 LOG = dict(value_space="log_normalized")
 REFUSED_DATA = {
-    "NaN in X": (set_value(np.nan), {}, r"adata\.X holds 1 NaN or infinite values"),
+    "NaN in X": (set_value(np.nan), {}, r"adata\.X .* 1 NaN"),
     "infinite in a layer": (
         set_value(np.inf, "counts"),
         dict(layer="counts"),
-        r"layers\['counts'\] holds 1 NaN or inf",
+        r"layers\['counts'\] .* 1 NaN",
     ),
     "NaN in log values": (
         set_value(np.nan, "lognorm"),
         LOG | dict(layer="lognorm"),
-        r"layers\['lognorm'\] holds 1 NaN",
+        r"layers\['lognorm'\] .* 1 NaN",
     ),
-    "negative": (set_value(-1), {}, r"adata\.X holds negative values \(smallest -1\).*give unscaled values"),
-    "negative log value": (set_value(-0.5, "lognorm"), LOG | dict(layer="lognorm"), r"'lognorm'\] holds negative"),
-    "too large a count": (set_value(2.0**24 + 2), {}, r"a count of 1\.67772e\+07; the largest supported is 2\^24"),
-    "no counts in X": (scale_x, {}, r"adata\.X was taken as counts .* These layers look like counts: \['counts'\]"),
-    "no counts at all": (only_lognorm, {}, r"non-integers such as .* No layer looks like counts"),
-    "counts in raw": (only_raw, {}, r"use adata\.raw\.to_adata\(\)"),
-    "no counts in the layer": (lambda a: None, dict(layer="lognorm"), r"adata\.X looks like counts: use layer=None"),
+    "negative": (set_value(-1), {}, r"adata\.X .* -1\)"),
+    "negative log value": (set_value(-0.5, "lognorm"), LOG | dict(layer="lognorm"), r"layers\['lognorm'\] .* -0\.5\)"),
+    "too large a count": (set_value(2.0**24 + 2), {}, r"adata\.X .* 1\.67772e\+07.* 2\^24"),
+    "no counts in X": (scale_x, {}, r"adata\.X .* 4\.98311.* \['counts'\]"),
+    "no counts at all": (only_lognorm, {}, r"adata\.X .* 4\.98311\. No layer .*value_space"),
+    "counts in raw": (only_raw, {}, r"adata\.X .* adata\.raw\.to_adata\(\)"),
+    "no counts in the layer": (lambda a: None, dict(layer="lognorm"), r"layers\['lognorm'\] .* adata\.X .*layer=None"),
     "counts as log values": (lambda a: None, LOG, r"adata\.X .* target_sum=1e4"),
-    "log values with target_sum": (scale_x, LOG | dict(target_sum=1e4), r"adata\.X was taken as counts but holds"),
-    "no such layer": (lambda a: None, dict(layer="cuonts"), r"layers\['cuonts'\] does not exist; .*'counts'"),
-    "X is empty": (empty_x, {}, r"adata\.X is empty; name the layer"),
-    "duplicate genes": (rename_gene, {}, r"repeats 1 gene names, such as \['gene1'\].*var_names_make_unique"),
-    "missing gene name": (unname_gene, {}, r"1 missing \(empty or NaN\) gene names"),
-    "duplicates in the list": (lambda a: None, dict(genes=["gene1", "gene1"]), r"genes repeats 1 gene names"),
-    "genes not in the data": (lambda a: None, dict(genes=["gene1", "CD4"]), r"1 of 2 genes are not in .*\['CD4'\]"),
-    "all-zero gene list": (zero_gene, dict(genes=["gene4"]), r"All 1 genes are zero in every training cell"),
-    "empty gene list": (lambda a: None, dict(genes=[]), r"gene"),
-    "all-zero matrix": (zero_all, {}, r"All genes are zero|adata\.X"),
-    "n_top_genes": (lambda a: None, dict(n_top_genes=0), r"n_top_genes must be at least 1, got 0"),
-    "flavor": (lambda a: None, dict(flavor="pearson"), r"flavor must be one of .* got 'pearson'"),
+    "log values with target_sum": (scale_x, LOG | dict(target_sum=1e4), r"adata\.X .* 4\.98311"),
+    "no such layer": (lambda a: None, dict(layer="cuonts"), r"layers\['cuonts'\] .*'counts'"),
+    "X is empty": (empty_x, {}, r"^adata\.X [^.]*\blayer\b"),
+    "duplicate genes": (rename_gene, {}, r"adata\.var_names .*\['gene1'\].*var_names_make_unique"),
+    "missing gene name": (unname_gene, {}, r"adata\.var_names .* 1 .*NaN"),
+    "duplicates in the list": (lambda a: None, dict(genes=["gene1", "gene1"]), r"^genes .*\['gene1'\]"),
+    "genes not in the data": (
+        lambda a: None,
+        dict(genes=["gene1", "CD4"]),
+        r"1 of 2 genes .*adata\.var_names.*\['CD4'\]",
+    ),
+    "all-zero gene list": (zero_gene, dict(genes=["gene4"]), r"All 1 genes"),
+    "empty gene list": (lambda a: None, dict(genes=[]), r"All 0 genes"),
+    "all-zero matrix": (zero_all, {}, r"All genes"),
+    "n_top_genes": (lambda a: None, dict(n_top_genes=0), r"n_top_genes .* 0\b"),
+    "flavor": (lambda a: None, dict(flavor="pearson"), r"flavor .*'pearson'"),
     "seurat_v3 of log values": (
         lambda a: None,
         LOG | dict(layer="lognorm", flavor="seurat_v3", n_top_genes=5),
-        r'flavor="seurat_v3" chooses genes from counts; use "seurat"',
+        r'flavor="seurat_v3" .*"seurat"',
     ),
-    "value_space": (lambda a: None, dict(value_space="cpm"), r"value_space must be one of .* got 'cpm'"),
-    "target_sum of counts": (lambda a: None, dict(target_sum=1e4), r'target_sum .* needs value_space="log_normalized"'),
-    "target_sum": (lambda a: None, LOG | dict(target_sum=-1.0), r"target_sum must be positive, got -1"),
-    "NaN label": (nan_label, dict(labels_key="cell_type"), r"obs\['cell_type'\] holds 1 NaN; give every cell a label"),
-    "None label": (nan_text_label, dict(labels_key="batch"), r"obs\['batch'\] holds 1 NaN"),
-    "misspelt label column": (lambda a: None, dict(labels_key="celltype"), r"did you mean 'cell_type'"),
-    "label is no category": (lambda a: None, dict(labels_key="age"), r"obs\['age'\] has 60 different values"),
-    "gene id column": (lambda a: None, dict(gene_ids_key="symbol"), r"var has no column 'symbol'"),
+    "value_space": (lambda a: None, dict(value_space="cpm"), r"value_space .*'cpm'"),
+    "target_sum of counts": (lambda a: None, dict(target_sum=1e4), r'^target_sum .*value_space="log_normalized"'),
+    "target_sum": (lambda a: None, LOG | dict(target_sum=-1.0), r"target_sum .* -1"),
+    "NaN label": (nan_label, dict(labels_key="cell_type"), r"obs\['cell_type'\] .* 1 NaN"),
+    "None label": (nan_text_label, dict(labels_key="batch"), r"obs\['batch'\] .* 1 NaN"),
+    "misspelt label column": (
+        lambda a: None,
+        dict(labels_key="celltype"),
+        r"obs .*'celltype'.*'cell_type'.*\['cell_type'",
+    ),
+    "label is no category": (lambda a: None, dict(labels_key="age"), r"obs\['age'\] .*\b60 .*\b60 "),
+    "gene id column": (lambda a: None, dict(gene_ids_key="symbol"), r"^var .*'symbol'"),
 }
 
 
@@ -128,5 +136,5 @@ def test_refuses_training_data(adata, change, kwargs, message):
 
 
 def test_refuses_a_single_cell(adata):
-    with pytest.raises(ValueError, match=r"adata\.X has 1 cells; at least 2"):
+    with pytest.raises(ValueError, match=r"adata\.X .* 1 .* 2 "):
         SCRDiTProcessor.from_anndata(adata[:1].copy())

@@ -155,11 +155,11 @@ def test_quick_leaves_out_what_takes_long(quick_table):
 
 
 def test_sets_are_checked_by_name(split):
-    with pytest.raises(ValueError, match=r"synthetic\['few'\] has 3 cells"):
+    with pytest.raises(ValueError, match=r"synthetic\['few'\] .* 3 .* 10 "):
         compare(split, {"few": split["control"][:3]})
-    with pytest.raises(ValueError, match=r"none of them named \['ceiling'\]"):
+    with pytest.raises(ValueError, match=r"^synthetic .*\['ceiling'\]"):
         compare(split, {"ceiling": split["control"]})
-    with pytest.raises(ValueError, match="at least one set"):
+    with pytest.raises(ValueError, match="^synthetic "):
         compare(split, {})
 
 
@@ -235,12 +235,12 @@ def test_genes_are_those_of_the_synthetic_cells_in_any_order(split):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(labels_key="cluster"), "real.obs has no column 'cluster'"),
-        (dict(max_cells=5), "max_cells must be at least 10, got 5"),
-        (dict(layer="counts"), r"real: adata.layers\['counts'\] does not exist"),
-        (dict(value_space="tpm"), "value_space must be one of"),
-        (dict(value_space="log_normalized"), "real holds only integers"),
-        (dict(n_comps=0), "n_comps must be at least 1"),
+        (dict(labels_key="cluster"), r"real\.obs .*'cluster'"),
+        (dict(max_cells=5), "max_cells .* 10, .* 5"),
+        (dict(layer="counts"), r"real: adata\.layers\['counts'\]"),
+        (dict(value_space="tpm"), "value_space .*'tpm'"),
+        (dict(value_space="log_normalized"), '^real .*value_space .*"log_normalized"'),
+        (dict(n_comps=0), "n_comps .* 0"),
     ],
 )
 def test_wrong_arguments_are_named(split, change, message):
@@ -250,17 +250,17 @@ def test_wrong_arguments_are_named(split, change, message):
 
 def test_wrong_cells_are_named(split):
     real, synthetic, train = split["real"], split["control"], split["train"]
-    with pytest.raises(ValueError, match="control has 9 cells"):
+    with pytest.raises(ValueError, match="control .* 9 .* 10 "):
         comparison.compare(real, synthetic, train, control=synthetic[:9])
-    with pytest.raises(ValueError, match="train lacks 20 of the 120 genes"):
+    with pytest.raises(ValueError, match="train .* 20 .* 120 genes"):
         comparison.compare(real, synthetic, train[:, :100])
     logged = synthetic.copy()
     logged.X = log_normalize(logged.X, "counts")
-    with pytest.raises(ValueError, match='synthetic: .* use value_space="log_normalized"'):
+    with pytest.raises(ValueError, match=r'synthetic: adata\.X .*value_space="log_normalized"'):
         comparison.compare(real, logged, train)
     missing = real.copy()
     missing.obs[KEY] = missing.obs[KEY].where(np.arange(real.n_obs) > 3)
-    with pytest.raises(ValueError, match="holds 4 NaN"):
+    with pytest.raises(ValueError, match=rf"real\.obs\['{KEY}'\] .* 4 NaN"):
         comparison.compare(missing, synthetic, train, labels_key=KEY)
 
 
