@@ -176,7 +176,7 @@ def test_every_sampler_is_timed_and_judged_once_and_the_command_goes_on(script, 
     assert len(table) == 2 + len(rows) and "| DDPM | 20 |" in table[4]
     script.main(prepare())
     assert json.loads(results.read_text())["rows"] == rows  # nothing is left to do
-    with pytest.raises(ValueError, match="is of other arguments: {'batch_size': 512}"):
+    with pytest.raises(ValueError, match=r"acceleration\.json .*'batch_size': 512"):
         script.main(prepare("--batch_size", "7"))
 
 
@@ -248,5 +248,5 @@ def test_times_at_full_size_are_measured_on_few_calls_and_scaled(script, monkeyp
 def test_unknown_labels_are_refused(script, adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     arguments = dict(dataset=str(tmp_path / "cells.h5ad"), labels_key="cell_type", labels=["T", "Bcell"])
-    with pytest.raises(ValueError, match=r"\['Bcell'\] occur in no cell"):
+    with pytest.raises(ValueError, match=r"--labels \['Bcell'\]"):
         script.prepare_cells(script.AccelerationArguments(**arguments), tmp_path / "cells")

@@ -187,17 +187,32 @@ def broken(**changes):
 
 
 BAD_CHECKPOINTS = {
-    "code": ({"model": Harmful()}, "holds more than weights"),
-    "nested": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "'epoch': 'int'.*save that alone"),
-    "no names": ({0: torch.ones(1)}, "expected only dense tensors by name"),
-    "sparse": (broken(**{"final_layer.linear.bias": torch.ones(10).to_sparse()}), "expected only dense tensors"),
-    "no dict": ([torch.ones(1)], "holds a list"),
-    "another model": ({"weight": torch.ones(2, 2)}, "x_embedder.proj.weight is missing"),
-    "labels": (broken(**{"y_embedder.embedding_table.weight": torch.ones(3, 32)}), "has besides .*y_embedder"),
-    "a tensor is missing": (broken(**{"blocks.0.mlp.fc2.bias": None}), r"lacks \['blocks.0.mlp.fc2.bias'\]"),
-    "variances": (broken(**{"final_layer.linear.weight": torch.ones(20, 32)}), "predicts variances"),
-    "NaN": (broken(**{"final_layer.linear.bias": torch.full((10,), torch.nan)}), "final_layer.linear.bias is not"),
-    "square patches": (broken(**{"x_embedder.proj.weight": torch.ones(32, 1, 10, 10)}), "expected .D, 1, P, 1."),
+    "code": ({"model": Harmful()}, r"published\.pt .*torch\.save"),
+    "nested": ({"model": {"a": torch.ones(1)}, "epoch": 3}, r"published\.pt .*'epoch': 'int'"),
+    "no names": ({0: torch.ones(1)}, r"published\.pt .*'0': 'Tensor'"),
+    "sparse": (
+        broken(**{"final_layer.linear.bias": torch.ones(10).to_sparse()}),
+        r"published\.pt .*'final_layer\.linear\.bias': 'Tensor'",
+    ),
+    "no dict": ([torch.ones(1)], r"published\.pt .* list,"),
+    "another model": ({"weight": torch.ones(2, 2)}, r"x_embedder\.proj\.weight .*\['weight'\]"),
+    "labels": (
+        broken(**{"y_embedder.embedding_table.weight": torch.ones(3, 32)}),
+        r" nothing, .*\['y_embedder\.embedding_table\.weight'\]",
+    ),
+    "a tensor is missing": (broken(**{"blocks.0.mlp.fc2.bias": None}), r"\['blocks\.0\.mlp\.fc2\.bias'\], .* nothing"),
+    "variances": (
+        broken(**{"final_layer.linear.weight": torch.ones(20, 32)}),
+        r"final_layer\.linear\.weight .*\(20, 32\).*\(10, 32\)",
+    ),
+    "NaN": (
+        broken(**{"final_layer.linear.bias": torch.full((10,), torch.nan)}),
+        r"^final_layer\.linear\.bias .*torch\.float32",
+    ),
+    "square patches": (
+        broken(**{"x_embedder.proj.weight": torch.ones(32, 1, 10, 10)}),
+        r"x_embedder\.proj\.weight .*\(32, 1, 10, 10\)",
+    ),
 }
 
 
@@ -219,10 +234,10 @@ def half_of_a_checkpoint():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello", "whole file of torch.save"),
-        (b"", "whole file of torch.save"),
-        (half_of_a_checkpoint(), "whole file of torch.save"),
-        (None, "is not a file"),
+        (b"hello", r"published\.pt .*torch\.save"),
+        (b"", r"published\.pt .*torch\.save"),
+        (half_of_a_checkpoint(), r"published\.pt .*torch\.save"),
+        (None, r"--checkpoint .*published\.pt"),
     ],
     ids=["text", "empty", "cut off", "absent"],
 )
@@ -236,14 +251,14 @@ def test_files_that_are_no_checkpoint_are_refused(run, tmp_path, content, messag
 def test_wrong_number_of_genes_is_refused(run, tmp_path):
     torch.save(plain().state_dict(), tmp_path / "published.pt")
     (tmp_path / "genes.txt").write_text("A B C")
-    with pytest.raises(ValueError, match="lists 3 genes, the checkpoint has 40"):
+    with pytest.raises(ValueError, match="--genes .* 3 .* 40"):
         run(
             "--checkpoint", tmp_path / "published.pt", "--genes", tmp_path / "genes.txt", "--output_dir", tmp_path / "p"
         )
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(script):
-    with pytest.raises(ValueError, match="num_attention_heads=5 does not divide"):
+    with pytest.raises(ValueError, match="num_attention_heads=5 .* 32 "):
         script.convert_to_transformer(plain().state_dict(), 5)
 
 
@@ -251,8 +266,8 @@ def test_heads_that_do_not_divide_the_width_are_refused(script):
     ("sizes", "message"),
     [
         ({"num_genes": 20, "patch_size": 10}, "patch_embed_type='per_patch'"),
-        ({"num_genes": 23, "patch_size": 10, "patch_embed_type": "shared"}, "no multiple"),
-        ({"num_genes": 20, "patch_size": 10, "patch_embed_type": "shared", "num_classes": [2]}, "num_classes"),
+        ({"num_genes": 23, "patch_size": 10, "patch_embed_type": "shared"}, "23 genes.*patch_size=10"),
+        ({"num_genes": 20, "patch_size": 10, "patch_embed_type": "shared", "num_classes": [2]}, r"num_classes=\[2\]"),
     ],
 )
 def test_models_without_a_published_form_are_refused(script, sizes, message):
@@ -263,5 +278,5 @@ def test_models_without_a_published_form_are_refused(script, sizes, message):
 def test_nothing_is_overwritten(run, tmp_path):
     torch.save(plain().state_dict(), tmp_path / "published.pt")
     (tmp_path / "pipe").mkdir()
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match="/pipe "):
         run("--checkpoint", tmp_path / "published.pt", "--output_dir", tmp_path / "pipe")

@@ -82,7 +82,7 @@ def test_refuses_obs_columns_with_names_of_value_columns(adata, key):
 
 def test_refuses_values_that_are_no_expression(adata):
     adata.X.data[0] = np.nan
-    with pytest.raises(ValueError, match=r"adata\.X holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"adata\.X .* 1 NaN"):
         CellDataset.from_anndata(adata)
 
 
@@ -122,7 +122,7 @@ def test_what_is_saved_is_an_ordinary_dataset(adata, tmp_path):
 @pytest.mark.parametrize("name", ["no.h5ad", "no.zarr", "no", "a/b/c"])
 def test_missing_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+    with pytest.raises(FileNotFoundError, match=f"^{name} "):
         read_cells(name)
 
 
@@ -130,7 +130,7 @@ def test_missing_files(tmp_path, monkeypatch, name):
 def test_files_of_another_kind(tmp_path, name):
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_text("a,b")
-    with pytest.raises(ValueError, match=f"{name} is neither a .h5ad file, nor a .zarr store, nor a folder"):
+    with pytest.raises(ValueError, match=rf"{name} .*CellDataset\.save"):
         read_cells(path)
 
 
@@ -154,7 +154,7 @@ def test_split_depends_on_the_seed_only(adata):
 
 def test_split_refuses_missing_labels(adata):
     adata.obs.loc["cell3", "cell_type"] = np.nan
-    with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"obs\['cell_type'\] .* 1 NaN"):
         split_cells(adata, ["cell_type"], 0.25, seed=0)
 
 
@@ -231,7 +231,7 @@ def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_
 
 def test_an_unknown_token_is_refused(tahoe, tmp_path):
     dataset = CellDataset.open(tahoe, cache_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"\d+ values belong to tokens that var does not have, such as \d+"):
+    with pytest.raises(ValueError, match=r"^\d+ .* tokens .*\bvar .* \d+"):
         CellDataset(dataset.rows, dataset.var.iloc[:-3]).to_anndata()
 
 
@@ -242,7 +242,7 @@ def test_integer_expressions_are_read():
 
 def test_a_folder_without_a_vocabulary_is_refused(tahoe, tmp_path):
     (tahoe / "README.md").unlink()
-    with pytest.raises(ValueError, match=r"neither var\.parquet nor the configuration gene_metadata"):
+    with pytest.raises(ValueError, match=r"/tahoe .*var\.parquet .*gene_metadata"):
         CellDataset.open(tahoe, cache_dir=tmp_path / "cache")
 
 

@@ -416,7 +416,7 @@ def test_pipeline_of_other_cells_gives_a_warning(script, split_dir, pipeline, tm
 
 def test_errors_end_the_script_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--split_dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="^error: .* holds no split; give --dataset to make one.$"):
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path} .*--dataset"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
@@ -466,8 +466,8 @@ def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora_weights", "adapter"], "--lora_weights adapter needs --pipeline"),
-        (["--pipeline", "nowhere", "--update_card"], "--update_card needs a folder with card.json.*nowhere has none"),
+        (["--lora_weights", "adapter"], "--lora_weights adapter .*--pipeline"),
+        (["--pipeline", "nowhere", "--update_card"], r"--update_card .*card\.json.* nowhere "),
     ],
 )
 def test_adapters_and_cards_that_cannot_be_are_refused(evaluate, split_dir, arguments, message):

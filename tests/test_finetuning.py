@@ -79,12 +79,12 @@ def test_missing_genes_are_replaced_by_the_most_variable_others():
 
 
 def test_fewer_genes_than_are_common_are_refused():
-    with pytest.raises(ValueError, match="3 genes in common, more than n_top_genes=2"):
+    with pytest.raises(ValueError, match="3 genes .*n_top_genes=2"):
         finetuning.choose_genes(list("abc"), list("abcd"), None, 2)
 
 
 def test_no_common_gene_is_refused():
-    with pytest.raises(ValueError, match="No gene is common: .*'CD3D'.*'ENSG0'"):
+    with pytest.raises(ValueError, match=r"'CD3D'.*'ENSG0'.*adata\.var_names"):
         finetuning.check_common_genes(["CD3D", "CD8A"], ["ENSG0", "ENSG1"])
 
 
@@ -102,7 +102,7 @@ def test_no_common_gene_is_refused():
 def test_settings_that_are_not_the_pretrained_ones_are_refused(count_pipe, name, value, message):
     settings = {"value_space": "counts", "patch_size": None, "target_sum": None}
     finetuning.check_settings(count_pipe, settings)
-    with pytest.raises(ValueError, match=f"otherwise than --{name} {value}: give {message}"):
+    with pytest.raises(ValueError, match=f"--{name} {value}: .*{message}"):
         finetuning.check_settings(count_pipe, settings | {name: value})
 
 
@@ -287,7 +287,7 @@ def test_values_that_are_no_scaled_counts_are_refused():
     adata = log_normalized(other_cells(), np.linspace(0.3, 3, 23))
     options = dict(value_space="log_normalized", recover_counts=True, flavor="all")
     processor = SCRDiTProcessor.from_anndata(adata, "cell_type", **options)
-    with pytest.raises(ValueError, match="steps of their own: train from scratch"):
+    with pytest.raises(ValueError, match="log1p of scaled counts"):
         finetuning.adapt_processor(processor, processor)
 
 
@@ -470,7 +470,7 @@ def test_adapter_changes_what_the_saved_pipeline_says(tuned):
 
 def test_adapter_of_other_genes_is_refused(tuned, pretrained):
     pipe = SCRDiTPipeline.from_pretrained(pretrained)
-    with pytest.raises(ValueError, match="trained on other genes or labels"):
+    with pytest.raises(ValueError, match=rf"{tuned['lora']} .*SCRDiTPipeline\.from_pretrained"):
         pipe.load_lora_weights(tuned["lora"])
 
 
@@ -542,12 +542,12 @@ def test_card_says_what_the_arguments_say(train, cells, tmp_path):
 
 
 BAD_ARGUMENTS = {
-    "adapter of an untrained model": (["--lora_rank", 2], "--lora_rank 2 needs --pretrained_model_name_or_path"),
-    "rank of zero": (["--lora_rank", 0], "--lora_rank must be positive"),
+    "adapter of an untrained model": (["--lora_rank", 2], "--lora_rank 2 .*--pretrained_model_name_or_path"),
+    "rank of zero": (["--lora_rank", 0], "--lora_rank .* 0"),
     "other values": (["--value_space", "log_normalized", "--target_sum", 1e4], "--value_space counts"),
     "other size": (["--num_layers", 2], "--num_layers 1"),
     "other noise": (["--beta_schedule", "linear"], "--beta_schedule squaredcos_cap_v2"),
-    "too few genes": (["--n_top_genes", 10], "more than n_top_genes=10"),
+    "too few genes": (["--n_top_genes", 10], "20 genes .*n_top_genes=10"),
 }
 
 
@@ -562,5 +562,5 @@ def test_bad_arguments_are_refused(train, cells, pretrained, tmp_path, name):
 
 def test_data_without_a_common_gene_are_refused(train, pretrained, tmp_path):
     other_cells([f"ENSG{i}" for i in range(9)]).write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(ValueError, match="No gene is common"):
+    with pytest.raises(ValueError, match=r"'gene0'.*'ENSG0'.*adata\.var_names"):
         train(tmp_path / "cells.h5ad", tmp_path / "model", "--pretrained_model_name_or_path", pretrained)

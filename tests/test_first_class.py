@@ -181,9 +181,9 @@ def test_lora_hot_swap(pipe, sample, tmp_path):
 def test_pickled_adapters_are_not_written(pipe, tmp_path):
     add_lora(pipe.transformer)
     layers = get_peft_model_state_dict(pipe.transformer)
-    with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+    with pytest.raises(ValueError, match="^safe_serialization=False "):
         pipe.save_lora_weights(tmp_path / "adapter", layers, safe_serialization=False)
-    with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+    with pytest.raises(ValueError, match="^safe_serialization=False "):
         pipe.transformer.save_lora_adapter(tmp_path / "adapter", safe_serialization=False)
     assert not (tmp_path / "adapter").exists()
 
@@ -365,7 +365,7 @@ def test_a_pipeline_of_a_transformer_on_disk(pipe, sample, tmp_path, model_class
 @pytest.mark.parametrize("offload", [OFFLOADING[name] for name in ("sequential", "block", "leaf")])
 def test_offloaded_weights_are_not_saved(pipe, tmp_path, offload):
     offload(pipe, str(tmp_path / "offload"))
-    with pytest.raises(ValueError, match="The weights are offloaded"):
+    with pytest.raises(ValueError, match="weights .*offloaded"):
         pipe.save_pretrained(tmp_path / "saved")
 
 
@@ -462,7 +462,7 @@ def test_sharded_checkpoint(model, inputs, tmp_path):
 
 def test_variant_checkpoint(model, inputs, tmp_path):
     model.save_pretrained(tmp_path, variant="ema")
-    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+    with pytest.raises(OSError, match=r" diffusion_pytorch_model\.safetensors "):
         SCRDiTTransformer.from_pretrained(tmp_path)
     loaded = SCRDiTTransformer.from_pretrained(tmp_path, variant="ema")
     assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)

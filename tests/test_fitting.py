@@ -89,14 +89,14 @@ def test_count_head_starts_from_cell_moments_as_from_counts(counts, obs):
 
 def test_labels_missing_in_a_later_chunk_are_refused(counts, obs):
     obs = obs.assign(cell_type=obs["cell_type"].where(np.arange(NUM_CELLS) < 200))
-    with pytest.raises(ValueError, match=r"obs\['cell_type'\] holds 11 NaN"):
+    with pytest.raises(ValueError, match=r"obs\['cell_type'\] .* 11 NaN"):
         fit_chunks(chunked(counts, obs, 100), pd.DataFrame(index=names()), "cell_type")
 
 
 def test_values_that_are_not_counts_in_a_later_chunk_are_refused(counts, obs):
     counts = counts.copy()
     counts.data[-1] = 0.5
-    with pytest.raises(ValueError, match="some file was taken as counts but holds non-integers such as 0.5"):
+    with pytest.raises(ValueError, match=r"^some file .* 0\.5"):
         fit_chunks(chunked(counts, obs, 100), pd.DataFrame(index=names()), name="some file")
 
 
@@ -107,7 +107,7 @@ def test_log_normalized_values_may_begin_with_integers(counts, obs):
         chunked(values, obs, 100), pd.DataFrame(index=names()), options=FitOptions("log_normalized", flavor="all")
     )
     assert processor.num_genes == NUM_GENES
-    with pytest.raises(ValueError, match="holds only integers"):
+    with pytest.raises(ValueError, match="^the data .*target_sum=1e4"):
         fit_chunks(chunked(counts, obs, 100), pd.DataFrame(index=names()), options=FitOptions("log_normalized"))
 
 
@@ -146,5 +146,5 @@ def test_a_refusal_in_another_process_is_told_as_in_this_one(adata, tmp_path, mo
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     adata.X.data[-1] = 0.5
     dataset = CellDataset.open(write(adata, tmp_path / "cells.h5ad"), cache_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match="^some file was taken as counts but holds non-integers such as 0.5"):
+    with pytest.raises(ValueError, match=r"^some file .* 0\.5"):
         fit_dataset(dataset.rows, dataset.var, num_proc=2, name="some file")

@@ -177,7 +177,7 @@ def test_one_process_where_two_were_asked_for_is_refused(script, monkeypatch):
 def test_processes_that_do_not_find_each_other_are_refused(script, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(script, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=1))
-    with pytest.raises(ValueError, match="2 processes were launched, but each finds 1"):
+    with pytest.raises(ValueError, match="^2 .* 1: .*ACCELERATE_USE_CPU"):
         script.join_processes(None)
 
 
@@ -239,19 +239,22 @@ def test_cells_are_written_as_they_are_made(generate, script, tmp_path, monkeypa
 
 
 BAD_ARGUMENTS = {
-    "unknown label": (["--num_cells", 2, "--condition", "cell_type=NKK"], "did you mean 'NK'"),
-    "no key": (["--num_cells", 2, "--condition", "cell_type"], "key=value"),
-    "condition twice": (["--num_cells", 2, "--condition", "batch=b1", "--condition", "batch=b2"], "twice"),
-    "no scheduler": (["--num_cells", 2, "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
-    "no number": ([], "--num_cells"),
-    "no cells": (["--num_cells", 0], "num_cells must be at least 1"),
-    "empty shards": (["--num_cells", 2, "--shard_size", 0], "--shard_size must be at least 1"),
-    "no batches": (["--num_cells", 2, "--batch_size", 0], "--batch_size must be at least 1"),
-    "no device": (["--num_cells", 2, "--device", "gpu"], "--device gpu: Expected one of cpu"),
-    "negative seed": (["--num_cells", 2, "--seed", -1], "--seed must be at least 0"),
-    "library size of zero": (["--num_cells", 2, "--library_size", 0], "library_size must be at least 1"),
-    "too much noise": (["--num_cells", 2, "--scheduler", "DDIMScheduler", "--eta", 2], "eta must be a number from 0"),
-    "other format": (["--num_cells", 2, "--output", "cells.csv"], "must end in .h5ad or .zarr"),
+    "unknown label": (["--num_cells", 2, "--condition", "cell_type=NKK"], r"cell_type 'NKK'.*'NK'.*\['T', 'B', 'NK'\]"),
+    "no key": (["--num_cells", 2, "--condition", "cell_type"], r"--condition .*key=value.*\['cell_type'\]"),
+    "condition twice": (
+        ["--num_cells", 2, "--condition", "batch=b1", "--condition", "batch=b2"],
+        r"--condition .*twice: \['batch=b1'",
+    ),
+    "no scheduler": (["--num_cells", 2, "--scheduler", "NoScheduler"], " NoScheduler; .*DDIMScheduler"),
+    "no number": ([], "--num_cells, .*--obs "),
+    "no cells": (["--num_cells", 0], "num_cells .* 0"),
+    "empty shards": (["--num_cells", 2, "--shard_size", 0], "--shard_size .* 0"),
+    "no batches": (["--num_cells", 2, "--batch_size", 0], "--batch_size .* 0"),
+    "no device": (["--num_cells", 2, "--device", "gpu"], "--device gpu: .*cpu"),
+    "negative seed": (["--num_cells", 2, "--seed", -1], "--seed .* -1"),
+    "library size of zero": (["--num_cells", 2, "--library_size", 0], "library_size .* 1: "),
+    "too much noise": (["--num_cells", 2, "--scheduler", "DDIMScheduler", "--eta", 2], r"eta .* 2\.0"),
+    "other format": (["--num_cells", 2, "--output", "cells.csv"], r"--output .*\.zarr, .* cells\.csv"),
 }
 
 
@@ -265,7 +268,7 @@ def test_bad_arguments_are_refused(generate, tmp_path, name):
 
 def test_bad_label_of_the_last_cell_is_refused_before_any_is_made(generate, tmp_path):
     (tmp_path / "wanted.csv").write_text("cell_type\n" + "B\n" * 99 + "b\n")
-    with pytest.raises(ValueError, match="Unknown cell_type 'b'"):
+    with pytest.raises(ValueError, match=r"cell_type 'b'.*\['T', 'B', 'NK'\]"):
         generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad", "--shard_size", 10)
     assert not (tmp_path / "cells.h5ad.parts").exists()
 
@@ -273,7 +276,7 @@ def test_bad_label_of_the_last_cell_is_refused_before_any_is_made(generate, tmp_
 def test_output_that_cannot_be_written_is_refused_before_any_cell_is_made(generate, script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "write_shard", lambda *args: pytest.fail("a cell was made"))
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match=r"\[Errno 20\].*/file/cells\.h5ad"):
         generate("--num_cells", 2, "--output", tmp_path / "file" / "cells.h5ad")
 
 

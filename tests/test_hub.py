@@ -129,19 +129,19 @@ def test_saved_weights_may_be_read_by_whom_other_files_may(count_pipe, tmp_path,
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_repository():
-    with pytest.raises(OSError, match="/nowhere is neither a folder here nor the name of a repository"):
+    with pytest.raises(OSError, match="/nowhere .*user/name"):
         SCRDiTPipeline.from_pretrained("/nowhere")
 
 
 def test_a_training_that_is_not_finished_is_named(tmp_path):
     (tmp_path / "checkpoint-5" / "transformer").mkdir(parents=True)
-    with pytest.raises(OSError, match="no pipeline yet, but checkpoints .*--resume_from_checkpoint latest"):
+    with pytest.raises(OSError, match=f"{tmp_path} .*--resume_from_checkpoint latest"):
         SCRDiTPipeline.from_pretrained(tmp_path)
 
 
 def test_pickled_weights_are_not_written(count_pipe, tmp_path):
     for saved in (count_pipe, count_pipe.transformer):
-        with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+        with pytest.raises(ValueError, match="^safe_serialization=False "):
             saved.save_pretrained(tmp_path / "saved", safe_serialization=False)
     assert not (tmp_path / "saved").exists()
 
@@ -168,7 +168,7 @@ def test_cached_pipelines_load_without_the_server(hub, published, count_pipe):
 def test_private_repositories(hub, count_pipe, monkeypatch):
     count_pipe.push_to_hub(REPO, token=USER, private=True)
     assert hub.repositories["model", REPO].private
-    with pytest.raises(OSError, match=f"{REPO}|Repository Not Found"):
+    with pytest.raises(OSError, match=REPO):
         SCRDiTPipeline.from_pretrained(REPO)
     assert SCRDiTPipeline.from_pretrained(REPO, token=USER).processor.num_genes == 23
     monkeypatch.setenv("HF_TOKEN", USER)
@@ -216,15 +216,15 @@ def test_what_cannot_be_loaded_is_named(hub, published, repo_id, kwargs, message
 @pytest.mark.slow  # the client tries again for 25 seconds
 def test_no_network(hub):
     hub.stop()
-    with pytest.raises(OSError, match="user/never-seen.* is there a network"):
+    with pytest.raises(OSError, match="user/never-seen.* network"):
         SCRDiTPipeline.from_pretrained("user/never-seen")
 
 
 def test_truncated_download(hub, published, count_pipe):
     hub.truncated = {f"transformer/{WEIGHTS}"}
-    with pytest.raises(OSError, match=f"Loading {REPO} broke off .*Load it again"):
+    with pytest.raises(OSError, match=f"^Loading {REPO} "):
         SCRDiTPipeline.from_pretrained(REPO)
-    with pytest.raises(OSError, match=f"Loading {REPO} broke off .*Load it again"):
+    with pytest.raises(OSError, match=f"^Loading {REPO} "):
         SCRDiTTransformer.from_pretrained(REPO, subfolder="transformer")
     hub.truncated = set()
     assert np.array_equal(generate(SCRDiTPipeline.from_pretrained(REPO)), generate(count_pipe))
@@ -252,10 +252,10 @@ def test_pushing_without_the_right(hub, push, tmp_path, part):
     hub.add("other/here", {}, repo_type="dataset")
     before = {name: repository.branches["main"] for name, repository in hub.repositories.items()}
     for token in (None, "hf_bad"):
-        with pytest.raises(OSError, match=f"Could not push to {REPO}. The Hub does not know the token.*hf auth login"):
+        with pytest.raises(OSError, match=f"{REPO}.*hf auth login.* 401 "):
             push(REPO, token=token)
     for repo_id in ("other/new", "other/here"):
-        with pytest.raises(OSError, match=f"Could not push to {repo_id}. The account may not write there.*hf auth"):
+        with pytest.raises(OSError, match=f"{repo_id}.*hf auth login.* 403 .*rights"):
             push(repo_id, token=USER)
     assert {name: repository.branches["main"] for name, repository in hub.repositories.items()} == before
     assert part != "pipeline folder" or SCRDiTPipeline.from_pretrained(tmp_path / "saved").processor.num_genes == 23
@@ -264,16 +264,16 @@ def test_pushing_without_the_right(hub, push, tmp_path, part):
 @pytest.mark.parametrize("part", PARTS)
 def test_pushing_without_a_network_or_room(hub, published, push, part):
     hub.full = True
-    with pytest.raises(OSError, match=f"Could not push to {REPO}.*storage quota.*Storage limit exceeded"):
+    with pytest.raises(OSError, match=f"{REPO}.*storage quota.* 403 .*Storage limit"):
         push(REPO, token=USER)
     hub.stop()
-    with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
+    with pytest.raises(OSError, match=f"{REPO}.* network"):
         push(REPO, token=USER)
 
 
 def test_pushing_the_code_without_a_network(hub, published):
     hub.stop()
-    with pytest.raises(OSError, match=f"Could not push to {REPO}. Is there a network"):
+    with pytest.raises(OSError, match=f"{REPO}.* network"):
         push_remote_code(REPO, token=USER)
 
 
@@ -356,7 +356,7 @@ def test_train_pushes_and_generate_loads_in_a_fresh_process(hub, train, tmp_path
 def test_train_is_refused_before_it_trains(hub, train, tmp_path):
     hub.add("other/here", {})
     for repo_id in ("other/here", "other/new"):
-        with pytest.raises(OSError, match=f"Could not push to {repo_id}. The account may not write there"):
+        with pytest.raises(OSError, match=f"{repo_id}.*hf auth login.* 403 .*rights"):
             train(tmp_path / "model", "--push_to_hub", "--hub_model_id", repo_id, "--hub_token", USER)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert not (tmp_path / "model").exists()
@@ -364,7 +364,7 @@ def test_train_is_refused_before_it_trains(hub, train, tmp_path):
 
 def test_what_was_trained_outlives_a_push_that_fails(hub, train, tmp_path):
     hub.full = True
-    with pytest.raises(OSError, match=r"Storage limit exceeded") as refused:
+    with pytest.raises(OSError, match=f"{REPO}.* 403 .*Storage limit") as refused:
         train(tmp_path / "my model", "--push_to_hub", "--hub_model_id", REPO, "--hub_token", USER)
     assert SCRDiTPipeline.from_pretrained(tmp_path / "my model").processor.num_genes == 23
     hub.full = False
@@ -443,22 +443,22 @@ def pickled_folder(count_pipe, mark, tmp_path):
 
 
 def test_pickled_weights_are_refused(pickled_folder):
-    with pytest.raises(OSError, match="because unpickling can run any code"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors\b.*safetensors files"):
         SCRDiTPipeline.from_pretrained(pickled_folder)
-    with pytest.raises(OSError, match="because unpickling can run any code"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors\b.*safetensors files"):
         SCRDiTTransformer.from_pretrained(pickled_folder / "transformer")
-    with pytest.raises(OSError, match="because unpickling can run any code"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors\b.*safetensors files"):
         AutoModel.from_pretrained(str(pickled_folder), subfolder="transformer")
-    with pytest.raises(ValueError, match="use_safetensors=False would unpickle"):
+    with pytest.raises(ValueError, match="^use_safetensors=False "):
         SCRDiTPipeline.from_pretrained(pickled_folder, use_safetensors=False)
 
 
 def test_pickled_weights_on_the_hub_are_refused(hub, pickled_folder):
     paths = [path for path in pickled_folder.rglob("*") if path.is_file()]
     hub.add(REPO, {str(path.relative_to(pickled_folder)): path.read_bytes() for path in paths})
-    with pytest.raises(OSError, match="because unpickling can run any code"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.bin'.*safetensors files"):
         SCRDiTPipeline.from_pretrained(REPO)
-    with pytest.raises(OSError, match="because unpickling can run any code"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors\b.*safetensors files"):
         SCRDiTTransformer.from_pretrained(REPO, subfolder="transformer")
     assert not [request for request in hub.requests if request.startswith("GET /lfs")]
 
@@ -476,11 +476,11 @@ def test_pickled_lora_weights_are_refused(count_pipe, mark, tmp_path):
     file = tmp_path / "lora" / "pytorch_lora_weights.bin"
     file.write_bytes(pickle.dumps(Mark(mark)))
     for load in (count_pipe.load_lora_weights, count_pipe.transformer.load_lora_adapter):
-        with pytest.raises(OSError, match="because unpickling can run any code"):
+        with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors .*safetensors files"):
             load(tmp_path / "lora")
-        with pytest.raises(ValueError, match="pytorch_lora_weights.bin is a pickled file"):
+        with pytest.raises(ValueError, match=r"pytorch_lora_weights\.bin .*safetensors files"):
             load(tmp_path / "lora", weight_name=file.name)
-        with pytest.raises(ValueError, match="pytorch_lora_weights.bin is a pickled file"):
+        with pytest.raises(ValueError, match=r"pytorch_lora_weights\.bin .*safetensors files"):
             load(file)
 
 
@@ -588,10 +588,10 @@ def test_remote_code_follows_the_weights_when_published_again(hub, published, co
 
 
 def test_remote_code_checks_its_arguments(hub, published):
-    with pytest.raises(ValueError, match="branch='main' is what users of the package load"):
+    with pytest.raises(ValueError, match="^branch='main' "):
         push_remote_code(REPO, branch="main", token=USER)
     hub.add("user/other", {"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
-    with pytest.raises(ValueError, match="user/other at main holds a DDPMPipeline"):
+    with pytest.raises(ValueError, match="user/other at main .*DDPMPipeline"):
         push_remote_code("user/other", token=USER)
     assert list(hub.repositories["model", "user/other"].branches) == ["main"]
 
@@ -599,9 +599,9 @@ def test_remote_code_checks_its_arguments(hub, published):
 @pytest.mark.parametrize(
     ("imports", "message"),
     [
-        ("from . import count_head\n", "line 1: only `from .module import name`"),
-        ("from .count_head import LABEL_TABLES as tables\n", "line 1: only `from .module import name`"),
-        ("from .count_head import midpoint\nLABEL_TABLES = 3\n", "both define LABEL_TABLES"),
+        ("from . import count_head\n", r"line 1: .*`from \.module import name`"),
+        ("from .count_head import LABEL_TABLES as tables\n", r"line 1: .*`from \.module import name`"),
+        ("from .count_head import midpoint\nLABEL_TABLES = 3\n", " LABEL_TABLES"),
     ],
 )
 def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, message):

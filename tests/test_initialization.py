@@ -33,14 +33,14 @@ def test_groups_hold_all_genes(largest):
 def test_refuses_other_counts():
     head = make_head(random_counts())
     other = random_counts([80] * len(LARGEST))
-    with pytest.raises(ValueError, match=r"made for other counts; make it with count_bins=\[\[7, 32\]\]"):
+    with pytest.raises(ValueError, match=r"count_bins=\[\[7, 32\]\]"):
         initialize_count_head(
             head, CellMoments.from_counts(sp.csr_matrix(other), np.zeros((50, 0))), *standardization(other)
         )
 
 
 def test_refuses_bins_of_another_number_of_genes():
-    with pytest.raises(ValueError, match="count_bins has 7 genes, the model 8"):
+    with pytest.raises(ValueError, match="count_bins .* 7 .* 8"):
         SCRDiTTransformer(num_genes=8, count_bins=[[3, 4], [4, 9]])
 
 

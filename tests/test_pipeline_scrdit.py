@@ -158,13 +158,13 @@ def test_output_of_a_count_model_for_values_that_are_no_counts(log_pipe, adata):
     smallest = adata.layers["tpm"].toarray().min(axis=0, where=adata.layers["tpm"].toarray() > 0, initial=99)
     assert (cells.X.toarray() >= smallest - 1e-5)[cells.X.toarray() > 0].all()
     assert adata.layers["tpm"].max() * 1.2 > cells.X.max() > 1
-    with pytest.raises(ValueError, match="library_size is a number of counts"):
+    with pytest.raises(ValueError, match="^library_size .*scaled counts"):
         pipe(library_size=100)
 
 
 def test_a_processor_of_counts_needs_a_count_head(log_pipe, model):
     pipe = SCRDiTPipeline(model, default_scheduler(), log_pipe().processor)
-    with pytest.raises(ValueError, match="processor is of a model with a count head"):
+    with pytest.raises(ValueError, match="processor .*count head; .*transformer"):
         pipe(2)
 
 
@@ -199,7 +199,7 @@ def test_ordinary_cells_do_not_warn(pipe, caplog):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_from_the_model_is_an_error(pipe, monkeypatch, value):
     monkeypatch.setattr(pipe.transformer, "forward", constant(value))
-    with pytest.raises(ValueError, match="The model returned NaN or infinite values"):
+    with pytest.raises(ValueError, match="NaN .*dtype"):
         pipe(num_cells=2, num_inference_steps=2)
 
 
@@ -269,7 +269,7 @@ def test_unconditional_pipeline(adata):
     pipe.set_progress_bar_config(disable=True)
     cells = pipe(num_cells=3, num_inference_steps=2).adata
     assert list(cells.obs) == ["synthetic"]
-    with pytest.raises(ValueError, match="guidance_scale=2.0 needs a conditional model"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0 .*conditions"):
         pipe(guidance_scale=2.0)
 
 
@@ -340,9 +340,9 @@ def test_decode_round_goes_to_the_end(count_pipe):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(decode="mean"), 'decode must be "posterior", "round" or None'),
-        (dict(decode="round", decode_timestep=5), "takes no decode_timestep"),
-        (dict(decode_timestep=1000), "timesteps 0 to 999 and cannot decode at 1000"),
+        (dict(decode="mean"), "^decode .*'mean'"),
+        (dict(decode="round", decode_timestep=5), 'decode="round" .*decode_timestep'),
+        (dict(decode_timestep=1000), " 0 to 999 .* 1000"),
     ],
 )
 def test_refuses_decoding(count_pipe, kwargs, message):
@@ -350,9 +350,15 @@ def test_refuses_decoding(count_pipe, kwargs, message):
         count_pipe(**kwargs)
 
 
-@pytest.mark.parametrize("kwargs", [dict(decode="posterior"), dict(decode_timestep=5)])
-def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs):
-    with pytest.raises(ValueError, match="needs a (decode_timestep|transformer with a count head)"):
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(decode="posterior"), 'decode="posterior" .*decode_timestep'),
+        (dict(decode_timestep=5), "^decode_timestep .*count head"),
+    ],
+)
+def test_refuses_to_draw_counts_without_a_count_head(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         pipe(**kwargs)
 
 
@@ -376,12 +382,12 @@ def test_guidance_of_the_means_of_counts(count_pipe, monkeypatch, scale):
 
 def test_refuses_a_scheduler_of_another_noise_process_than_the_count_heads(count_model, processor):
     pipe = SCRDiTPipeline(count_model, default_scheduler(beta_schedule="linear"), processor)
-    with pytest.raises(ValueError, match="has beta_schedule='linear', but .* count head needs 'squaredcos_cap_v2'"):
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler .*beta_schedule='linear'.*'squaredcos_cap_v2'"):
         pipe()
 
 
 def test_refuses_another_prediction_type_than_the_count_heads(count_model, processor):
-    with pytest.raises(ValueError, match="has prediction_type='epsilon', but .* count head needs 'sample'"):
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler .*prediction_type='epsilon'.*count head .*'sample'"):
         SCRDiTPipeline(count_model, default_scheduler("epsilon"), processor)()
 
 
@@ -470,14 +476,14 @@ def test_library_sizes_out_of_reach_are_told(count_pipe, caplog):
 @pytest.mark.parametrize(
     ("library_size", "error", "message"),
     [
-        (0, ValueError, "library_size must be at least 1"),
-        (-5.0, ValueError, "library_size must be at least 1"),
-        ([50, float("nan")], ValueError, "library_size must be at least 1"),
-        (float("inf"), ValueError, "library_size must be at least 1"),
-        ([50, 60, 70], ValueError, r"library_size has shape \(3,\) for 2 cells"),
-        ([[50, 60]], ValueError, r"library_size has shape \(1, 2\) for 2 cells"),
-        ("large", TypeError, "library_size must be a number or one per cell, got 'large'"),
-        ({"B": 50}, TypeError, "library_size must be a number or one per cell"),
+        (0, ValueError, "library_size .* 1: "),
+        (-5.0, ValueError, "library_size .* 1: "),
+        ([50, float("nan")], ValueError, "library_size .* 1: "),
+        (float("inf"), ValueError, "library_size .* 1: "),
+        ([50, 60, 70], ValueError, r"library_size .*\(3,\) .* 2 "),
+        ([[50, 60]], ValueError, r"library_size .*\(1, 2\) .* 2 "),
+        ("large", TypeError, "library_size .*'large'"),
+        ({"B": 50}, TypeError, r"library_size .*\{'B': 50\}"),
     ],
 )
 def test_refuses_library_sizes_before_any_work(count_pipe, monkeypatch, library_size, error, message):
@@ -487,7 +493,7 @@ def test_refuses_library_sizes_before_any_work(count_pipe, monkeypatch, library_
 
 
 def test_refuses_library_sizes_without_a_count_head(pipe):
-    with pytest.raises(ValueError, match="library_size needs a model that predicts counts"):
+    with pytest.raises(ValueError, match="^library_size .*count head"):
         pipe(num_cells=2, library_size=50)
 
 
@@ -537,43 +543,55 @@ def test_eta_makes_ddim_stochastic(pipe):
 
 OBS = pd.DataFrame({"cell_type": ["B", "T"], "batch": ["b1", "b2"]})
 REFUSED_CALLS = {
-    "num_cells 0": (dict(num_cells=0), ValueError, "num_cells must be at least 1, got 0"),
-    "num_cells float": (dict(num_cells=2.0), TypeError, "num_cells must be an integer, got 2.0"),
-    "num_cells bool": (dict(num_cells=True), TypeError, "num_cells must be an integer, got True"),
-    "num_inference_steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps must be at least 1"),
-    "too many steps": (dict(num_inference_steps=1001), ValueError, "num_inference_steps"),
-    "batch_size": (dict(batch_size=-1), ValueError, "batch_size must be at least 1, got -1"),
-    "obs and conditions": (dict(obs=OBS, conditions={"cell_type": "B"}), ValueError, "either obs .* or conditions"),
-    "obs no frame": (dict(obs={"cell_type": ["B"]}), TypeError, "obs must be a pandas DataFrame .* got dict"),
-    "obs length": (dict(obs=OBS, num_cells=3), ValueError, "obs has 2 rows for num_cells=3"),
+    "num_cells 0": (dict(num_cells=0), ValueError, "num_cells .* 0"),
+    "num_cells float": (dict(num_cells=2.0), TypeError, r"num_cells .* 2\.0"),
+    "num_cells bool": (dict(num_cells=True), TypeError, "num_cells .* True"),
+    "num_inference_steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps .* 0"),
+    "too many steps": (dict(num_inference_steps=1001), ValueError, "num_inference_steps=1001 .* 1000 "),
+    "batch_size": (dict(batch_size=-1), ValueError, "batch_size .* -1"),
+    "obs and conditions": (dict(obs=OBS, conditions={"cell_type": "B"}), ValueError, r"obs \(.* conditions,"),
+    "obs no frame": (dict(obs={"cell_type": ["B"]}), TypeError, "^obs .*DataFrame .* dict"),
+    "obs length": (dict(obs=OBS, num_cells=3), ValueError, "obs .* 2 .*num_cells=3"),
     "obs other columns": (
         dict(obs=OBS.rename(columns={"cell_type": "a", "batch": "b"})),
         ValueError,
-        r"obs has none of the model's conditions \['cell_type', 'batch'\]; it has \['a', 'b'\]",
+        r"^obs .*\['cell_type', 'batch'\].*\['a', 'b'\]",
     ),
-    "obs unknown label": (dict(obs=OBS.replace("T", "Tcell")), ValueError, "Unknown cell_type 'Tcell'.* Known"),
-    "obs NaN": (dict(obs=OBS.replace("T", np.nan)), ValueError, "'cell_type' holds 1 NaN"),
-    "conditions no dict": (dict(conditions="B"), TypeError, "conditions must be a dict .* got str"),
-    "conditions unknown key": (dict(conditions={"tissue": "lung"}), ValueError, "Unknown condition 'tissue'"),
-    "conditions unknown label": (dict(conditions={"cell_type": "NKT"}), ValueError, "did you mean 'NK'"),
-    "conditions length": (dict(num_cells=3, conditions={"cell_type": ["B", "T"]}), ValueError, "2 labels for 3 cells"),
+    "obs unknown label": (dict(obs=OBS.replace("T", "Tcell")), ValueError, r"cell_type 'Tcell'.*\['T', 'B', 'NK'\]"),
+    "obs NaN": (dict(obs=OBS.replace("T", np.nan)), ValueError, "'cell_type' .* 1 NaN"),
+    "conditions no dict": (dict(conditions="B"), TypeError, "^conditions .* dict .* str"),
+    "conditions unknown key": (
+        dict(conditions={"tissue": "lung"}),
+        ValueError,
+        r"condition 'tissue'.*\['cell_type', 'batch'\]",
+    ),
+    "conditions unknown label": (dict(conditions={"cell_type": "NKT"}), ValueError, r"cell_type 'NKT'.*'NK'.*\['T'"),
+    "conditions length": (
+        dict(num_cells=3, conditions={"cell_type": ["B", "T"]}),
+        ValueError,
+        r"conditions\['cell_type'\] .* 2 .* 3 ",
+    ),
     "conditions of two lengths": (
         dict(conditions={"cell_type": ["B", "T"], "batch": ["b1"]}),
         ValueError,
-        r"conditions\['batch'\] lists 1 labels for 2 cells",
+        r"conditions\['batch'\] .* 1 .* 2 ",
     ),
-    "eta above one": (dict(eta=2), ValueError, "eta must be a number from 0"),
-    "eta without DDIM": (dict(eta=0.5), ValueError, "takes no eta; eta=0.5 needs DDIMScheduler"),
-    "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "one per cell: got 1 for 2 cells"),
-    "generator a seed": (dict(generator=0), TypeError, "generator"),
-    "latents shape": (dict(latents=torch.zeros(2, 22)), ValueError, r"latents has shape \(2, 22\), expected \(2, 23\)"),
-    "latents no tensor": (dict(latents=np.zeros((2, 23))), TypeError, "latents"),
-    "latents and num_cells": (dict(latents=torch.zeros(2, 23), num_cells=3), ValueError, r"expected \(3, 23\)"),
-    "output_type": (dict(output_type="pil"), ValueError, "output_type must be one of .* got 'pil'"),
+    "eta above one": (dict(eta=2), ValueError, r"^eta .* 2\.$"),
+    "eta without DDIM": (dict(eta=0.5), ValueError, r"UniPCMultistepScheduler .*eta=0\.5 .*DDIMScheduler"),
+    "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "generators .* 1 .* 2 "),
+    "generator a seed": (dict(generator=0), TypeError, r"^generator .*torch\.Generator"),
+    "latents shape": (dict(latents=torch.zeros(2, 22)), ValueError, r"latents .*\(2, 22\).*\(2, 23\)"),
+    "latents no tensor": (dict(latents=np.zeros((2, 23))), TypeError, "latents .*ndarray"),
+    "latents and num_cells": (
+        dict(latents=torch.zeros(2, 23), num_cells=3),
+        ValueError,
+        r"latents .*\(2, 23\).*\(3, 23\)",
+    ),
+    "output_type": (dict(output_type="pil"), ValueError, "output_type .*'pil'"),
     "callback tensors": (
         dict(callback_on_step_end_tensor_inputs=["noise"]),
         ValueError,
-        r"can hold \['latents'\], got \['noise'\]",
+        r"callback_on_step_end_tensor_inputs .*\['latents'\].*\['noise'\]",
     ),
 }
 
@@ -589,22 +607,22 @@ def test_refuses_before_any_work(pipe, monkeypatch, kwargs, error, message):
 
 
 def test_decode_timestep_zero_is_not_ignored(pipe):
-    with pytest.raises(ValueError, match="needs a transformer with a count head"):
+    with pytest.raises(ValueError, match="^decode_timestep .*count head"):
         pipe(num_cells=1, decode_timestep=0)
 
 
 @pytest.mark.parametrize("guidance_scale", [-1.0, float("nan"), float("inf"), "2"])
 def test_bad_guidance_scales_are_refused(pipe, guidance_scale):
-    with pytest.raises(ValueError, match="guidance_scale must be a number"):
+    with pytest.raises(ValueError, match=f"guidance_scale .*{guidance_scale}"):
         pipe(num_cells=1, guidance_scale=guidance_scale)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(num_genes=24, num_classes=[3, 2]), "The processor has 23 genes, the transformer 24"),
-        (dict(num_genes=23, num_classes=[3, 5]), r"categories, the transformer's \[3, 5\]"),
-        (dict(num_genes=23, num_classes=None), r"\[3, 2\] categories, the transformer's \[\]"),
+        (dict(num_genes=24, num_classes=[3, 2]), "processor .* 23 .*transformer 24"),
+        (dict(num_genes=23, num_classes=[3, 5]), r"processor.*\[3, 2\].*transformer.*\[3, 5\]"),
+        (dict(num_genes=23, num_classes=None), r"processor.*\[3, 2\].*transformer.*\[\]"),
     ],
 )
 def test_refuses_components_that_do_not_fit(processor, config, message):

@@ -70,7 +70,7 @@ def test_umap_tells_more_labels_apart_than_it_has_colours(embedding):
 
 
 def test_umap_refuses_an_unknown_column(embedding):
-    with pytest.raises(ValueError, match="color must be one of .*got 'batch'"):
+    with pytest.raises(ValueError, match="color .*'batch'"):
         plotting.umap(embedding, "batch")
 
 
@@ -151,7 +151,7 @@ def test_marker_dotplot_draws_no_dots_for_a_label_that_was_not_generated(cells):
 
 def test_marker_dotplot_needs_two_labels(cells):
     one = cells[cells.obs[KEY] == "Dendritic"]
-    with pytest.raises(ValueError, match="needs two labels of at least 3 cells, it has .*Dendritic"):
+    with pytest.raises(ValueError, match=rf"train\.obs\['{KEY}'\] .* 3 .*\['Dendritic'\]"):
         plotting.marker_dotplot(one, one, one, KEY)
 
 
@@ -164,7 +164,7 @@ def test_quality_against_steps_draws_each_metric_and_reference():
 
 
 def test_quality_against_steps_refuses_an_empty_table():
-    with pytest.raises(ValueError, match=r"values has shape \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"values .*\(0, 1\)"):
         plotting.quality_against_steps(pd.DataFrame({"w2": []}))
 
 
@@ -189,7 +189,7 @@ def test_loss_curve_draws_training_and_validation():
 
 
 def test_loss_curve_refuses_lists_of_different_length():
-    with pytest.raises(ValueError, match="losses has 1 losses for 2 steps"):
+    with pytest.raises(ValueError, match="losses .* 1 .* 2 steps"):
         plotting.loss_curve([0, 1], [0.5])
 
 
@@ -197,5 +197,5 @@ def test_axes_that_are_given_are_drawn_on(cells, embedding):
     figure, axes = plt.subplots(1, 2)
     assert plotting.gene_statistics(cells, cells, axes=axes)[0] is axes[0]
     assert plotting.umap(embedding, ax=axes[0]) is axes[0]
-    with pytest.raises(ValueError, match="axes must hold 2 Axes, got 1"):
+    with pytest.raises(ValueError, match="axes .* 2 .* 1"):
         plotting.library_size_histogram(cells, cells, axes=axes[:1])

@@ -355,7 +355,7 @@ def test_empty_cells_have_a_library_size_of_one():
 
 def test_a_processor_of_log_normalized_values_holds_no_library_sizes(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
-    with pytest.raises(ValueError, match="holds no library sizes; give library_size"):
+    with pytest.raises(ValueError, match=r"processor .*library_size\."):
         processor.sample_library_sizes(np.empty((1, 0), dtype=int), np.zeros(1))
 
 
@@ -365,14 +365,14 @@ def test_a_processor_of_log_normalized_values_holds_no_library_sizes(adata):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(var_names=["a", "a"]), "var_names repeats 1 gene names"),
-        (dict(mean=[0.0]), r"mean has shape \(1,\), expected one entry for each of 2"),
-        (dict(std=[1.0, 0.0]), "std positive"),
-        (dict(mean=[np.nan, 0.0]), "must be finite"),
-        (dict(gene_ids=["ENSG1"]), r"gene_ids has shape \(1,\)"),
-        (dict(condition_keys=["cell_type"]), "condition_keys and condition_categories must have the same length"),
-        (dict(value_space="cpm"), "value_space must be one of"),
-        (dict(log_library_sizes=[[1.0, 2.0]]), "log_library_sizes must have one row for each of composition"),
+        (dict(var_names=["a", "a"]), r"^var_names .*\['a'\]"),
+        (dict(mean=[0.0]), r"^mean .*\(1,\).* 2 var_names"),
+        (dict(std=[1.0, 0.0]), "^mean and std "),
+        (dict(mean=[np.nan, 0.0]), "^mean and std "),
+        (dict(gene_ids=["ENSG1"]), r"^gene_ids .*\(1,\).* 2 var_names"),
+        (dict(condition_keys=["cell_type"]), "^condition_keys and condition_categories "),
+        (dict(value_space="cpm"), "value_space .*'cpm'"),
+        (dict(log_library_sizes=[[1.0, 2.0]]), "^log_library_sizes .*composition"),
     ],
 )
 def test_refuses_constructor_arguments(kwargs, message):
@@ -381,24 +381,24 @@ def test_refuses_constructor_arguments(kwargs, message):
 
 
 def test_refuses_data_without_the_models_genes(processor, adata):
-    with pytest.raises(ValueError, match=r"1 of the model's 23 genes are missing from the data, such as \['gene0'\]"):
+    with pytest.raises(ValueError, match=r"^1 .* 23 genes .*\['gene0'\]"):
         processor.get_values(adata[:, 1:].copy())
 
 
 @pytest.mark.parametrize("method", ["transform", "inverse_transform"])
 def test_refuses_another_number_of_genes(processor, method):
-    with pytest.raises(ValueError, match="has 5 genes, the processor has 23"):
+    with pytest.raises(ValueError, match=" 5 .*processor .* 23"):
         getattr(processor, method)(np.zeros((2, 5)))
 
 
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
-        ({"cell_type": "Tt"}, r"Unknown cell_type 'Tt', did you mean 'T'\? Known: \['T', 'B', 'NK'\]"),
-        ({"cell_type": ["T", "monocyte"]}, r"Unknown cell_type 'monocyte'\. Known"),
-        ({"tissue": "blood"}, r"Unknown condition 'tissue'; the model's conditions are \['cell_type', 'batch'\]"),
-        ({"cell_type": ["T"]}, r"conditions\['cell_type'\] lists 1 labels for 2 cells"),
-        ({"cell_type": ["T", None]}, r"'cell_type' holds 1 NaN"),
+        ({"cell_type": "Tt"}, r"cell_type 'Tt'.*'T'.*\['T', 'B', 'NK'\]"),
+        ({"cell_type": ["T", "monocyte"]}, r"cell_type 'monocyte'.*\['T', 'B', 'NK'\]"),
+        ({"tissue": "blood"}, r"condition 'tissue'.*\['cell_type', 'batch'\]"),
+        ({"cell_type": ["T"]}, r"conditions\['cell_type'\] .* 1 .* 2 "),
+        ({"cell_type": ["T", None]}, r"'cell_type'.* 1 NaN"),
     ],
 )
 def test_refuses_conditions(processor, conditions, message):
@@ -409,9 +409,9 @@ def test_refuses_conditions(processor, conditions, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda obs: obs.drop(columns="batch"), "obs lacks the column 'batch'"),
-        (lambda obs: obs.assign(batch=None), "'batch' holds 60 NaN"),
-        (lambda obs: obs.assign(batch="b3"), r"Unknown batch 'b3', did you mean 'b[12]'\? Known: \['b1', 'b2'\]"),
+        (lambda obs: obs.drop(columns="batch"), "^obs .*'batch'"),
+        (lambda obs: obs.assign(batch=None), "'batch'.* 60 NaN"),
+        (lambda obs: obs.assign(batch="b3"), r"batch 'b3'.*'b[12]'.*\['b1', 'b2'\]"),
     ],
 )
 def test_refuses_labels_of_other_cells(processor, adata, change, message):

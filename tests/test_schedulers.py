@@ -139,7 +139,7 @@ def test_other_schedulers_are_refused_with_cause(pipe, sample_exactly, monkeypat
         swap(pipe, name, prediction_type)
     except (TypeError, ValueError, NotImplementedError):
         return  # cannot even be made from the config of ours
-    with pytest.raises(ValueError, match=f"{name} cannot sample .*; use UniPC"):
+    with pytest.raises(ValueError, match=f"^{name} .* model.*UniPCMultistepScheduler"):
         pipe()
     assert_fails_or_distorts(sample_exactly, monkeypatch, name, prediction_type, "linear")
 
@@ -148,7 +148,7 @@ def test_other_schedulers_are_refused_with_cause(pipe, sample_exactly, monkeypat
 def test_noise_schedules_are_refused_with_cause(
     pipe, sample_exactly, monkeypatch, name, prediction_type, beta_schedule
 ):
-    with pytest.raises(ValueError, match=f"{name} distorts cells on this noise schedule"):
+    with pytest.raises(ValueError, match=f"^{name} .*'{beta_schedule}'.*UniPCMultistepScheduler"):
         swap(pipe, name, prediction_type, beta_schedule)()
     assert_fails_or_distorts(sample_exactly, monkeypatch, name, prediction_type, beta_schedule)
 
@@ -156,11 +156,14 @@ def test_noise_schedules_are_refused_with_cause(
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDPMScheduler(), "DDPMScheduler has clip_sample=True, which cuts off cells"),
-        (DDPMScheduler(clip_sample=False, thresholding=True), "has thresholding=True"),
-        (FlowMatchEulerDiscreteScheduler(), "a flow from noise to data.*; use UniPCMultistepScheduler, DDIMScheduler"),
-        (diffusers.LCMScheduler(), "LCMScheduler cannot sample .* needs a model distilled for it.*; use UniPC"),
-        (diffusers.PNDMScheduler(prediction_type="v_prediction"), "PNDMScheduler cannot sample .*'v_prediction': its"),
+        (DDPMScheduler(), "^DDPMScheduler .*clip_sample=True"),
+        (DDPMScheduler(clip_sample=False, thresholding=True), "^DDPMScheduler .*thresholding=True"),
+        (FlowMatchEulerDiscreteScheduler(), "^FlowMatch.* flow .*UniPCMultistepScheduler, DDIMScheduler"),
+        (diffusers.LCMScheduler(), "^LCMScheduler .* distilled .*UniPCMultistepScheduler"),
+        (
+            diffusers.PNDMScheduler(prediction_type="v_prediction"),
+            "^PNDMScheduler .*prediction_type='v_prediction'.* noise.*UniPC",
+        ),
     ],
 )
 def test_a_refused_scheduler_gets_a_reason_and_an_alternative(pipe, scheduler, message):
@@ -171,7 +174,7 @@ def test_a_refused_scheduler_gets_a_reason_and_an_alternative(pipe, scheduler, m
 
 def test_a_scheduler_of_diffusers_without_a_verdict_is_refused(pipe, monkeypatch):
     monkeypatch.delitem(SCHEDULERS, "UniPCMultistepScheduler")
-    with pytest.raises(ValueError, match="UniPCMultistepScheduler is newer than this package"):
+    with pytest.raises(ValueError, match="^UniPCMultistepScheduler .* package"):
         pipe()
 
 
@@ -190,14 +193,14 @@ def test_a_scheduler_of_ones_own_needs_the_noise_process(pipe):
     class MyScheduler(SchedulerMixin):
         config = dict(pipe.scheduler.config)
 
-    with pytest.raises(ValueError, match="MyScheduler has no init_noise_sigma and alphas_cumprod"):
+    with pytest.raises(ValueError, match="^MyScheduler .*init_noise_sigma .*alphas_cumprod"):
         check_scheduler(MyScheduler())
 
 
 def test_a_scheduler_with_another_noise_process_is_refused(pipe):
     trained = pipe.scheduler.config
     pipe.scheduler = DDIMScheduler.from_config(trained, prediction_type="epsilon")
-    with pytest.raises(ValueError, match="has prediction_type='epsilon', this model was trained with 'sample'"):
+    with pytest.raises(ValueError, match="^DDIMScheduler .*prediction_type='epsilon'.*'sample'"):
         pipe(num_cells=1)
 
 
@@ -352,9 +355,9 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     monkeypatch.setattr(benchmark, "compare", None)
     assert run() == output
     assert printed.endswith(capsys.readouterr().out)
-    with pytest.raises(SystemExit, match="is of other arguments"):
+    with pytest.raises(SystemExit, match=r"schedulers\.json .*'seed': 0"):
         run("--seed", 1)
     del output["arguments"]  # as records once were
     (tmp_path / "out" / "schedulers.json").write_text(json.dumps(output))
-    with pytest.raises(SystemExit, match="is of other arguments"):
+    with pytest.raises(SystemExit, match=r"schedulers\.json .*'pipeline': None"):
         run()

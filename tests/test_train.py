@@ -145,7 +145,7 @@ def test_weight_decay_spares_the_log_means(train_here, dataset, tmp_path):
 
 def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
     arguments = ["--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"]
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d+ .*lower --learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step \d+ .*--learning_rate"):
         train_here(dataset, tmp_path, *arguments)
 
 

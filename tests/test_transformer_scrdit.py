@@ -212,26 +212,29 @@ def test_unconditional_model_takes_no_labels_or_none_per_cell():
 def test_refuses_labels_of_another_shape(shape):
     """Also shapes with the right number of codes: reshaping them would mix up the cells."""
     model, inputs = make_model(), make_inputs()
-    with pytest.raises(ValueError, match=r"class_labels has .*expected \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"class_labels .*\(4, 2\)"):
         model(**inputs | {"class_labels": torch.zeros(shape, dtype=torch.long)})
 
 
 def test_refuses_another_number_of_genes():
-    with pytest.raises(ValueError, match="hidden_states has 25 genes, the model has 23"):
+    with pytest.raises(ValueError, match="hidden_states .* 25 .* 23"):
         make_model()(**make_inputs(num_genes=25))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(num_genes=0), "num_genes must be at least 1, got 0"),
-        (dict(patch_size=0), "patch_size must be at least 1"),
-        (dict(num_layers=-1), "num_layers must be at least 1"),
-        (dict(num_attention_heads=0), "num_attention_heads must be at least 1"),
-        (dict(attention_head_dim=0), "attention_head_dim must be at least 1"),
-        (dict(num_classes=[3, 0]), r"num_classes\[1\] must be at least 1, got 0"),
-        (dict(patch_embed_type="conv"), "patch_embed_type must be .* got 'conv'"),
-        (dict(patch_embed_type="shared", num_attention_heads=1, attention_head_dim=6), "divisible by 4"),
+        (dict(num_genes=0), "num_genes .* 0"),
+        (dict(patch_size=0), "patch_size .* 0"),
+        (dict(num_layers=-1), "num_layers .* -1"),
+        (dict(num_attention_heads=0), "num_attention_heads .* 0"),
+        (dict(attention_head_dim=0), "attention_head_dim .* 0"),
+        (dict(num_classes=[3, 0]), r"num_classes\[1\] .* 0"),
+        (dict(patch_embed_type="conv"), "patch_embed_type .*'conv'"),
+        (
+            dict(patch_embed_type="shared", num_attention_heads=1, attention_head_dim=6),
+            'patch_embed_type="shared" .*dim=6 .* 4',
+        ),
     ],
 )
 def test_refuses_config(config, message):
@@ -274,7 +277,7 @@ def test_missing_weights_are_an_error(tmp_path):
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     weights.pop("proj_out.bias")
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(OSError, match=r"lacks 1 weights, such as proj_out.bias"):
+    with pytest.raises(OSError, match=r" 1 weights, .*proj_out\.bias"):
         SCRDiTTransformer.from_pretrained(tmp_path)
 
 

@@ -134,26 +134,32 @@ def test_values_that_are_not_scaled_counts_are_taken_as_fine_ones(caplog):
 
 def test_values_of_another_kind_are_refused():
     processor = SCRDiTProcessor.from_anndata(scanpy_normalized(few_counts()), flavor="all", **RECOVER)
-    with pytest.raises(ValueError, match="adata.X is not log1p of scaled counts"):
+    with pytest.raises(ValueError, match=r"adata\.X .*log1p"):
         processor.get_counts(per_length(few_counts()))
-    with pytest.raises(ValueError, match="transform those of get_counts"):
+    with pytest.raises(ValueError, match="get_counts"):
         processor.transform(scanpy_normalized(few_counts()).X)
-    with pytest.raises(ValueError, match="sees log-normalized values themselves"):
+    with pytest.raises(ValueError, match="processor .*log-normalized values"):
         SCRDiTProcessor(value_space="log_normalized").select_counts(few_counts(), slice(None))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(normalized_by="library_size", normalized_to=1e4), "normalized_by"),
-        (dict(value_space="log_normalized", normalized_by="cells", normalized_to=1e4), "must be one of"),
-        (dict(value_space="log_normalized", normalized_by="model_genes"), "does not go with normalized_to=None"),
-        (dict(value_space="log_normalized", normalized_to=1e4), "does not go with normalized_to=10000"),
-        (dict(value_space="log_normalized", normalized_by="library_size", normalized_to=0.0), "normalized_to=0"),
+        (dict(normalized_by="library_size", normalized_to=1e4), "normalized_by .*'library_size' .*'counts'"),
+        (dict(value_space="log_normalized", normalized_by="cells", normalized_to=1e4), "normalized_by .*'cells'"),
+        (
+            dict(value_space="log_normalized", normalized_by="model_genes"),
+            "normalized_by='model_genes' .*normalized_to=None",
+        ),
+        (dict(value_space="log_normalized", normalized_to=1e4), "normalized_by=None .*normalized_to=10000"),
+        (
+            dict(value_space="log_normalized", normalized_by="library_size", normalized_to=0.0),
+            "normalized_by='library_size' .*normalized_to=0",
+        ),
         (dict(value_step=0.1), "value_step=0.1"),
         (dict(value_space="log_normalized", value_step=-1.0), "value_step=-1.0"),
-        (dict(value_space="log_normalized", value_step=1.0, value_min=[0.1]), "value_min has shape"),
-        (RECOVER | dict(zero_negation=True), "zero_negation is for values"),
+        (dict(value_space="log_normalized", value_step=1.0, value_min=[0.1]), r"value_min .*\(1,\)"),
+        (RECOVER | dict(zero_negation=True), "^zero_negation "),
     ],
 )
 def test_normalizations_that_cannot_be_are_refused(kwargs, message):
