@@ -33,6 +33,7 @@ from scrdit_diffusers import (
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
+pytest_plugins = ["evaluations"]
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # the default one is shared with other processes; one that is killed keeps it
 # Tests start processes as forks of a server that has imported everything and done nothing. Forks of the process of the
@@ -50,7 +51,7 @@ MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_commands"}
 TRAINING_MODULES |= {"test_diffusers_testers"}
 TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_train"}
-TRAINING_MODULES |= {"test_published_pipelines", "test_schedulers"}
+TRAINING_MODULES |= {"test_published_pipelines", "test_readme", "test_report", "test_schedulers"}
 TRAINING_FIXTURES = {"embedding", "pretrained", "train", "train_here", "trained", "tuned"}
 
 

@@ -1,118 +1,22 @@
 """The evaluation script, run on few cells: split, pipeline or foreign cells, results, report, wrong input."""
 
-import importlib.util
 import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import torch
-from sklearn.ensemble import RandomForestClassifier
+from evaluations import KEY, PARTS, QUICK, row
+from scripts import TRAINING
 from transformers import HfArgumentParser
 
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler, finetuning
-from scrdit_diffusers.evaluation import baselines, compare, model_card, report
-
-SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
-PARTS = ("train", "control", "test")
-KEY = "cell_type"
-QUICK = ["--n_jobs", 1, "--num_seeds", 1, "--baselines", "none", "--steps_curve", 0]
-QUICK += ["--num_inference_steps", 2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_forests():
-    """Forests of 20 instead of 200 trees: they take most of the time, and are not what is tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(20, **kwargs))
-        yield
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def evaluate(script):
-    """Run the script's main in this process, which saves the seconds of importing everything."""
-
-    def evaluate(*arguments):
-        command = [str(argument) for argument in arguments]
-        script.main(HfArgumentParser(script.EvaluationArguments).parse_args_into_dataclasses(command)[0])
-
-    return evaluate
-
-
-@pytest.fixture(scope="module")
-def cells():
-    """160 cells of 40 genes: two labels of many cells, a rare one, five donors."""
-    rng = np.random.default_rng(0)
-    rates = rng.gamma(0.8, 2.0, size=(3, 40))
-    labels = np.repeat([0, 1, 2], [80, 65, 15])
-    obs = pd.DataFrame({KEY: np.array(["B cell", "T cell", "rare"])[labels], "donor": rng.integers(5, size=160)})
-    obs = obs.astype({"donor": str}).set_axis([f"cell{i}" for i in range(160)])
-    counts = sp.csr_matrix(rng.poisson(rates[labels]), dtype=np.float32)
-    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(40)]))
-
-
-@pytest.fixture(scope="module")
-def split_dir(evaluate, cells, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    cells.write_h5ad(folder / "cells.h5ad")
-    evaluate("--dataset", folder / "cells.h5ad", "--labels_key", KEY, "--split_dir", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def parts(split_dir):
-    return {name: ad.read_h5ad(split_dir / f"{name}.h5ad") for name in PARTS}
-
-
-@pytest.fixture(scope="module")
-def pipeline(split_dir, parts, tmp_path_factory):
-    """An untrained pipeline that says it was trained on the train part."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    processor = SCRDiTProcessor.from_anndata(parts["train"], [KEY], flavor="all")
-    torch.manual_seed(0)
-    config = dict(num_genes=40, patch_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8)
-    model = SCRDiTTransformer(**config, num_classes=[3])
-    SCRDiTPipeline(model, default_scheduler(), processor).save_pretrained(folder)
-    record = {"dataset": str(split_dir / "train.h5ad"), "train_cells": parts["train"].n_obs, "val_cells": 0}
-    (folder / "train_config.json").write_text(json.dumps(record))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def evaluation(evaluate, split_dir, pipeline, tmp_path_factory):
-    """Folder of the results of the whole command with two seeds and one baseline."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    arguments = ["--num_seeds", 2, "--baselines", "gaussian_copula", "--steps_curve", 4, 2, "--min_label_cells", 16]
-    evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", folder, *QUICK, *arguments)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def record(evaluation):
-    return json.loads((evaluation / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def html(evaluation):
-    return (evaluation / "report.html").read_text(encoding="utf-8")
-
+from scrdit_diffusers import SCRDiTPipeline, finetuning
+from scrdit_diffusers.evaluation import baselines, model_card, report
 
 # -- split -------------------------------------------------------------------------------------------------------------
 
@@ -150,11 +54,6 @@ def test_split_by_keeps_groups_whole(evaluate, split_dir, tmp_path):
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def row(record, metric, group="all"):
-    (found,) = (row for row in record["rows"] if row["metric"] == metric and row["group"] == group)
-    return found
 
 
 def test_every_figure_stands_beside_ceiling_and_floor(record):
@@ -196,69 +95,6 @@ def test_results_are_not_replaced_unasked(evaluate, split_dir, pipeline, evaluat
         evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", evaluation)
 
 
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def test_report_refers_to_nothing_outside_itself(html):
-    assert not re.findall(r"https?://|<script|<link|@import|url\(", html)
-    assert set(re.findall(r"(?:src|href)=\"([^;]*);", html)) == {"data:image/png"}
-
-
-def test_report_embeds_every_figure(html):
-    assert html.count("data:image/png;base64,iVBOR") == html.count("<img") == 9
-
-
-def test_report_begins_with_the_verdict(html, record):
-    auroc = row(record, "classifier_genes_auroc")
-    first = html[: html.index("<table")]
-    assert f"AUROC {auroc['value']:.2f} (0.50: indistinguishable; real cells {auroc['ceiling']:.2f}" in first
-    assert f"Gaussian copula {auroc['gaussian_copula']:.2f}" in first
-    assert "Not met: " in first and "memorization" in first and "Labels: " in first
-
-
-def test_report_marks_labels_of_few_training_cells(html):
-    assert "rare †" in html and "T cell †" not in html
-
-
-def test_report_has_a_row_for_each_metric(html, record):
-    for figures in record["rows"]:
-        assert f"<th>{compare.METRIC_NAMES[figures['metric']]}</th>" in html
-
-
-def test_verdict_of_real_cells_is_clean(record):
-    """The ceiling in place of the generated cells: what real cells reach has to pass."""
-    names = {"classifier_genes_auroc": 0.5, "nearest_train_distance_ratio": 1.0, "share_nearer_to_train": 0.5}
-    names |= {"share_duplicates_of_train": 0.0, "w2": 2.0}
-    rows = [
-        dict(metric=metric, group="all", n_cells=50, value=x, ceiling=x, aim="", met=True)
-        for metric, x in names.items()
-    ]
-    sentences = report.verdict({"rows": rows, "baselines": [], "labels": {}})
-    assert "5 of 5 aims are met." in sentences and "No sign of memorization" in sentences[-1]
-
-
-def test_verdict_names_memorization():
-    names = {"classifier_genes_auroc": 0.5, "nearest_train_distance_ratio": 0.2, "share_nearer_to_train": 0.9}
-    rows = [
-        dict(metric=metric, group="all", n_cells=50, value=x, ceiling=0.5, aim="", met=x == 0.5)
-        for metric, x in (names | {"share_duplicates_of_train": 0.3}).items()
-    ]
-    assert "Possible memorization: 30.0%" in report.verdict({"rows": rows, "baselines": [], "labels": {}})[-1]
-
-
-def test_report_fits_a_phone(html, tmp_path):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    measure = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>"
-    (tmp_path / "report.html").write_text(html + measure, encoding="utf-8")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=500,900", "--dump-dom", (tmp_path / "report.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    width, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
-    assert width <= window <= 500
-
-
 # -- cells of other tools ----------------------------------------------------------------------------------------------
 
 
@@ -267,7 +103,7 @@ def synthetic(parts):
     return baselines.gaussian_copula(parts["train"], parts["test"].obs, KEY, np.random.default_rng(0))
 
 
-def test_cells_of_any_tool_are_judged_on_variable_genes(evaluate, split_dir, synthetic, tmp_path, caplog):
+def test_cells_of_any_tool_are_evaluated_on_variable_genes(evaluate, split_dir, synthetic, tmp_path, caplog):
     synthetic.obs[KEY] = synthetic.obs[KEY].astype(str).replace("rare", "B cell")
     synthetic.write_h5ad(tmp_path / "cells.h5ad")
     arguments = ["--synthetic", tmp_path / "cells.h5ad", "--n_top_genes", 30, "--output_dir", tmp_path]
@@ -281,10 +117,10 @@ def test_cells_of_any_tool_are_judged_on_variable_genes(evaluate, split_dir, syn
     assert warning in caplog.text and warning in record["warnings"][0] and warning in html
 
 
-def test_at_most_max_cells_are_generated(script, split_dir, pipeline, tmp_path):
+def test_at_most_max_cells_are_generated(evaluate_script, split_dir, pipeline, tmp_path):
     arguments = [f"--split_dir={split_dir}", f"--pipeline={pipeline}", "--max_cells=20"]
-    args = HfArgumentParser(script.EvaluationArguments).parse_args_into_dataclasses(arguments)[0]
-    evaluation = script.Evaluation(args, script.read_split(args))
+    args = HfArgumentParser(evaluate_script.EvaluationArguments).parse_args_into_dataclasses(arguments)[0]
+    evaluation = evaluate_script.Evaluation(args, evaluate_script.read_split(args))
     test, control = evaluation.draw_real(1)
     assert test.n_obs == control.n_obs == evaluation.generate(test.obs, 1, 2).n_obs == 20
 
@@ -406,18 +242,18 @@ def test_wrong_synthetic_cells_are_refused(evaluate, split_dir, synthetic, tmp_p
         (None, "no train_config.json"),
     ],
 )
-def test_pipeline_of_other_cells_gives_a_warning(script, split_dir, pipeline, tmp_path, config, message):
+def test_pipeline_of_other_cells_gives_a_warning(evaluate_script, split_dir, pipeline, tmp_path, config, message):
     if config is not None:
         known = json.loads((pipeline / "train_config.json").read_text())
         (tmp_path / "train_config.json").write_text(json.dumps(known | config))
-    (warning,) = script.training_warnings(str(tmp_path), split_dir / "train.h5ad", 96)
+    (warning,) = evaluate_script.training_warnings(str(tmp_path), split_dir / "train.h5ad", 96)
     assert re.search(message, warning)
 
 
 def test_errors_end_the_script_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--split_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^error: {tmp_path} .*--dataset"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(TRAINING / "evaluate.py"), run_name="__main__")
 
 
 # -- adapters and model cards ------------------------------------------------------------------------------------------
@@ -444,11 +280,11 @@ def adapter(pipeline, tmp_path_factory):
     return folder
 
 
-def test_an_adapter_is_judged_with_its_processor(script, split_dir, pipeline, adapter):
+def test_an_adapter_is_evaluated_with_its_processor(evaluate_script, split_dir, pipeline, adapter):
     command = ["--split_dir", split_dir, "--pipeline", pipeline, "--lora_weights", adapter]
-    parser = HfArgumentParser(script.EvaluationArguments)
+    parser = HfArgumentParser(evaluate_script.EvaluationArguments)
     args = parser.parse_args_into_dataclasses([str(argument) for argument in command])[0]
-    pipe = script.Evaluation(args, script.read_split(args)).pipe
+    pipe = evaluate_script.Evaluation(args, evaluate_script.read_split(args)).pipe
     assert list(pipe.get_list_adapters()) == ["transformer"]
     assert pipe.processor.composition == [[0, 7], [1, 5], [2, 3]]
 
