@@ -1,5 +1,8 @@
 """The table of sizes, on a made-up repository."""
 
+import subprocess
+import sys
+
 import pytest
 from scripts import load_script
 
@@ -42,3 +45,18 @@ def test_calls_and_files_on_the_way_are_counted(sizes):
     sources = {path: sizes.parse(text) for path, text in files.items()}
     assert sizes.count_hops(sources) == 3 and sizes.count_hops(sources, files_only=True) == 2
     assert sizes.count_hops({path: sizes.parse(text) for path, text in FILES.items()}) is None
+
+
+def test_a_commit_is_compared_with_the_files_of_today(sizes, tmp_path, monkeypatch, capsys):
+    for path, text in FILES.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "before"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "training" / "train.py").write_text(FILES["training/train.py"] + "\n\nLAST = 1\n")
+    monkeypatch.setattr(sizes, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sizes.py", "--against", "HEAD"])
+    sizes.main()
+    out = capsys.readouterr().out
+    assert "| | HEAD | now |" in out and "| train.py: lines | 10 | 13 |" in out
