@@ -252,7 +252,7 @@ def test_pushing_without_the_right(hub, push, tmp_path, part):
     hub.add("other/here", {}, repo_type="dataset")
     before = {name: repository.branches["main"] for name, repository in hub.repositories.items()}
     for token in (None, "hf_bad"):
-        with pytest.raises(OSError, match=f"{REPO}.*hf auth login.* 401 "):
+        with pytest.raises(OSError, match=f"{REPO}.*hf auth login.*401 "):
             push(REPO, token=token)
     for repo_id in ("other/new", "other/here"):
         with pytest.raises(OSError, match=f"{repo_id}.*hf auth login.* 403 .*rights"):
