@@ -1,1 +1,1 @@
-"""How generated cells are evaluated: comparison with real cells, baselines, figures, report and model card."""
+"""Evaluation of generated cells: comparison with real cells, baselines, figures, report and model card."""
