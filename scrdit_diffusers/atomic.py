@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all: written under a temporary name, then renamed."""
+"""Writes that never leave half a file or folder: to a temporary name first, then renamed."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; after the block it replaces `path`.
+    """Yield a temporary path beside `path` to write to; after the block it replaces `path`.
 
-    If the block raises, what it wrote is removed and `path` stays as it was. A process that is killed leaves the
-    temporary file or folder behind, and the next call for the same `path` removes it.
+    If the block raises, what it wrote is deleted and `path` stays as it was. What a killed process leaves behind is
+    deleted by the next call for the same `path`.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def delete_folder(path: str | Path) -> None:
-    """Delete a folder such that a half-deleted one never carries its name."""
+    """Rename a folder, then delete it, so that its name never stands for a half-deleted one."""
     deleted = Path(f"{path}.deleted")
     remove(deleted)
     os.replace(path, deleted)

@@ -1,8 +1,8 @@
-"""A pretrained pipeline on cells with other genes and labels: what is kept, what is new, and LoRA.
+"""Fine-tuning of a pretrained pipeline on cells with other genes and labels, in full or with LoRA.
 
-Known genes keep their place, hence their weights, and their mean and standard deviation; the places of genes that the
-new cells lack go to new genes. Whatever else is new starts neutral, so that training starts from what the pretrained
-model says of the known genes; a new label starts as the known one that fits its cells best.
+Known genes keep their place and with it their weights, mean and standard deviation; new genes take the places of genes
+that the new cells lack. New weights start neutral, so that training starts from what the pretrained model predicts for
+the known genes. A new label starts as the known label that fits its cells best.
 """
 
 import copy
@@ -22,7 +22,7 @@ from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
-# Weights that have a row for each gene, seen with the genes first.
+# Weights with a row for each gene, as views with the genes first.
 GENE_ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cell_embed.weight": lambda tensor: tensor.T,
     "cell_out.weight": lambda tensor: tensor,
@@ -32,7 +32,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
 
 
 def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError where settings of a training are not those of the pretrained pipeline.
+    """Raise ValueError if training settings differ from those of the pretrained pipeline.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def check_settings(pretrained: SCRDiTPipeline, settings: Mapping[str, Any]) -> N
         The pipeline to start from.
     settings
         Command-line arguments by name: transform of the values, noise process, decoding and size of the model. `None`
-        leaves a size to the pipeline.
+        takes the pipeline's size.
     """
     processor, config = pretrained.processor, pretrained.transformer.config
     has = {name: getattr(processor, name) for name in ("value_space", "target_sum", "zero_negation", "zero_value")}
@@ -77,15 +77,15 @@ def choose_genes(
     var_names
         Genes of the new data.
     variable
-        A processor for the new data's own choice of genes; what the pretrained model lacks is taken from it, those of
-        largest standard deviation and then mean first.
+        Processor fitted to the new data, with variable genes of its own. Those that the pretrained model lacks are
+        taken by decreasing standard deviation, then mean.
     n_top_genes
         Number of genes to choose.
 
     Raises
     ------
     ValueError
-        More than `n_top_genes` are common.
+        The model and the data share more than `n_top_genes` genes.
     """
     known, measured = set(pretrained), set(var_names)
     matched = [gene for gene in pretrained if gene in measured]
@@ -99,7 +99,7 @@ def choose_genes(
 
 
 def check_common_genes(pretrained: Sequence[str], genes: Sequence[str]) -> None:
-    """Raise ValueError if genes have no name in common with those of the pretrained model."""
+    """Raise ValueError if no gene is one of the pretrained model's."""
     if not set(pretrained) & set(genes):
         raise ValueError(
             f"No gene is common: the pretrained model has names such as {list(pretrained[:3])}, the data "
@@ -110,8 +110,8 @@ def check_common_genes(pretrained: Sequence[str], genes: Sequence[str]) -> None:
 def arrange_genes(pretrained: Sequence[str], genes: Sequence[str]) -> list[str]:
     """Order genes so that known ones keep their place in the pretrained model, and with it their weights.
 
-    New genes take the places of those that are not among `genes`, then follow at the end. Where there are too few of
-    them, the last known genes move to the places that are left.
+    New genes fill the places of pretrained genes that are not among `genes`; the rest follow at the end. If there are
+    too few, the last known genes move into the gaps.
     """
     known, wanted = set(pretrained), set(genes)
     new = iter([gene for gene in genes if gene not in known])
@@ -125,10 +125,10 @@ def arrange_genes(pretrained: Sequence[str], genes: Sequence[str]) -> list[str]:
 
 
 def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_labels: bool = False) -> SCRDiTProcessor:
-    """Give a processor that was fitted to the new cells what belongs to the pretrained weights.
+    """Make a processor of the new cells that fits the pretrained weights.
 
-    Known genes get the pretrained mean and standard deviation: the network has to see a count as it did in its
-    training. Known labels of a condition of the same name come first, in the pretrained order.
+    Known genes get the pretrained mean and standard deviation, so that the network sees a count as in its training.
+    Within a condition of the same name, known labels come first, in the pretrained order.
 
     Parameters
     ----------
@@ -137,16 +137,16 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     fitted
         Processor fitted to the new cells, its genes in the order of [`arrange_genes`].
     keep_labels
-        Keep the known labels that the new cells lack, too; for a frozen network, which still knows them.
+        Also keep known labels that the new cells lack, for a frozen network, which still knows them.
 
     Returns
     -------
-    The processor to train with: composition and library sizes are those of the new cells.
+    The processor to train with. Its composition and library sizes are those of the new cells.
 
     Raises
     ------
     ValueError
-        The pretrained model sees counts behind log-normalized values, and the new cells hold none, or other ones.
+        Either processor has a `value_step`: its values are not log1p of scaled counts.
     """
     if pretrained.value_step is not None or fitted.value_step is not None:
         raise ValueError("Values that are not log1p of scaled counts have steps of their own: train from scratch.")
@@ -172,9 +172,8 @@ def compare_processors(before: SCRDiTProcessor, after: SCRDiTProcessor) -> dict[
 
     Returns
     -------
-    `genes` with the numbers of matched, moved (known, but with new projections), new and dropped ones, and `labels` by
-    condition with the names that are matched, new and dropped. A condition that is not in both is one whose labels are
-    all new or all dropped.
+    `genes`: numbers of matched, moved (known, but with new projections), new and dropped genes. `labels`: by condition,
+    the names of matched, new and dropped labels; those of a condition that only one side has are all new or dropped.
     """
     position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))
     stays = position == np.arange(len(position))
@@ -214,21 +213,20 @@ def adapt_transformer(
     processor
         Output of [`adapt_processor`].
     statistics
-        Of the counts of the training cells, for a count head: known genes have at least the bins that they had. `None`
-        where the pretrained model has none.
+        Moments of the training cells' counts, for a count head, where known genes keep at least the bins that they had.
+        `None` if the pretrained model has no count head.
     dropout
         Dropout probability of the training.
     lora_rank
-        Rank of the adapters to train; `None` trains all weights.
+        Rank of the adapters; `None` trains all weights.
     cells
-        Training cells, as [`CellCollator`] gives them: new labels start from the known ones that fit them best
-        ([`start_new_labels`]). `None`: new labels start as no label.
+        Training cells from a [`CellCollator`], for [`start_new_labels`]. `None`: new labels start as no label.
 
     Returns
     -------
-    The transformer, and the report of [`compare_processors`] with `adapter_only`: whether an adapter alone suffices,
-    because genes and labels are the pretrained ones; the model is then the pretrained one, its bins included. And with
-    `new_labels_start_as`, the output of [`start_new_labels`].
+    The transformer, and the report of [`compare_processors`] with two more entries. `adapter_only`: whether genes and
+    labels are the pretrained ones, so that an adapter of the unchanged pretrained model suffices. `new_labels_start_as`
+    (with `cells`, unless `adapter_only`): output of [`start_new_labels`].
     """
     before, source = pretrained.processor, pretrained.transformer
     adapter_only = lora_rank is not None and same_genes_and_labels(before, processor)
@@ -259,11 +257,10 @@ def adapt_transformer(
 def transfer_weights(
     pretrained: SCRDiTTransformer, before: SCRDiTProcessor, model: SCRDiTTransformer, after: SCRDiTProcessor
 ) -> dict[str, torch.Tensor]:
-    """Copy the weights that hold for other genes and labels, and start the rest neutral.
+    """Copy the weights that still hold for the new genes and labels, and start the rest neutral.
 
-    Projections of new genes are zero, new labels have the embedding of the null label, and a condition that is left
-    out is one whose null label is always given: before training, the known genes and labels get what the pretrained
-    model says.
+    Projections of new genes are zero, new labels have the embedding of the null label, and a dropped condition acts as
+    if its null label were always given. Before training, known genes and labels thus get the pretrained predictions.
 
     Parameters
     ----------
@@ -278,7 +275,7 @@ def transfer_weights(
 
     Returns
     -------
-    By name of a parameter where it is new: boolean, of the parameter's shape.
+    Masks by parameter name, of the parameter's shape: True where its entries are new.
     """
     position = pd.Index(before.var_names).get_indexer(pd.Index(after.var_names))  # (G,), -1 for new genes
     weights = _Weights(
@@ -309,7 +306,7 @@ def transfer_weights(
 
 
 class _Weights(NamedTuple):
-    """Weights before and after, which of the latter are new, and where each of the G genes was."""
+    """Pretrained and new weights, masks of what is new, and the pretrained position of each gene."""
 
     old: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
@@ -320,7 +317,7 @@ class _Weights(NamedTuple):
 
 
 def _transfer_patches(weights: _Weights, patch_size: int, num_patches: int) -> None:
-    """Projections of the genes that stay in their place; a token's bias on the way in is its position."""
+    """Copy the projections of genes that stay in place; a token's input bias is its position."""
     old, state, new = weights[:3]
     kept = np.flatnonzero(weights.position == np.arange(len(weights.position)))
     token, place = (torch.as_tensor(index) for index in np.divmod(kept, patch_size))
@@ -338,10 +335,10 @@ def _transfer_patches(weights: _Weights, patch_size: int, num_patches: int) -> N
 
 
 def _transfer_count_head(weights: _Weights, shared_library_size: bool) -> None:
-    """Means, dispersions and base measures of known genes.
+    """Copy means, dispersions and base measures of known genes.
 
-    Mean counts are relative to the library size. Where that is over the model's genes, these are now others: it is
-    taken as what the pretrained genes' would be, so that known means still hold.
+    Mean counts are relative to the library size. Where that is a sum over the model's genes, which have changed, it is
+    rescaled to the pretrained genes', so that the known means still hold.
     """
     old, state, new, _, known, source = weights
     rates = state["count_head.log_mean"].exp(), old["count_head.log_mean"].exp()
@@ -354,7 +351,7 @@ def _transfer_count_head(weights: _Weights, shared_library_size: bool) -> None:
     for name in ("count_head.log_mean", "count_head.log_dispersion"):
         state[name][known] = old[name][source]
         new[name][~known] = True
-    name = "count_head.log_base"  # (G, bins): no gene has fewer bins than before, but the widest may be gone
+    name = "count_head.log_base"  # (G, bins); no gene lost bins, but the gene with most may be gone
     num_bins = min(state[name].shape[1], old[name].shape[1])
     state[name][known, :num_bins] = old[name][source, :num_bins]
     new[name][~known] = True
@@ -363,7 +360,7 @@ def _transfer_count_head(weights: _Weights, shared_library_size: bool) -> None:
 def _transfer_labels(
     weights: _Weights, before: SCRDiTProcessor, after: SCRDiTProcessor, head_tables: Sequence[str]
 ) -> None:
-    """Embeddings and tables of known labels; the last entry of an embedding is the null label's."""
+    """Copy embeddings and tables of known labels; the last row of an embedding is the null label's."""
     old, state, new, _, known, source = weights
     tables = [f"count_head.{name}" for name in head_tables]
     for name in tables:
@@ -398,28 +395,28 @@ def start_new_labels(
     cells: Mapping[str, torch.Tensor],
     max_cells: int = 32,
 ) -> dict[str, dict[str, str]]:
-    """Give each new label the embedding of the known one under which its cells are likeliest (diffusion classifier).
+    """Give each new label the embedding of the known label under which its cells are likeliest (diffusion classifier).
 
-    A label of the new cells is mostly a known type of cell under another name, or a relative of one; from no label, its
-    embedding would have to be learned from nothing.
+    A new label is mostly a known cell type under another name, or a relative of one. Started as no label, its embedding
+    would have to be learned from nothing.
 
     Parameters
     ----------
     pretrained
         The pretrained pipeline.
     model
-        Output of [`transfer_weights`]; the embeddings of new labels are changed.
+        The model after [`transfer_weights`]; the embeddings of new labels are set in place.
     processor
         Output of [`adapt_processor`].
     cells
         Training cells: `values` (N, G), `class_labels` (N, K), and for a model with a count head `counts` (N, G).
     max_cells
-        Cells of a label that are looked at.
+        Most cells of a label to look at.
 
     Returns
     -------
-    By condition that the pretrained model has, too: the known label by new label. It is missing for a label whose cells
-    are likeliest without a label.
+    By condition, the known label that each new label starts as. Labels whose cells are likeliest without a label are
+    left out, as are conditions that the pretrained model lacks.
 
     References
     ----------
@@ -454,7 +451,7 @@ def start_new_labels(
         table = model.get_parameter(f"class_embed.{k}.weight")
         for code, rows in cells_of.items():
             batch = {name: tensor[rows] for name, tensor in cells.items()}
-            # Mid to high noise, where the cell itself does not yet tell its label; the same draws for each known one.
+            # Mid to high noise, where the cell alone does not tell its label; the same draws for each known label.
             low, high = int(0.4 * num_timesteps), int(0.9 * num_timesteps)
             timesteps = torch.randint(low, high, (len(rows),), generator=generator)
             noise = torch.randn(batch["values"].shape, generator=generator)
@@ -473,7 +470,7 @@ def start_new_labels(
 
 
 def add_lora(model: SCRDiTTransformer, rank: int, new: Mapping[str, torch.Tensor]) -> None:
-    """Freeze a transformer, and train low-rank adapters of its linear layers and what is new instead.
+    """Freeze a transformer except for what is new, and add low-rank adapters to its linear layers.
 
     Parameters
     ----------
@@ -482,8 +479,8 @@ def add_lora(model: SCRDiTTransformer, rank: int, new: Mapping[str, torch.Tensor
     rank
         Rank of the adapters.
     new
-        Output of [`transfer_weights`]; empty where genes and labels are the pretrained ones. These parameters must not
-        decay: what is known of them would, too.
+        Output of [`transfer_weights`]; empty if genes and labels are the pretrained ones. These parameters must not
+        decay, because their known entries would decay too.
 
     References
     ----------
@@ -501,7 +498,7 @@ def add_lora(model: SCRDiTTransformer, rank: int, new: Mapping[str, torch.Tensor
 
 
 def save_lora(pipe: SCRDiTPipeline, folder: str, adapter_only: bool) -> None:
-    """Write the adapter for `pipe.load_lora_weights(folder)`, and what it needs besides.
+    """Write the adapter for `pipe.load_lora_weights(folder)`, with the processor or pipeline that it needs.
 
     Parameters
     ----------
@@ -510,9 +507,9 @@ def save_lora(pipe: SCRDiTPipeline, folder: str, adapter_only: bool) -> None:
     folder
         Where to write.
     adapter_only
-        Genes and labels are the pretrained ones ([`same_genes_and_labels`]): the adapter goes into the pretrained
-        pipeline, and besides only the processor is written, for the composition and the library sizes of the new
-        cells. Else the folder is also the pipeline that the adapter goes into.
+        Whether genes and labels are the pretrained ones ([`same_genes_and_labels`]). The adapter then belongs to the
+        pretrained pipeline, and only the processor is added, for composition and library sizes of the new cells.
+        Otherwise the folder also holds the pipeline that the adapter belongs to.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""The Hub: weights as safetensors only, access checked before work is spent, errors that say what to do."""
+"""Loading and publishing: safetensors only, access checked before any work, errors that say what to do."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from diffusers import ModelMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError  # the second is of the HTTP library that it uses
+from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of its HTTP library
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +37,23 @@ _ADVICE = {
 
 @contextmanager
 def explain_push(repo_id: str, kept: str = "") -> Iterator[None]:
-    """Make the errors of publishing, done inside, clear.
+    """Turn errors of publishing inside the block into an OSError that says what to do.
 
     Parameters
     ----------
     repo_id
-        Repository that is written.
+        Repository to write to.
     kept
-        What is not lost, and how to publish it later; ends the message.
+        What was saved and how to publish it later; ends the message.
 
     Raises
     ------
     OSError
-        The Hub refused, or cannot be reached: with the repository, the likely cause and what to do.
+        The Hub refused or cannot be reached; the message names the repository and the likely cause.
     """
     try:
         yield
-    except (HTTPError, OSError) as error:  # the first is not always one of the second
+    except (HTTPError, OSError) as error:  # an HTTPError need not be an OSError
         response = getattr(error, "response", None)
         advice = "Is there a network, and does the Hub answer? Then push again."
         if response is not None:
@@ -63,14 +63,14 @@ def explain_push(repo_id: str, kept: str = "") -> Iterator[None]:
 
 
 def prepare_repository(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make a repository of models, unless there is one, and make sure that it may be written.
+    """Create a model repository if there is none, and check that the token may write to it.
 
-    `create_repo` alone is satisfied by a repository of somebody else.
+    `create_repo` alone would accept somebody else's repository.
 
     Parameters
     ----------
     repo_id
-        Its id, or a name in the account of the token.
+        Its id, or a name in the token's account.
     private
         Make a new repository private; `None` takes the account's default.
     token
@@ -78,12 +78,12 @@ def prepare_repository(repo_id: str, private: bool | None = None, token: str | b
 
     Returns
     -------
-    The whole id.
+    The full id.
 
     Raises
     ------
     OSError
-        The repository cannot be written: [`explain_push`].
+        The repository cannot be written to; see [`explain_push`].
     """
     api = HfApi(token=token)
     with explain_push(repo_id):
@@ -101,7 +101,7 @@ def upload_pipeline(
     subfolder: str | None = None,
     logging_dir: str = "logs",
 ) -> str:
-    """Upload a pipeline folder, without the checkpoints and logs of its training; returns the commit's address."""
+    """Upload a pipeline folder without its training checkpoints and logs; return the URL of the commit."""
     return HfApi(token=token).upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -114,12 +114,12 @@ def upload_pipeline(
 
 @contextmanager
 def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keep a loader of diffusers, run inside, from falling back to pickled files, and make its errors clear.
+    """Keep a diffusers loader inside the block from falling back to pickled files, and make its errors clear.
 
     Parameters
     ----------
     source
-        Folder, file or repository that is loaded, or a state dict in memory.
+        Folder, file or repository to load, or a state dict.
     kwargs
         The other arguments of the loader.
 
@@ -132,8 +132,8 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
     ValueError
         The arguments ask for a pickled file.
     OSError
-        There are no safetensors, with the reason why other files do not count; the download broke off; or the
-        repository cannot be reached, with its name, the revision and what to look at.
+        There are no safetensors, the download broke off, or the repository cannot be reached; the message says what
+        to check.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(f"use_safetensors=False would unpickle weights. {_SAFETENSORS_ONLY}")
@@ -154,19 +154,19 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
             ) from error
         if "safetensors" in str(error) and _SAFETENSORS_ONLY not in str(error):
             raise OSError(f"{error} {_SAFETENSORS_ONLY}") from error
-        if "cached" in str(error) or str(source) not in str(error):  # whatever went wrong, and of what is not said
+        if "cached" in str(error) or str(source) not in str(error):  # the message does not say what was to be loaded
             revision = f" at revision {kwargs['revision']!r}" if kwargs.get("revision") else ""
             raise OSError(
                 f"Could not load {source}{revision}. Is the name right, does the revision exist, may your token read "
                 f"it (`hf auth login`, or token=...), is there a network? The library says: {error}"
             ) from error
         raise
-    except HTTPError as error:  # names neither the repository nor what to do, and is no OSError
+    except HTTPError as error:  # not an OSError, and names neither the repository nor what to do
         raise OSError(f"Loading {source} broke off ({error}). Load it again: whole files are kept.") from error
 
 
 def saving_folder(save_directory: str | Path, kwargs: dict[str, Any]) -> str:
-    """Give the folder as the string that diffusers splits into the name of a repository.
+    """Return the folder as a string, from which diffusers takes the name of the repository.
 
     Raises
     ------
@@ -187,19 +187,19 @@ def make_readable(folder: str | Path) -> None:
 
 
 class SafeModelMixin:
-    """For models: reads and writes safetensors only, with errors that say what to do. Comes before `ModelMixin`."""
+    """Mixin for models, listed before `ModelMixin`: safetensors only, and errors that say what to do."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only, and all of it.
+        """Load a model as `ModelMixin.from_pretrained` does, from safetensors only, with no weight missing.
 
-        A `device_map` may name the "disk" for any part (with `offload_folder`), but diffusers 0.42 fails where all
-        parts on the disk have no weights, such as "norm_out" alone.
+        A `device_map` may put any part on "disk" (with `offload_folder`), but diffusers 0.42 fails if no part on the
+        disk has weights, as with "norm_out" alone.
 
         Raises
         ------
         OSError
-            Weights are missing, which `ModelMixin` would leave without values.
+            Weights are missing; `ModelMixin` would leave them uninitialized.
         """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
             return_info = kwargs.pop("output_loading_info", False)
@@ -212,7 +212,7 @@ class SafeModelMixin:
                     "damaged, or of another version of scrdit_diffusers than the one installed."
                 )
             if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-                # Buffers of parts on a disk stay in memory, where diffusers leaves what the constructor put into them.
+                # diffusers keeps the buffers of parts on the disk in memory, with the constructor's values.
                 stored = OffloadedWeightsLoader(save_folder=kwargs["offload_folder"])
                 for name, buffer in model.named_buffers():
                     if name in stored:
@@ -226,7 +226,7 @@ class SafeModelMixin:
         Raises
         ------
         ValueError
-            Weights are not in memory but offloaded; those of group offloading to a disk would be saved as garbage.
+            Weights are offloaded. Those that group offloading moved to disk would be saved as garbage.
         """
         folder = saving_folder(save_directory, kwargs)
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ class SafeModelMixin:
 
     @functools.wraps(ModelMixin.enable_group_offload)
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Offload as `ModelMixin.enable_group_offload` does, and remember whether to a disk."""
+        """Offload as `ModelMixin.enable_group_offload` does, and remember if weights go to disk."""
         super().enable_group_offload(*args, **kwargs)  # type: ignore[misc]
         given = inspect.signature(ModelMixin.enable_group_offload).bind(self, *args, **kwargs).arguments
         self._weights_on_disk = given.get("offload_to_disk_path") is not None
@@ -259,9 +259,9 @@ class SafeModelMixin:
         make_readable(save_directory)
 
 
-# diffusers has one LoRA mixin for each model that is a transformer alone; they differ in their names only.
+# Every transformer-only model of diffusers has a LoRA mixin of its own; they differ only in name.
 class SafePipelineMixin(CogVideoXLoraLoaderMixin):
-    """For pipelines: the same, LoRA adapters of the transformer, and a model card. Before `DiffusionPipeline`."""
+    """Mixin for pipelines, listed before `DiffusionPipeline`: safetensors only, LoRA adapters and model cards."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -277,7 +277,7 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         OSError
-            There is no such repository, revision or file, or it cannot be reached; or it holds no safetensors.
+            The repository, revision or file does not exist, cannot be reached, or holds no safetensors.
         ValueError
             `use_safetensors=False` was given.
         """
@@ -292,17 +292,17 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         save_directory
             Folder to write.
         push_to_hub
-            Upload the folder as well, with a card if it has none: [`SCRDiTPipeline.push_to_hub`].
+            Also upload the folder, with a card if it has none; see [`SCRDiTPipeline.push_to_hub`].
         **kwargs
-            Those of `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...) and for pushing `repo_id`
-            (the name of the folder if not given), `commit_message`, `private`, `token`, `create_pr`.
+            Those of `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...) and, for the upload,
+            `repo_id` (default: the folder's name), `commit_message`, `private`, `token`, `create_pr`.
 
         Raises
         ------
         ValueError
             `safe_serialization=False` was given.
         OSError
-            The upload was refused or broke off; the folder is written.
+            The upload failed; the folder is written.
         """
         folder = saving_folder(save_directory, kwargs)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
@@ -324,38 +324,38 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Upload the pipeline as `DiffusionPipeline.push_to_hub` does, with a model card that fits cells.
+        """Upload the pipeline as `DiffusionPipeline.push_to_hub` does, with a model card.
 
-        The card is that of the folder from which the pipeline was loaded, with its figures. Without one, a repository
-        keeps the card that it has, and one that has none gets a card that says what the pipeline itself knows.
+        The card and its figures are those of the folder from which the pipeline was loaded. If there is none, the
+        repository keeps its card or, lacking one, gets a card of what the pipeline itself knows.
 
         Parameters
         ----------
         repo_id
-            Repository, such as "user/scrdit-pbmc"; made if there is none.
+            Repository, such as "user/scrdit-pbmc"; created if it does not exist.
         commit_message
-            Of the commit; "Upload SCRDiTPipeline" if `None`.
+            `None`: "Upload SCRDiTPipeline".
         private
             Make a new repository private; `None` takes the account's default.
         token
             Token for the Hub; the stored one if `None`.
         create_pr
-            Open a pull request instead of a commit to the main branch.
+            Open a pull request instead of committing to the main branch.
         safe_serialization
-            Nothing but `True` is possible.
+            Must be `True`.
         variant
-            Such as "fp16": part of the names of the files with the weights.
+            Part of the names of the weight files, such as "fp16".
         subfolder
-            Folder of the repository to write to; no card is written then.
+            Folder of the repository to write to; no card is written if given.
 
         Returns
         -------
-        Address of the commit.
+        URL of the commit.
 
         Raises
         ------
         OSError
-            The Hub refused, or cannot be reached, with what to do.
+            The Hub refused or cannot be reached; the message says what to do.
         """
         with tempfile.TemporaryDirectory() as folder, explain_push(repo_id):
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
@@ -375,7 +375,7 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not subfolder and not (Path(folder) / "README.md").is_file():
-            try:  # not at the top of the file: cards need matplotlib and Jinja, and the code on the Hub has none
+            try:  # not at the top: cards need matplotlib and Jinja, and the code on the Hub does not
                 cards = importlib.import_module("scrdit_diffusers.evaluation.model_card")
             except ImportError as error:
                 logger.warning("No model card is written (%s): pip install 'scrdit-diffusers[train]'.", error)
@@ -396,13 +396,13 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            The adapter was trained on other genes or labels than this pipeline's, by the processor beside it.
+            The processor beside the adapter has other genes or labels than the pipeline's.
         """
         self._check_adapter(pretrained_model_name_or_path_or_dict, kwargs)
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
     def _check_adapter(self, source: str | dict[str, torch.Tensor], kwargs: Mapping[str, Any]) -> None:
-        """Raise ValueError for an adapter of other genes or labels; their numbers alone may be equal."""
+        """Raise ValueError for an adapter of other genes or labels, even if there are as many."""
         if isinstance(source, dict) or Path(source).is_file():
             return
         names = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -1,4 +1,4 @@
-"""How generated cells are evaluated: comparison with real cells, baselines, figures, report and model card."""
+"""Evaluation of generated cells: comparison with real cells, baselines, figures, report and model card."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What a model has to beat: cheap baselines that fill the rows of an obs with cells made from training cells."""
+"""What a model has to beat: simple generators that make cells from training cells for the rows of a given obs."""
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ from scipy.special import ndtr, ndtri
 
 from scrdit_diffusers.checks import check_label, get_matrix
 
-BASELINE_MAX_CELLS = 5000  # training cells of a label that a baseline uses at most; bounds its dense matrices
+BASELINE_MAX_CELLS = 5000  # of a label, at most, that a baseline uses; bounds its dense matrices
 
 BASELINE_NAMES = {
     "resample_genes": "genes resampled alone",
@@ -26,7 +26,7 @@ BASELINE_NAMES = {
 def resample_genes(
     train: ad.AnnData, obs: pd.DataFrame, labels_key: str | None, rng: np.random.Generator, layer: str | None = None
 ) -> ad.AnnData:
-    """Baseline without any dependence of genes: each gene of a new cell comes from a random training cell of its label.
+    """Baseline of independent genes: each gene of a new cell comes from a random training cell of its label.
 
     Parameters
     ----------
@@ -39,11 +39,11 @@ def resample_genes(
     rng
         Source of randomness.
     layer
-        Layer of train that holds the values; `None` takes X.
+        Layer of `train` that holds the values; `None` takes X.
 
     Returns
     -------
-    Cells: X (CSR float32), obs with `labels_key` and `obs["synthetic"]` (bool, True), var of train.
+    Cells: X (CSR float32), obs with `labels_key` and `obs["synthetic"]` (bool, True), genes of `train`.
     """
 
     def draw(cells: np.ndarray, n: int) -> np.ndarray:
@@ -60,20 +60,19 @@ def gaussian_copula(
     Normal scores of the ranks (ties in random order) give the correlation matrix R; a new cell is
     `x_g = F_g^-1(Phi(z_g))`, z ~ N(0, R).
 
-    Parameters, returns
-        As [`resample_genes`].
+    Parameters and output are those of [`resample_genes`].
 
     References
     ----------
-    scDesign2: Sun et al. 2021, Genome Biology 22:163; there with fitted instead of empirical marginals.
+    scDesign2, which fits the marginals: Sun et al. 2021, Genome Biology 22:163.
     """
 
     def draw(cells: np.ndarray, n: int) -> np.ndarray:
         num_train = len(cells)
         order = np.lexsort((rng.random(cells.shape), cells), axis=0)
         scores = ndtri((np.argsort(order, axis=0) + 0.5) / num_train)  # (train cells, G)
-        # Mixing the rows of the scores with normal weights has covariance R, and never forms the G x G matrix.
-        length = np.maximum(np.linalg.norm(scores, axis=0), 1e-12)  # 0 for a label with a single cell
+        # Mixtures of the rows with normal weights have covariance R, without forming the G x G matrix.
+        length = np.maximum(np.linalg.norm(scores, axis=0), 1e-12)  # a label with a single cell has scores of 0
         quantiles = ndtr(rng.standard_normal((n, num_train)) @ (scores / length))  # (n, G)
         ranks = np.minimum((quantiles * num_train).astype(np.int64), num_train - 1)
         return np.take_along_axis(np.sort(cells, axis=0), ranks, axis=0)
@@ -89,12 +88,12 @@ def scvi_prior(
     layer: str | None = None,
     max_epochs: int | None = None,
 ) -> ad.AnnData:
-    """Baseline of deep generative models: new cells from the prior of a scVI that is conditioned on the label.
+    """Baseline of deep generative models: new cells from the prior of an scVI model conditioned on the label.
 
     `z ~ N(0, I)`, `l ~ library sizes of the label's training cells`, `x_g ~ ZINB(l f_g(z, label), theta_g, pi_g(z,
-    label))`. scVI with its defaults (10 latent dimensions, one hidden layer of 128, 90 % of the cells to train on),
-    the label a categorical covariate of the decoder. With these defaults scVI takes library sizes as observed and has
-    no prior for them; the empirical one of the label is what a perfect prior would learn.
+    label))`. scVI has its defaults (10 latent dimensions, one hidden layer of 128, 90 % of the cells to train on), with
+    the label as a categorical covariate of the decoder. It then takes library sizes as observed and has no prior for
+    them; drawing them from the label's training cells is what a perfect prior would do.
 
     Parameters
     ----------
@@ -103,18 +102,18 @@ def scvi_prior(
     obs, labels_key, rng, layer
         As [`resample_genes`].
     max_epochs
-        Epochs of training. `None` takes scVI's: 400 up to 20,000 cells, inversely proportional to the cells above.
+        Epochs of training. `None` takes scVI's: 400 up to 20,000 cells, and 8 million over the number of cells above.
 
     Returns
     -------
-    As [`resample_genes`]. Reproducible on one kind of machine: rng decides all that is random.
+    As [`resample_genes`]. Reproducible on the same kind of machine, because all randomness comes from `rng`.
 
     Raises
     ------
     ImportError
         scvi-tools is not installed.
     ValueError
-        The values are not counts, or `obs` asks for what train lacks.
+        The values are not counts, or `obs` has labels that `train` lacks.
 
     References
     ----------
@@ -133,7 +132,7 @@ def scvi_prior(
     for label in np.unique(wanted):
         rows = wanted == label
         sampled[rows] = rng.choice(library_size[known == label], rows.sum())
-    # scVI holds out the first tenth of the cells in the order given, as its own shuffling has a global seed.
+    # scVI's own shuffling takes a global seed; without it, the first tenth of the cells is held out.
     order = rng.permutation(train.n_obs)
     shuffled = ad.AnnData(values[order].astype(np.float32), obs=pd.DataFrame(index=train.obs_names[order]))
     shuffled.obs["label"] = pd.Categorical(known[order], categories=labels)
@@ -160,7 +159,7 @@ def scvi_prior(
 
 
 def _get_labels(train: ad.AnnData, obs: pd.DataFrame, labels_key: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the training cells and of the rows of `obs`, checked; all the same without `labels_key`."""
+    """Check and return labels of the training cells and of the rows of `obs`; all "" without `labels_key`."""
     if not len(obs):
         raise ValueError("obs has no rows; give one row per new cell.")
     if labels_key is None:
@@ -205,7 +204,7 @@ def _to_anndata(matrix: sp.csr_matrix, labels: np.ndarray, labels_key: str | Non
 
 @contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
-    """Keep warnings, and what these loggers say below an error, to themselves."""
+    """Silence warnings, and these loggers below errors."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     try:
         for logger in levels:

@@ -1,4 +1,4 @@
-"""Real against synthetic cells: every value beside its ceiling."""
+"""Comparison of synthetic with real cells: every metric beside its ceiling."""
 
 import importlib.util
 import logging
@@ -47,10 +47,10 @@ class Aim(NamedTuple):
 
 
 def _undecided(value: float, ceiling: float, spread: float) -> None:
-    """Aim of the metrics that are printed to explain another one, or for comparison with the paper."""
+    """Aim of metrics that only explain another one or allow comparison with the paper."""
 
 
-# "ceiling" is the same figure for real control cells.
+# "ceiling" is the value of the same metric for real control cells.
 AIMS = {
     "mmd2": Aim(  # undecided where the ceiling has no spread: one seed, or the same control and test cells in each
         "lower", "<= ceiling + 2 standard deviations", lambda v, c, s: v <= c + 2 * s if s > 0 else None
@@ -126,22 +126,22 @@ def compare(
     n_jobs: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare synthetic with held-out real cells, and put the same figure for real control cells beside each.
+    """Compare synthetic with held-out real cells; the ceiling is the same metric for real control cells.
 
-    Genes are those of `synthetic`; others of the real cells are left out. All groups of cells are drawn down to the
-    same size n, because most figures depend on it, and so are the cells of each label. Which figures there are, which
-    way is better and what to aim at stands in `AIMS`; how each is computed in the function of its name.
+    Genes are those of `synthetic`; other genes of the real cells are left out. All groups are subsampled to the same
+    size n, on which most metrics depend, and so are the cells of each label. `AIMS` lists the metrics, which direction
+    is better and what to aim at; `metrics.py` says how each is computed.
 
     Parameters
     ----------
     real
         Held-out real cells (test).
     synthetic
-        Generated cells, ideally as many as `real` and with its label counts. Several sets with the same genes, by
-        name, share the ceiling: `{"model": cells, "copula": other_cells}`.
+        Generated cells, ideally as many as `real` and with its label counts. Or several sets with the same genes, which
+        share the ceiling, by name: `{"model": cells, "copula": other_cells}`.
     train
-        Cells on which the model was trained. Space, genes and label classifier are fitted on them, and memorization
-        is measured against all of them.
+        Training cells of the model. Space, genes and label classifier are fitted on them, and memorization is measured
+        against all of them.
     control
         Other held-out real cells, disjoint from `real` and `train`: the ceiling. `None` leaves the ceiling NaN.
     labels_key
@@ -156,27 +156,27 @@ def compare(
     n_comps
         Principal components of space E.
     max_cells
-        Upper limit of n; bounds time and memory. Train is cut to it where a classifier is fitted on it, or a
-        distance scale is taken from it.
+        Upper limit of n; bounds time and memory. `train` is also cut to it for the label classifier and the distance
+        scale.
     min_label_cells
-        Labels with as many cells in each group get rows of their own, and enter the effect sizes.
+        Labels with at least this many cells in each group get their own rows and enter the effect sizes.
     quick
         Leave out what takes long: classifiers of real against synthetic, iLISI and the legacy metrics.
     n_jobs
-        Processes for the folds of these classifiers, as in scikit-learn: -1 takes all cores, `None` one.
+        Processes for the folds of those classifiers, as in scikit-learn: -1 takes all cores, `None` one.
     seed
-        Seed of subsampling, folds and classifiers. Repeat with five seeds for a spread.
+        Seed of subsampling, folds and classifiers. Repeat with several seeds for a spread.
 
     Returns
     -------
     One row per metric and group: `metric`, `group` ("all" or a label), `n_cells` (of each side), `value`, `ceiling`
-    (float64), `better` ("lower", "higher", "near 0.5", "near 1", "near ceiling") and `aim`. Several synthetic sets
-    have a column with their name each, in place of `value`. iLISI is left out without scib-metrics.
+    (float64), `better` ("lower", "higher", "near 0.5", "near 1", "near ceiling") and `aim`. For several synthetic sets,
+    a column named after each replaces `value`. iLISI is left out without scib-metrics.
 
     Raises
     ------
     ValueError
-        Too few cells or genes, genes or labels that are missing, or wrong values; the message names the argument.
+        There are too few cells or genes, genes or labels are missing, or values are wrong; the message names which.
     """
     if isinstance(synthetic, Mapping):
         columns = {name: f"synthetic[{name!r}]" for name in synthetic}
@@ -231,7 +231,7 @@ def compare(
 
 
 def summarize(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean and spread over several seeds, and which aims are met.
+    """Summarize several seeds: mean, spread, and which aims are met.
 
     Parameters
     ----------
@@ -240,9 +240,9 @@ def summarize(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
     Returns
     -------
-    One row per metric and group: `metric`, `group`, `n_cells` (the smallest), then for `value`, `ceiling` and each
-    baseline its mean and, as `<name>_std`, its sample standard deviation (NaN for one table), `better`, `aim`, and
-    `met` (of the mean value; `None` where there is no aim or it cannot be decided).
+    One row per metric and group: `metric`, `group`, `n_cells` (the smallest); for `value`, `ceiling` and each baseline
+    the mean and, as `<name>_std`, the sample standard deviation (NaN for one seed); `better`, `aim`, and `met` (by the
+    mean; `None` if there is no aim or it cannot be decided).
     """
     sets = [str(name) for name in tables[0] if name not in ("metric", "group", "n_cells", "better", "aim")]
     rows = []
@@ -270,7 +270,7 @@ def _score(
     n_jobs: int | None,
     seed: int,
 ) -> dict[tuple[str, str], float]:
-    """All metrics of `query` against `real`, by (metric, group); `sizes` are the cells of each side in each group."""
+    """All metrics of `query` against `real`, by (metric, group); `sizes` has the cells per side of each group."""
     rng = np.random.default_rng(seed)
     labels = [group for group in sizes if group != "all"]
     figures = {"all": _pair_metrics(query, real, scale, quick, n_jobs, seed)}
@@ -306,7 +306,7 @@ def _score(
 def _pair_metrics(
     x: CellsInSpace, y: CellsInSpace, scale: float, quick: bool, n_jobs: int | None, seed: int
 ) -> dict[str, float]:
-    """Metrics of two groups of equal size that make sense for one label, too."""
+    """Metrics of two groups of equal size that also make sense for a single label."""
     forest = RandomForestClassifier(200, random_state=seed)
     return {
         "mmd2": mmd2(x.pcs, y.pcs, scale),
@@ -324,7 +324,7 @@ def _genes_auroc(x: CellsInSpace, y: CellsInSpace, space: EvaluationSpace, n_job
     boosting = HistGradientBoostingClassifier(max_bins=31, random_state=seed)  # 255 bins: as good, many times slower
     columns = space.columns
     expressed = sum(group.log_values[:, columns].getnnz(axis=0) for group in (x, y))
-    columns = columns[expressed >= boosting.min_samples_leaf]  # no tree can split on a gene of fewer cells than a leaf
+    columns = columns[expressed >= boosting.min_samples_leaf]  # no tree can split on a gene that fewer cells express
     a, b = (
         np.column_stack([group.log_values[:, columns].toarray(), group.library_size, group.genes_detected])
         for group in (x, y)
@@ -333,6 +333,6 @@ def _genes_auroc(x: CellsInSpace, y: CellsInSpace, space: EvaluationSpace, n_job
 
 
 def _common_labels(groups: dict[str, CellsInSpace], min_cells: int) -> dict[str, int]:
-    """Labels with enough cells in every group, and with how many in the smallest."""
+    """Labels with enough cells in every group, with their number of cells in the smallest."""
     counts = pd.DataFrame({name: pd.Series(group.labels).value_counts() for name, group in groups.items()}).fillna(0)
     return {str(label): int(n) for label, n in counts.min(axis=1).sort_index().items() if n >= min_cells}

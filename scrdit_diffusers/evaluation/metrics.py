@@ -1,4 +1,4 @@
-"""One function per metric: arrays in, floats out. Each docstring is the formula and says which way is better."""
+"""One function per metric: arrays in, floats out. Docstrings give the formula and the better direction."""
 
 import warnings
 
@@ -22,15 +22,15 @@ from scrdit_diffusers.cells.moments import gene_moments
 from .space import CellsInSpace, EvaluationSpace, fit_pca, log_normalize
 
 NUM_FOLDS = 5
-LEGACY_BLOCK = 20  # genes of a block in scRDiT's MMD
-LEGACY_MAX_CELLS = 500  # the blocks' kernels need no more, and their cost grows with the square
+LEGACY_BLOCK = 20  # genes per block of scRDiT's MMD
+LEGACY_MAX_CELLS = 500  # enough for the kernels of blocks, whose cost is quadratic
 
 
 # -- distances between two clouds of cells -----------------------------------------------------------------------------
 
 
 def mmd2(x: np.ndarray, y: np.ndarray, scale: float) -> float:
-    r"""Squared maximum mean discrepancy, unbiased. 0 for equal distributions (and below by chance); lower is better.
+    r"""Unbiased squared maximum mean discrepancy. 0 for equal distributions, below 0 by chance; lower is better.
 
     `sum_{i != j} k(x_i, x_j) / (n (n - 1)) + sum_{i != j} k(y_i, y_j) / (m (m - 1)) - 2 mean_{i, j} k(x_i, y_j)`
     with k the mean of Gaussian kernels `exp(-|a - b|^2 / (2 sigma^2))`, sigma = {1/4, 1/2, 1, 2, 4} x `scale`.
@@ -71,10 +71,10 @@ def wasserstein2(x: np.ndarray, y: np.ndarray) -> float:
 def classifier_auroc(
     x: np.ndarray, y: np.ndarray, classifier: ClassifierMixin, seed: int = 0, n_jobs: int | None = None
 ) -> float:
-    """Area under the ROC curve of a classifier that tells x from y. 0.5: it cannot; 1: always.
+    """Area under the ROC curve of a classifier that tells x from y: 0.5 if it cannot, 1 if it always can.
 
-    Mean over 5 stratified, shuffled folds, each scored alone: scores of different folds are not comparable. `n_jobs`
-    processes share the folds.
+    Mean over 5 stratified, shuffled folds, each scored alone because scores of different folds are not comparable.
+    `n_jobs` processes share the folds.
 
     References
     ----------
@@ -88,13 +88,13 @@ def classifier_auroc(
 
 
 def nearest_neighbor_accuracies(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Leave-one-out accuracy of 1-NN that tells x from y, of equal size, in E. 0.5 is best; 0 for copies of each other.
+    """Leave-one-out accuracy of 1-NN that tells x from y, of equal size, in E. 0.5 is best; copies give 0.
 
     - nearest_neighbor_accuracy: over all cells, the mean of the next two.
-    - nearest_neighbor_accuracy_of_synthetic: share of x whose nearest cell is of x. High where x varies too little.
-    - nearest_neighbor_accuracy_of_real: share of y whose nearest cell is of y. High where x is noisy or misses cells.
+    - nearest_neighbor_accuracy_of_synthetic: share of x whose nearest cell is in x. High if x varies too little.
+    - nearest_neighbor_accuracy_of_real: share of y whose nearest cell is in y. High if x is noisy or misses cells.
 
-    The mean alone can mislead: cells with too much noise lie near real ones (0.2, say) and no real one near them (0.9).
+    The mean alone can mislead: noisy x may lie near real cells (0.2, say), while real cells lie near each other (0.9).
 
     References
     ----------
@@ -144,8 +144,8 @@ def gene_marginals(x: sp.csr_matrix, y: sp.csr_matrix) -> dict[str, float]:
 def gene_gene_agreement(x: sp.csr_matrix, y: sp.csr_matrix, train: sp.csr_matrix, n_genes: int = 300) -> float:
     """Pearson r between the upper triangles of two Spearman correlation matrices of genes; higher is better.
 
-    Log-normalized values of the `n_genes` genes with the largest mean in train. A gene that does not vary correlates
-    with none (0), so that a model does not gain by making genes constant.
+    Log-normalized values of the `n_genes` genes with the largest mean in train. Correlations with a gene that does not
+    vary are 0, so that a model gains nothing by making genes constant.
     """
     genes = np.argsort(-gene_moments(train)[0], kind="stable")[:n_genes]
     triangle = np.triu_indices(len(genes), k=1)
@@ -179,8 +179,8 @@ def effect_size_slopes(
     """Slope through the origin of log fold changes in x on those in y, by label and pooled ("all"). 1 is best.
 
     `sum_g f_g(x) f_g(y) / sum_g f_g(y)^2`, with f_g the mean log-normalized value of gene g in the label minus that
-    in all other cells; below 1 where a model blurs the labels. The genes are the `n_genes` with the largest |f_g| in
-    train: chosen in y, chance would favor large f_g(y) and push the slope below 1.
+    in all other cells; below 1 if a model blurs the labels. Genes are the `n_genes` with the largest |f_g| in train:
+    choosing them in y would favor f_g(y) that are large by chance, and push the slope below 1.
     """
 
     def fold_changes(cells: CellsInSpace, label: str) -> np.ndarray:
@@ -202,23 +202,23 @@ def effect_size_slopes(
 def memorization(
     x: sp.csr_matrix, held_out: sp.csr_matrix, train: sp.csr_matrix, space: EvaluationSpace, seed: int = 0
 ) -> dict[str, float]:
-    """Whether x are copies of training cells.
+    """Measure whether x copies training cells.
 
-    - nearest_train_distance_ratio: median distance to the nearest of all training cells, x over held-out. Best 1;
-      lower for copies.
-    - share_nearer_to_train: share of x that lie nearer to a training cell than to a held-out one, among equally many
-      of both (a tie counts half). Best 0.5; higher for copies.
-    - share_duplicates_of_train: share of x with exactly the values of a training cell. Best 0.
+    - nearest_train_distance_ratio: median distance to the nearest training cell, of x over that of held-out cells. 1 is
+      best; lower for copies.
+    - share_nearer_to_train: share of x nearer to a training cell than to a held-out one, among equally many of both (a
+      tie counts half). 0.5 is best; higher for copies.
+    - share_duplicates_of_train: share of x with exactly the values of a training cell. 0 is best.
 
-    Distances are in PCs fitted on equally many cells of each kind. In PCs of some kinds only, the others would seem to
-    lie closer to everything, since the PCs leave out more of what is peculiar to them.
+    Distances are in PCs fitted on equally many cells of x, held-out and training cells. PCs drop more of what is
+    peculiar to cells they were not fitted on, which would seem to lie closer to everything.
 
     Parameters
     ----------
     x, held_out, train
-        Values (cells, G); `train` is complete.
+        Values (cells, G); `train` is not subsampled.
     space
-        Gives normalization, genes and number of PCs, not the PCs.
+        Gives normalization, genes and number of PCs, but not the PCs.
     """
     rng = np.random.default_rng(seed)
     logs = [log_normalize(matrix, space.value_space)[:, space.columns] for matrix in (x, held_out, train)]
@@ -247,7 +247,7 @@ def memorization(
 def legacy_metrics(x: sp.csr_matrix, y: sp.csr_matrix) -> dict[str, float]:
     """Metrics of the scRDiT paper, on log-normalized values (n, G) of equally many cells; lower is better.
 
-    They are not 0 for real cells, pair rows at random or see single genes only: read them against the ceiling alone.
+    They are not 0 for real cells, pair rows at random, or see only single genes: compare them only with the ceiling.
 
     - legacy_kl: mean of `sum_g p_g log(p_g / q_g)`, p and q the softmax over genes of the i-th cells of y and x.
     - legacy_wasserstein: Wasserstein-1 distance of all values, flattened.
@@ -288,17 +288,17 @@ def _legacy_mmd(x: np.ndarray, y: np.ndarray) -> float:
     def kernel_sum(distances: np.ndarray) -> float:
         kernel = np.exp(-distances / (4 * bandwidth))
         total = kernel.sum()
-        for _ in range(4):  # the kernel of half the bandwidth is the square
+        for _ in range(4):  # halving the bandwidth squares the kernel
             kernel *= kernel
             total += kernel.sum()
         return total
 
     within_x, within_y, between = map(kernel_sum, squared)
-    return float((2 * within_x + 2 * within_y + 2 * 5 * n - 2 * between) / n**2)  # 5 kernels are 1 on both diagonals
+    return float((2 * within_x + 2 * within_y + 2 * 5 * n - 2 * between) / n**2)  # the kernels are 1 on the diagonals
 
 
 def label_classifier() -> ClassifierMixin:
-    """Make the classifier of labels from principal components."""
+    """Make the classifier that predicts labels from principal components."""
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 

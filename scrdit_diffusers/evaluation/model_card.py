@@ -1,4 +1,4 @@
-"""Model cards: what a pipeline folder holds, how it was trained and evaluated, rendered from a template.
+"""Model cards: what a pipeline is, how it was trained and evaluated, rendered from a template.
 
     python -m scrdit_diffusers.evaluation.model_card FOLDER
 
@@ -38,20 +38,20 @@ FIGURES = {"umap-by-origin": "UMAP by origin", "genes": "Genes", "quality-agains
 def describe_pipeline(
     pipe: SCRDiTPipeline, record: Mapping[str, Any] | None, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Collect what a card says of a model, besides its evaluation.
+    """Collect the facts of a card, except for the evaluation.
 
     Parameters
     ----------
     pipe
         The trained pipeline.
     record
-        What `training/train.py` writes as train_config.json; `None`: how it was trained is not stated.
+        The contents of train_config.json; `None` leaves out how the model was trained.
     about
-        What nobody but the author knows, of [`ABOUT`]; what is left out is not stated.
+        What only the author knows, by the names in [`ABOUT`]; missing entries show as "not stated".
 
     Returns
     -------
-    For card.json: only what JSON holds.
+    Contents of card.json.
     """
     processor, transformer = pipe.processor, pipe.transformer
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
@@ -81,7 +81,7 @@ def describe_pipeline(
 
 
 def save_figures(figures: Sequence[ReportFigure], folder: str | Path) -> None:
-    """Write the figures of a report that a card shows to `folder/figures`."""
+    """Write those figures of a report that belong to a card ([`FIGURES`]) to `folder/figures`."""
     (Path(folder) / "figures").mkdir(parents=True, exist_ok=True)
     titles = {title: name for name, title in FIGURES.items()}
     for title, _, figure in figures:
@@ -103,18 +103,18 @@ def build_card(
     facts
         Output of [`describe_pipeline`].
     metrics
-        What `training/evaluate.py` writes as metrics.json; `None` for a model that was not evaluated.
+        Contents of metrics.json; `None` for a model that was not evaluated.
     figures
-        Names of the figures in `figures`, without `.png`.
+        Names of the files in `folder/figures`, without `.png`.
     name
-        What to call a model whose id on the Hub is not stated, such as its folder.
+        What to call the model if its id on the Hub is not stated, such as its folder's name.
     template
-        The Jinja template; `card.md.jinja` if `None`.
+        Path of the Jinja template; `None` takes `card.md.jinja`.
 
     Returns
     -------
-    The card, its metadata for the Hub included. Results are given as `model-index`: the newer `.eval_results` files are
-    for data sets that the Hub has registered as benchmarks.
+    The card with its metadata for the Hub. Results are in `model-index`, because the newer `.eval_results` files are
+    only for datasets that the Hub has registered as benchmarks.
 
     References
     ----------
@@ -176,19 +176,19 @@ def build_card(
 
 
 def _with_spread(row: Mapping[str, Any], source: str) -> str:
-    """Format mean and, where several evaluation seeds gave one, standard deviation."""
+    """Format the mean and, if several evaluation seeds gave one, the standard deviation."""
     value, spread = row[source], row.get(f"{source}_std")
     if value is None:
         return format_value(value)
     tiny = 0 < abs(value) < 0.001
     text = f"{value:.1e}" if tiny else format_value(value)
-    if not spread or spread < 1e-9 * abs(value):  # one seed, or the same cells for all
+    if not spread or spread < 1e-9 * abs(value):  # one seed, or the same cells for each
         return text
     return f"{text} ± {spread:.1e}" if tiny else f"{text} ± {spread:.{len(text.split('.')[1])}f}"
 
 
 def _example_condition(labels: Mapping[str, Mapping[str, int]]) -> str:
-    """Write the label with most cells of the first condition as Python."""
+    """Format the most frequent label of the first condition as a Python dict."""
     for key, numbers in labels.items():
         return json.dumps({key: max(numbers, key=lambda name: numbers[name])}, ensure_ascii=False)
     return ""
@@ -201,9 +201,9 @@ def write_facts(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[
 
 
 def write_card(folder: str | Path, template: str | Path | None = None) -> None:
-    """Write `folder/README.md` from card.json, and from metrics.json and `figures` where they are.
+    """Write `folder/README.md` from card.json and, if present, metrics.json and `figures`.
 
-    Quality against steps is drawn anew where metrics.json has it.
+    Quality against steps is drawn anew if metrics.json has it.
     """
     folder = Path(folder)
     facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
@@ -223,13 +223,13 @@ def write_card_of(pipe: SCRDiTPipeline, folder: str | Path, repo_id: str, from_s
     Parameters
     ----------
     pipe
-        The pipeline. Where the folder from which it was loaded has a card.json, card and figures are made of that.
+        The pipeline. If the folder from which it was loaded has a card.json, that is used, with metrics and figures.
     folder
         Where to write.
     repo_id
         What the card calls the model.
     from_scratch
-        Without that card.json, write a card that says what the pipeline itself knows; else none.
+        Without that card.json: write a card of what the pipeline itself knows (`True`), or none (`False`).
     """
     source, folder = Path(pipe.config.get("_name_or_path") or ""), Path(folder)
     if (source / "card.json").is_file():

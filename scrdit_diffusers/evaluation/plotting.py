@@ -1,4 +1,13 @@
-"""Figures of real and synthetic cells and of training. Each function draws on Axes, returns them and never shows."""
+"""Figures of real and synthetic cells and of training.
+
+Each function draws on the Axes given as `ax` or `axes` (`None` makes a new figure), returns them and never calls
+`show`. Arguments that the functions share:
+
+- `real`, `synthetic`: cells; genes are those of `synthetic`.
+- `layer`: layer that holds the values; `None` takes X.
+- `value_space`: "counts", or "log_normalized" for values that are log-normalized already. Unless stated otherwise,
+  counts are shown as log1p of counts per 10,000.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +31,7 @@ from .space import EvaluationSpace, get_values, log_normalize
 # Okabe and Ito, colors that color-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 COLORS = {"real": PALETTE[0], "synthetic": PALETTE[1]}
-MARKERS = "o^sDv*"  # one for each round through the palette
+MARKERS = "o^sDv*"  # one for each pass through the palette
 
 
 def joint_umap(
@@ -35,29 +44,23 @@ def joint_umap(
     max_cells: int = 5000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Embed real and synthetic cells together, once, for [`umap`] by origin and by label.
+    """Compute one UMAP of real and synthetic cells, for [`umap`] to color by origin or label.
 
     Parameters
     ----------
-    real, synthetic
-        Cells; genes are those of `synthetic`.
     train
         Training cells, on which space E is fitted; `None` fits it on `real`.
     labels_key
-        Column of obs in both; `None` leaves labels out.
-    layer
-        Layer that holds the values; `None` takes X.
-    value_space
-        "counts", or "log_normalized" for values that are log-normalized already.
+        Column of obs in `real` and `synthetic`; `None` leaves labels out.
     max_cells
-        Real and synthetic cells are each drawn down to this number.
+        Largest number of cells of each origin; more are subsampled.
     seed
-        Seed of the draw and of UMAP.
+        Seed of subsampling and UMAP.
 
     Returns
     -------
-    One row per cell in random order (so that neither side covers the other): `UMAP1`, `UMAP2` (float32), `origin`
-    ("real" or "synthetic"), and `labels_key`.
+    One row per cell, in random order so that neither origin covers the other: `UMAP1`, `UMAP2` (float32), `origin`
+    ("real" or "synthetic") and `labels_key`.
 
     Raises
     ------
@@ -68,7 +71,7 @@ def joint_umap(
         if labels_key is not None:
             check_label(adata.obs, labels_key, f"{name}.obs")
     for name, adata in dict(real=real, synthetic=synthetic).items():
-        get_values(adata, synthetic.var_names, layer, value_space, name)  # only to check them
+        get_values(adata, synthetic.var_names, layer, value_space, name)  # check before computing
     space = EvaluationSpace(
         real if train is None else train, layer, value_space, seed=seed, var_names=synthetic.var_names
     )
@@ -81,7 +84,7 @@ def joint_umap(
         if labels_key is not None:
             tables[-1][labels_key] = adata.obs[labels_key].astype(str).iloc[rows]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # that there is no TensorFlow
+        warnings.simplefilter("ignore", ImportWarning)  # of a missing TensorFlow
         from umap import UMAP
     cells = np.concatenate(coordinates)
     embedder = UMAP(n_neighbors=min(15, len(cells) - 1), min_dist=0.3, random_state=seed, n_jobs=1)
@@ -98,9 +101,7 @@ def umap(embedding: pd.DataFrame, color: str = "origin", ax: Axes | None = None)
     embedding
         Output of [`joint_umap`].
     color
-        Its column that colors the cells: "origin" or the labels.
-    ax
-        Where to draw; `None` makes a new figure.
+        Column that colors the cells: "origin" or the labels.
     """
     if color not in embedding or color in ("UMAP1", "UMAP2"):
         choices = [column for column in embedding if column not in ("UMAP1", "UMAP2")]
@@ -132,20 +133,9 @@ def gene_statistics(
 ) -> Sequence[Axes]:
     """Scatter each gene's mean (log scale) and zero fraction, synthetic against real.
 
-    Parameters
-    ----------
-    real, synthetic
-        Cells; genes are those of `synthetic`.
-    layer
-        Layer that holds the values; `None` takes X.
-    value_space
-        "counts" (shown as log1p of counts per 10,000) or "log_normalized" (shown as they are).
-    axes
-        Two Axes to draw on; `None` makes a new figure.
-
     Returns
     -------
-    Axes of the means and of the zero fractions. The titles state Pearson's r and the mean absolute error (MAE).
+    Two Axes: means, titled with Pearson's r, and zero fractions, titled with the mean absolute error (MAE).
     """
     x, y = (log_normalize(m, value_space) for m in _values(real, synthetic, layer, value_space).values())
     figures = gene_marginals(x, y)
@@ -175,7 +165,7 @@ def mean_variance(
 ) -> Axes:
     """Scatter each gene's variance over its mean, for real and for synthetic cells, on log scales.
 
-    Parameters are those of [`gene_statistics`]; counts are shown as they are, with the Poisson line.
+    Counts are not normalized, and the line of the Poisson distribution is drawn.
     """
     ax = _axes(ax)
     for name, values in _values(real, synthetic, layer, value_space).items():
@@ -204,7 +194,7 @@ def mean_zero_fraction(
 ) -> Axes:
     """Scatter each gene's fraction of cells with zero over its mean (log scale), for real and for synthetic cells.
 
-    Parameters are those of [`gene_statistics`]; counts are shown as they are, with the Poisson line `exp(-mean)`.
+    Counts are not normalized, and the line of the Poisson distribution, `exp(-mean)`, is drawn.
     """
     ax = _axes(ax)
     for name, values in _values(real, synthetic, layer, value_space).items():
@@ -235,17 +225,13 @@ def gene_gene_correlation(
 
     Parameters
     ----------
-    real, synthetic, layer, value_space
-        As in [`gene_statistics`].
     n_genes
-        Number of genes, those with the largest mean (log-normalized) in `real`; all where there are no more.
-    axes
-        Two Axes to draw on; `None` makes a new figure.
+        Number of genes, those with the largest log-normalized mean in `real`; all if there are no more.
 
     Returns
     -------
-    Axes of real and of synthetic cells, genes in the same order (clustered in `real`) and with the same colors. The
-    title states Pearson's r between both.
+    Two Axes, real and synthetic, with the same colors and order of genes (clustered in `real`). The title states
+    Pearson's r between the two.
     """
     axes = _axes(axes, 2)
     logs = {name: log_normalize(m, value_space) for name, m in _values(real, synthetic, layer, value_space).items()}
@@ -280,29 +266,25 @@ def marker_dotplot(
 
     Parameters
     ----------
-    real, synthetic, layer, value_space
-        As in [`gene_statistics`].
     train
-        Real cells that choose the markers: genes of each label with the largest t statistic against all other cells
+        Cells that choose the markers: the genes of each label with the largest t statistic against all other cells
         (`scanpy.tl.rank_genes_groups`).
     labels_key
-        Column of obs in all three. Labels are those with at least 3 cells in `train`.
+        Column of obs in all three. Labels with at least 3 cells in `train` are shown.
     n_markers
         Genes per label; a gene is shown once.
-    axes
-        Two Axes to draw on; `None` makes a new figure.
 
     Returns
     -------
-    Axes of real and of synthetic cells. Size: share of the label's cells that express the gene; color: mean
-    log-normalized value, as a share of the gene's largest mean over the labels of `real`.
+    Two Axes, real and synthetic. Size: share of the label's cells that express the gene. Color: mean log-normalized
+    value, relative to the gene's largest mean over the labels of `real`.
 
     Raises
     ------
     ValueError
         Labels are missing, or fewer than two labels have enough training cells.
     """
-    import scanpy as sc  # here, because it takes seconds and no other figure needs it
+    import scanpy as sc  # takes seconds to import, and no other figure needs it
 
     groups = dict(train=train, real=real, synthetic=synthetic)
     for name, adata in groups.items():
@@ -355,16 +337,16 @@ def marker_dotplot(
 def quality_against_steps(
     values: pd.DataFrame, references: Mapping[str, pd.Series] | None = None, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
-    """Draw metrics over the number of network calls, one panel each.
+    """Draw metrics against the number of network calls, one panel each.
 
     Parameters
     ----------
     values
-        A row per number of network calls (the index), a column per metric.
+        One row per number of network calls (the index), one column per metric.
     references
-        Values by metric that are drawn as horizontal lines, by what they are, such as "real cells" or a baseline.
+        By name, such as "real cells" or a baseline: values by metric, drawn as horizontal lines.
     axes
-        One Axes for each metric; `None` makes a new figure.
+        One Axes per metric.
     """
     if not len(values) or not values.shape[1]:
         raise ValueError(f"values has shape {values.shape}; give at least one number of steps and one metric.")
@@ -391,13 +373,9 @@ def library_size_histogram(
     value_space: str = "counts",
     axes: Sequence[Axes] | None = None,
 ) -> Sequence[Axes]:
-    """Histograms of library size (log scale) and of the number of genes detected per cell.
+    """Draw histograms of library size (log scale) and genes detected per cell, on two Axes.
 
-    Parameters are those of [`gene_statistics`]. Of log-normalized values the sum is shown instead of library size.
-
-    Returns
-    -------
-    Axes of library size and of genes detected.
+    Counts are not normalized; for log-normalized values, their sum is shown instead of the library size.
     """
     axes = _axes(axes, 2)
     values = _values(real, synthetic, layer, value_space)
@@ -430,16 +408,14 @@ def loss_curve(
     validation: tuple[Sequence[float], Sequence[float]] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the training loss, faint, with its running mean over 2 % of the points, and the validation loss.
+    """Draw the training loss with its running mean over 2 % of the points, and the validation loss.
 
     Parameters
     ----------
     steps, losses
         Optimizer steps and training losses, of equal length.
     validation
-        Steps and losses of the validation; `None` where there are none.
-    ax
-        Where to draw; `None` makes a new figure.
+        Steps and validation losses, or `None`.
     """
     curves = {"losses": (steps, losses)} | ({} if validation is None else {"validation": tuple(validation)})
     for name, (x, y) in curves.items():
@@ -479,7 +455,7 @@ def _values(real: ad.AnnData, synthetic: ad.AnnData, layer: str | None, value_sp
 
 
 def _diagonal(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Scatter with the line of equality."""
+    """Scatter y against x, with the line of equality."""
     ax.scatter(x, y, s=6, alpha=0.4, lw=0, c=PALETTE[0])
     limits = [min(x.min(), y.min()), max(x.max(), y.max())]
     ax.plot(limits, limits, c="0.4", lw=1, ls="--")

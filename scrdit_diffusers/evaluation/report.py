@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that holds everything, with the verdict in plain words first."""
+"""The report of an evaluation: one self-contained HTML file that starts with the verdict in plain words."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def draw_figures(
     Parameters
     ----------
     record
-        What `training/evaluate.py` writes as metrics.json; gives the labels and the quality against steps.
+        Contents of metrics.json; gives the labels and the quality against steps.
     real, synthetic, train
         Test cells, generated cells and training cells.
     value_space
@@ -92,14 +92,14 @@ def draw_steps_curve(record: dict[str, Any]) -> ReportFigure:
 
 
 def render_report(record: dict[str, Any], figures: Sequence[ReportFigure]) -> str:
-    """Make the HTML page, which refers to nothing outside itself.
+    """Render the HTML page, which needs no other file.
 
     Parameters
     ----------
     record
-        What `training/evaluate.py` writes as metrics.json.
+        Contents of metrics.json.
     figures
-        Figures in their order; each is embedded as PNG and closed.
+        Figures in order; each is embedded as PNG and closed.
     """
     overall = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
     baselines = [name for name in BASELINE_NAMES if name in record["baselines"]]
@@ -140,12 +140,12 @@ def format_value(value: float | None) -> str:
 
 
 def format_signs(text: str) -> str:
-    """Replace what stands for mathematical signs in an aim."""
+    """Replace ASCII by mathematical signs in an aim."""
     return text.replace("<=", "≤").replace(">=", "≥").replace(" x ", " × ").replace(" - ", " − ")
 
 
 def verdict(record: dict[str, Any]) -> list[str]:
-    """Say in plain words what the values of `record` mean, a sentence or a few per topic."""
+    """Say in plain words what the values of `record` mean, topic by topic."""
     rows = {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
     baselines = {name: title for name, title in BASELINE_NAMES.items() if name in record["baselines"]}
     auroc = rows["classifier_genes_auroc"]
@@ -165,7 +165,7 @@ def verdict(record: dict[str, Any]) -> list[str]:
     sentences.append(passed)
 
     for name, title in baselines.items():
-        # A value is better if it lies nearer to that of real cells. The paper's are left out, they have no aim.
+        # A value is better if it is nearer to that of real cells. The paper's metrics have no aim and are left out.
         decisive = [row for metric, row in rows.items() if not metric.startswith("legacy") and row[name] is not None]
         nearer = sum(abs(row["value"] - row["ceiling"]) < abs(row[name] - row["ceiling"]) for row in decisive)
         sentences.append(

@@ -1,4 +1,4 @@
-"""The space in which cells are compared: principal components of the log-normalized variable genes of train."""
+"""Space E, in which cells are compared: principal components of the log-normalized variable genes of train."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ TARGET_SUM = 1e4
 def get_values(
     adata: ad.AnnData, var_names: pd.Index, layer: str | None = None, value_space: str = "counts", name: str = "adata"
 ) -> sp.csr_matrix:
-    """Take the checked values (cells, genes) of some genes, in their order, without stored zeros.
+    """Check and return the values (cells, genes) of given genes, in that order, without stored zeros.
 
     Parameters
     ----------
@@ -78,15 +78,15 @@ class EvaluationSpace:
     layer
         Layer that holds the values, in all cells; `None` takes X.
     value_space
-        "counts", or "log_normalized" for values that are log-normalized already and are taken as they are.
+        "counts", or "log_normalized" for values that are log-normalized already.
     n_top_genes
-        Number of highly variable genes (`flavor="seurat"`); all genes where there are no more.
+        Number of highly variable genes (`flavor="seurat"`); all genes if there are no more.
     n_comps
-        Number of principal components; fewer where there are fewer cells or genes.
+        Number of principal components; fewer if there are fewer cells or genes.
     seed
-        Start of the PCA's iteration.
+        Seed of the PCA.
     var_names
-        Genes to start from, as the generated cells have; `None` takes those of train.
+        Genes to start from, those of the generated cells; `None` takes all of `train`.
 
     Raises
     ------
@@ -115,7 +115,7 @@ class EvaluationSpace:
         log_values = log_normalize(get_values(train, self.var_names, layer, value_space, "train"), value_space)
         self.columns = np.arange(num_genes)  # of the highly variable genes
         if num_genes > n_top_genes:
-            import scanpy as sc  # here, because it takes seconds and is not needed for the genes of a model
+            import scanpy as sc  # takes seconds to import, and is not needed for the genes of a model
 
             chosen = sc.pp.highly_variable_genes(ad.AnnData(log_values), n_top_genes=n_top_genes, inplace=False)
             self.columns = np.flatnonzero(chosen["highly_variable"])
@@ -134,7 +134,7 @@ def fit_pca(log_values: sp.csr_matrix, n_comps: int, seed: int) -> PCA:
 
 @dataclass
 class CellsInSpace:
-    """Cells with all that the metrics look at."""
+    """Cells with everything that the metrics use."""
 
     values: sp.csr_matrix  # (n, G) counts, or log-normalized values
     log_values: sp.csr_matrix  # (n, G) log-normalized
@@ -143,7 +143,7 @@ class CellsInSpace:
 
     @classmethod
     def from_anndata(cls, adata: ad.AnnData, values: sp.csr_matrix, labels_key: str | None, space: EvaluationSpace):
-        """Take cells to the space; `values` are their checked values."""
+        """Project cells to the space; `values` are their checked values."""
         log_values = log_normalize(values, space.value_space)
         labels = np.full(adata.n_obs, "") if labels_key is None else adata.obs[labels_key].astype(str).to_numpy()
         return cls(values, log_values, space.pca.transform(log_values[:, space.columns]), labels)
@@ -155,7 +155,7 @@ class CellsInSpace:
         return CellsInSpace(self.values[rows], self.log_values[rows], self.pcs[rows], self.labels[rows])
 
     def sample(self, n: int, rng: np.random.Generator) -> "CellsInSpace":
-        """At most n cells, without replacement, in their order."""
+        """Draw at most n cells without replacement, in their order."""
         return self if len(self) <= n else self[np.sort(rng.choice(len(self), n, replace=False))]
 
     @property
