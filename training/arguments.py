@@ -14,6 +14,7 @@ from diffusers.optimization import SchedulerType
 
 from scrdit_diffusers import SCRDIT_PRESETS
 from scrdit_diffusers.evaluation import model_card
+from scrdit_diffusers.redaction import redact
 
 DEFAULT_STEPS = (600, 2500, 5000)  # at least (half of that for a pretrained model), where EPOCHS allow it, at most
 EPOCHS = (60, 150)  # passes over the cells, at least and at most
@@ -165,7 +166,11 @@ class TrainingArguments:
     dry_run: bool = arg(False, "Print the resolved configuration and the cost, then stop.", True)
     push_to_hub: bool = arg(False, "Upload the pipeline at the end.", True)
     hub_model_id: str | None = arg(None, "Repository on the Hub; the name of --output_dir if not given.", True)
-    hub_token: str | None = arg(None, "Token for the Hub; the stored one if not given.", True)
+    hub_token: str | None = arg(
+        None,
+        "Token for the Hub. HF_TOKEN or the stored one, if not given, are safer: launchers print commands.",
+        True,
+    )
     hub_private_repo: bool = arg(False, "Make the repository private.", True)
     card_data: str | None = arg(
         None, f"YAML or JSON file for the model card, with some of {', '.join(model_card.ABOUT[1:])}.", True
@@ -196,8 +201,8 @@ class TrainingArguments:
         return dataclasses.replace(self, n_top_genes=self.n_top_genes or num_genes, **schedule)
 
     def record(self) -> dict[str, Any]:
-        """All arguments except the token, for files."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+        """All arguments, for files: without the token and other credentials."""
+        return redact({name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"})
 
     def about(self) -> dict[str, Any]:
         """Read `card_data`: facts about the weights and the cells."""

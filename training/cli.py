@@ -1,8 +1,14 @@
-"""Command-line arguments of the scripts, declared once as the fields of a dataclass."""
+"""Command-line arguments of the scripts, declared once as the fields of a dataclass, and how a script is run."""
 
+import logging
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import Field, field
 
 from transformers import HfArgumentParser
+
+from scrdit_diffusers.redaction import redact
 
 MAY_CHANGE = " (A resumed run may change it.)"
 
@@ -21,5 +27,32 @@ def may_change(argument: Field) -> bool:
 
 
 def parse(arguments_class):
-    """Parse the command line into a dataclass whose fields are made by [`arg`]."""
-    return HfArgumentParser(arguments_class).parse_args_into_dataclasses()[0]
+    """Parse the command line into a dataclass whose fields are made by [`arg`].
+
+    `sys.argv` is left without credentials: trackers record it, too.
+    """
+    parser = HfArgumentParser(arguments_class)
+    parser.error = lambda message: type(parser).error(parser, redact(message))
+    arguments = parser.parse_args_into_dataclasses()[0]
+    sys.argv[:] = redact(sys.argv)
+    return arguments
+
+
+def run(main: Callable, arguments_class: type, expected: tuple[type[Exception], ...]) -> None:
+    """Run the main function of a script with its arguments; expected errors end it with their message alone.
+
+    Neither messages nor tracebacks nor what is logged show credentials.
+    """
+    make_record = logging.getLogRecordFactory()
+
+    def make_redacted_record(*args, **kwargs) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = redact(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(make_redacted_record)
+    sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), file=sys.stderr)
+    try:
+        main(parse(arguments_class))
+    except expected as error:
+        sys.exit(f"error: {redact(str(error))}")

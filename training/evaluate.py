@@ -31,7 +31,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from cli import arg, parse
+from cli import arg, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
@@ -44,6 +44,7 @@ from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
 from scrdit_diffusers.evaluation.report import STEP_METRICS, draw_figures, render_report
 from scrdit_diffusers.evaluation.space import get_values
 from scrdit_diffusers.launch import check_device
+from scrdit_diffusers.redaction import redact
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
@@ -154,7 +155,7 @@ def make_split(args: EvaluationArguments) -> None:
     folder = Path(args.split_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = {name: getattr(args, name) for name in ("dataset", "labels_key", "layer", "split_by", "seed")}
-    (folder / "split.json").write_text(json.dumps(record, indent=2))
+    (folder / "split.json").write_text(json.dumps(redact(record), indent=2))
     for name, part in rows.items():
         cells[part].copy().write_h5ad(folder / f"{name}.tmp.h5ad", compression="gzip")
     for name in PARTS:
@@ -175,7 +176,7 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
     split = json.loads((folder / "split.json").read_text()) if (folder / "split.json").is_file() else {}
     if args.split_by and args.split_by != split.get("split_by"):
         raise ValueError(f"{folder} was not split by {args.split_by!r}; give another --split_dir to make that split.")
-    if found and args.dataset and split.get("dataset", args.dataset) != args.dataset:
+    if found and args.dataset and split.get("dataset", redact(args.dataset)) != redact(args.dataset):
         raise ValueError(f"{folder} is a split of {split['dataset']}, not of {args.dataset}; give another --split_dir.")
     if found and args.dataset:
         print(f"{folder} holds the split already.")
@@ -347,8 +348,8 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
     if chosen and evaluation.value_space == "counts" and importlib.util.find_spec("scvi"):
         chosen = list(dict.fromkeys([*chosen, "scvi_prior"]))
     adapter = f" with {args.lora_weights}" if args.lora_weights else ""
-    return {
-        "command": shlex.join(["python", *sys.argv]),
+    record = {
+        "command": shlex.join(["python", *redact(sys.argv)]),
         "source": f"pipeline {args.pipeline}{adapter}" if args.pipeline else f"cells {args.synthetic}",
         "arguments": dataclasses.asdict(args),
         "split": split,
@@ -366,6 +367,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
         "rows": [],
         "steps_curve": [],
     }
+    return redact(record)
 
 
 def compare_seeds(
@@ -445,7 +447,4 @@ def main(args: EvaluationArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        main(parse(EvaluationArguments))
-    except (TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(main, EvaluationArguments, (TypeError, ValueError, OSError))

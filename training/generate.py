@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 import zarr
 from accelerate import PartialState
-from cli import arg, parse
+from cli import arg, run
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
 from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.launch import check_device, check_processes
+from scrdit_diffusers.redaction import redact
 
 logger = logging.getLogger("generate")
 
@@ -153,7 +154,7 @@ def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict)
     free = ("pipeline", "output", "overwrite", "obs", "device", "batch_size")  # do not change what is drawn
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     versions = {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
-    return arguments | {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()} | versions
+    return redact(arguments) | {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()} | versions
 
 
 def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
@@ -310,8 +311,6 @@ def main(args: GenerationArguments) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        main(parse(GenerationArguments))
-    except (TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        run(main, GenerationArguments, (TypeError, ValueError, OSError))
     except KeyboardInterrupt:
         sys.exit("Stopped; repeat the command to continue.")

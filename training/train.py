@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args
 from checkpointing import TrainingState, find_checkpoint, find_checkpoints
-from cli import parse
+from cli import run
 from diffusers import DDPMScheduler
 from preview import draw_samples, validation_loss
 from tqdm.auto import tqdm
@@ -59,6 +59,7 @@ from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
+from scrdit_diffusers.redaction import redact
 
 logger = logging.getLogger("train")
 
@@ -117,8 +118,8 @@ def main(args: TrainingArguments) -> None:
         logger.warning(f"Stopped at step {state.step}; continue with --resume_from_checkpoint latest.")
         sys.exit(128 + signals[0] if signals else 1)
     if accelerator.is_main_process:
-        run = {"seconds": round(time.time() - start_time), "resumed_from_step": first_step}
-        save_pipeline(state, cells, objective, changes, run, repo_id)
+        history = {"seconds": round(time.time() - start_time), "resumed_from_step": first_step}
+        save_pipeline(state, cells, objective, changes, history, repo_id)
     accelerator.end_training()
 
 
@@ -424,7 +425,7 @@ def save_pipeline(
     cells: Cells,
     objective: Objective,
     changes: Mapping[str, Any],
-    run: Mapping[str, Any],
+    history: Mapping[str, Any],
     repo_id: str | None,
 ) -> None:
     """Write the pipeline, how it was trained and its model card, and upload them if asked for."""
@@ -436,9 +437,9 @@ def save_pipeline(
         pipe.save_pretrained(folder)
     record = settings.record() | ({"finetuning": changes} if changes else {})
     record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
-    record |= {"num_processes": state.accelerator.num_processes, "command": sys.argv}
+    record |= {"num_processes": state.accelerator.num_processes, "command": redact(sys.argv)}
     record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
-    record |= model_card.provenance() | run
+    record |= model_card.provenance() | history
     (Path(folder) / "train_config.json").write_text(json.dumps(record, indent=2))
     about = settings.about() | {"model_id": repo_id or settings.hub_model_id}
     model_card.write_facts(pipe, record, about, folder)
@@ -477,7 +478,4 @@ def raise_not_finite(step, micro_step, batch, losses, timesteps, args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(TrainingArguments))
-    except (ValueError, OSError, FloatingPointError, pickle.UnpicklingError) as error:
-        sys.exit(f"error: {error}")
+    run(main, TrainingArguments, (ValueError, OSError, FloatingPointError, pickle.UnpicklingError))

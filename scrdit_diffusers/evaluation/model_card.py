@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scrdit_diffusers.pipeline_scrdit import SCRDiTPipeline
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
+from scrdit_diffusers.redaction import redact
 
 from .baselines import BASELINE_NAMES
 from .compare import METRIC_NAMES
@@ -58,7 +59,7 @@ def describe_pipeline(
     config.pop("count_bins", None)
     names: tuple[str, ...] = ("dataset", "max_train_steps", "train_batch_size", "learning_rate", "seed", "train_cells")
     names += ("val_cells", "commit", "hardware", "seconds", "resumed_from_step", "versions", "finetuning", "lora_rank")
-    record = record or {}
+    record = redact(record or {})
     recipe = {name: record.get(name) for name in names}
     dataset = record.get("dataset") or ""
     recipe["dataset"] = (Path(dataset).name if Path(dataset).exists() else dataset) or None
@@ -71,7 +72,7 @@ def describe_pipeline(
     has_library_size = transformer.count_head is not None and processor.value_step is None
     parameters = {"parameters": transformer.num_parameters(), "library_size": has_library_size}
     return {
-        "about": {name: about.get(name) for name in ABOUT},
+        "about": redact({name: about.get(name) for name in ABOUT}),
         **space,
         "labels": processor.label_counts,
         "transformer": config,
@@ -172,7 +173,7 @@ def build_card(
         figures={figure: FIGURES[figure] for figure in figures if figure in FIGURES},
         not_stated=NOT_STATED,
     )
-    return ModelCard(re.sub(r"\n{3,}", "\n\n", content))
+    return ModelCard(redact(re.sub(r"\n{3,}", "\n\n", content)))
 
 
 def _with_spread(row: Mapping[str, Any], source: str) -> str:
