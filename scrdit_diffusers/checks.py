@@ -1,4 +1,4 @@
-"""Every check of AnnData, genes, labels and values, with one wording for each."""
+"""All checks of AnnData, genes, labels and values, so that each has one wording."""
 
 import difflib
 import logging
@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
-MAX_COUNT = 2**24  # the largest range of integers that float32, AnnData's usual dtype, holds exactly
+MAX_COUNT = 2**24  # float32, AnnData's usual dtype, holds integers exactly up to here
 
 
 def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
@@ -34,7 +34,7 @@ def check_values(matrix: sp.csr_matrix, name: str, expect_counts: bool, hint: st
     expect_counts
         Whether integers are expected.
     hint
-        Where the right values may be found; ends the message.
+        Where the right values may be; ends the message.
     """
     data = matrix.data
     if not np.isfinite(data).all():
@@ -56,7 +56,7 @@ def check_values(matrix: sp.csr_matrix, name: str, expect_counts: bool, hint: st
 
 
 def matrix_name(layer: str | None) -> str:
-    """Name X (`layer=None`) or a layer in messages."""
+    """Name of X (`layer=None`) or of a layer in messages."""
     return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
 
 
@@ -80,7 +80,7 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
     if matrix is None:
         raise ValueError(f"{name} is empty; name the layer that holds the values.")
     matrix = sp.csr_matrix(matrix)
-    if not matrix.has_canonical_format:  # an entry may be stored in parts
+    if not matrix.has_canonical_format:  # an entry may be stored as several to add up
         matrix = matrix.copy()
         matrix.sum_duplicates()
     hint = ""
@@ -120,21 +120,21 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
 
 
 def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:
-    """List the categories of a column of obs that occur, in the order of the categorical, else sorted.
+    """List the categories that occur in a column of obs, in the order of the categorical, else sorted.
 
     Parameters
     ----------
     obs
-        Cells, or of each combination of labels one cell.
+        All cells, or one cell of each combination of labels.
     key
         Column.
     num_cells
-        Number of cells, where obs has not all of them.
+        Number of cells, if obs does not have all of them.
 
     Raises
     ------
     ValueError
-        The column is missing, holds NaN, or holds too many different values for a label.
+        The column is missing, holds NaN, or has too many different values for a label.
     """
     check_label(obs, key)
     column = obs[key]
@@ -160,7 +160,7 @@ def find_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: n
     var_names
         Names of the genes of the data.
     num_expressing
-        Number of cells that express each gene of the data; `None` before that is known.
+        Number of cells that express each gene of the data; `None` if not known yet.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def find_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: n
 
 
 def find_gene_ids(var: pd.DataFrame, key: str | None) -> list[str] | None:
-    """Take the Ensembl ids of the genes from a column of var, or from the usual ones; `None` where there are none."""
+    """Take Ensembl ids from a column of var, or from one of the usual columns; `None` if there is none."""
     if key is not None and key not in var:
         raise ValueError(f"var has no column {key!r}; it has {list(var)}.")
     key = key or next((name for name in ("gene_ids", "gene_id", "ensembl_id", "ensembl") if name in var), None)

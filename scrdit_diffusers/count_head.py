@@ -1,14 +1,14 @@
-"""The likelihood of the counts: what a gene's count may be, given the noisy cell.
+"""The likelihood of each gene's count, given the noisy cell.
 
 Noise is independent for each gene. By Bayes' rule the count k of a gene, given the whole noisy cell x_t, follows
 
     p(k | x_t)  ~  NB(k; mu, theta) exp(b(k))  *  N(x_t,gene; sqrt(alpha_bar) v(k), 1 - alpha_bar)
 
-with v(k) the count in model space. The second factor is known exactly. The first is what the rest of the cell, its
-labels and its library size say about the gene, and all that has to be learned: mu by the network, theta and b for each
-gene. With b a gene may be silent in some cells and busy in others (*XIST*), which no negative binomial describes. From
-the posterior follow the denoised cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is the
-discrete decoder of Ho et al. 2020 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
+with v(k) the count in model space. The second factor is known exactly. The first, what the rest of the cell, its labels
+and its library size say about the gene, is all that must be learned: mu by the network, theta and b per gene. b lets a
+gene be silent in some cells and busy in others (*XIST*), which no negative binomial describes. The posterior gives the
+denoised cell E[v(k) | x_t], which every scheduler uses, and the counts themselves. It is the discrete decoder of Ho et
+al. 2020 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ LABEL_TABLES = ("class_log_mean", "class_log_dispersion")  # parameters with a r
 
 
 class GeneGroup(NamedTuple):
-    """Genes with similar numbers of bins, which are computed together.
+    """Genes with similar numbers of bins, computed together.
 
     Parameters
     ----------
     genes
-        Where they stand among the sorted genes.
+        Their slice of the sorted genes.
     lower, upper
         Each bin holds the counts from `lower` to `upper` - 1, shape (genes, bins). A padding bin is empty.
     value
         Place of each bin in model space, shape (genes, bins).
     common
-        Part of the log posterior that is the same for all cells, shape (genes, bins).
+        Part of the log posterior that all cells share, shape (genes, bins).
     log_base
-        Log of h(k) under each label and, in the last place, under none, shape (genes, bins, labels + 1).
+        Log of h(k) under each label and, last, under no label, shape (genes, bins, labels + 1).
     """
 
     genes: slice
@@ -66,13 +66,13 @@ class CountPosterior(NamedTuple):
     Parameters
     ----------
     library_size
-        Log library size in standard deviations of the training cells', shape (B,).
+        Log library size, standardized by the training cells', shape (B,).
     log_mean
-        Log mean count that labels and library size alone give each gene, shape (B, G).
+        Log mean count of each gene by labels and library size alone, shape (B, G).
     log_dispersion
         Log theta, shape (B, G).
     label_rows
-        Place of each cell's labels among all labels, shape (B, K).
+        Row of each cell's labels in a table of all labels, shape (B, K).
     alphas_cumprod
         Noise process, shape (T,).
     gene_order
@@ -114,7 +114,7 @@ class CountPosterior(NamedTuple):
     ) -> torch.Tensor:
         """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `mean`.
 
-        A count beyond a gene's last bin is taken as in it.
+        A count beyond a gene's last bin counts as in that bin.
         """
         counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
@@ -154,7 +154,7 @@ class CountPosterior(NamedTuple):
     def logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
         """Unnormalized log posterior of the bins, of shape (genes, bins, B) for each group of genes.
 
-        Cells come last: a softmax over few neighboring numbers is slow.
+        Cells are the last axis, because a softmax over a short contiguous axis is slow.
         """
         alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
         log_odds = log_mean - torch.logaddexp(log_mean, self.log_dispersion)  # (B, G)
@@ -164,7 +164,7 @@ class CountPosterior(NamedTuple):
         logits = []
         for group in self.groups:
             count, value = group.mean_count[..., None], group.value[..., None]  # (genes, bins, 1)
-            # Not as a matmul, which TF32 and autocast would round: logits of hundreds have to be right to 0.01.
+            # Not a matmul, which TF32 and autocast would round: logits in the hundreds must be right to 0.01.
             logit = torch.addcmul(group.common[..., None], log_odds[group.genes], count)  # (genes, bins, B)
             for row in self.label_rows.unbind(dim=1):
                 logit = logit + group.log_base[..., row]
@@ -180,7 +180,7 @@ class CountPosterior(NamedTuple):
         return alpha_bar.clamp(1e-8, 1 - 1e-5)
 
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:
-        """Bring values (G, B) of the sorted genes to (B, G) in the order of the model."""
+        """Reorder values (G, B) of the sorted genes to (B, G) in the order of the model."""
         return torch.empty_like(values).index_copy(0, self.gene_order, values).T
 
 
@@ -243,11 +243,11 @@ class SCRDiTCountHead(nn.Module):
         self.num_classes = list(num_classes)
         self.class_log_mean = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
         self.class_log_dispersion = nn.Parameter(torch.zeros(sum(num_classes), num_genes))
-        # b of each gene, in the order of the model, and bin: what its distribution has that is not negative binomial.
+        # b of each gene (in the order of the model) and bin: how its distribution differs from a negative binomial.
         self.log_base = nn.Parameter(torch.zeros(num_genes, max(bins_per_gene for _, bins_per_gene in bins)))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SCRDiTCountHead":
-        """Move to a device but never to another dtype: bfloat16 holds no counts above 256."""
+        """Move to a device but never to another dtype: bfloat16 is exact only up to 256."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -258,7 +258,7 @@ class SCRDiTCountHead(nn.Module):
     def forward(self, class_labels: torch.Tensor, library_size: torch.Tensor | None = None) -> CountPosterior:
         """Look up what labels and library sizes say.
 
-        All tensors of the result are new ones or views, so that it holds when offloading takes the weights away again.
+        The result stays valid when offloading removes the weights, because its tensors are new ones or views.
 
         Parameters
         ----------
@@ -287,7 +287,7 @@ class SCRDiTCountHead(nn.Module):
         )
 
     def _label_rows(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """Rows of the labels (B, K) in a table of all labels; "no label" has the row after the last."""
+        """Rows of the labels (B, K) in a table of all labels; "no label" is the row after the last."""
         ends = list(accumulate(self.num_classes, initial=0))
         rows = [
             torch.where(codes < n, codes + start, ends[-1])
@@ -296,7 +296,7 @@ class SCRDiTCountHead(nn.Module):
         return torch.stack(rows, dim=1) if rows else class_labels
 
     def _gene_groups(self, label_log_dispersion: torch.Tensor, num_conditions: int) -> list[GeneGroup]:
-        """Gather what the cells share, for each group of genes."""
+        """Collect what all cells share, for each group of genes."""
         dispersion = (self.log_dispersion.float() + label_log_dispersion).exp()  # (labels + 1, G)
         dispersion = dispersion.T[self.gene_order, None]  # (G, 1, labels + 1)
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
@@ -304,7 +304,7 @@ class SCRDiTCountHead(nn.Module):
         for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self.bins(), strict=True):
             log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
-            # Each of K labels changes what holds without a label.
+            # Each of the K labels adds its change from no label.
             common = (1 - num_conditions) * log_base[..., -1] + log_b[genes, :num_bins] + log_width  # (genes, bins)
             groups.append(GeneGroup(genes, lower, upper, value, common, log_base))
         return groups
@@ -322,15 +322,15 @@ class SCRDiTCountHead(nn.Module):
 
 
 def _append_no_label(table: torch.Tensor) -> torch.Tensor:
-    """Append the row of no label, which is zero, to a table (labels, G)."""
+    """Append a row of zeros, for no label, to a table (labels, G)."""
     return F.pad(table.float(), (0, 0, 0, 1))
 
 
 def _log_base(count: torch.Tensor, dispersion: torch.Tensor) -> torch.Tensor:
-    """Log of h(k) of the negative binomial, without b."""
+    """Log of h(k) without b, that of the negative binomial."""
     return torch.lgamma(count + dispersion) - torch.lgamma(dispersion) - torch.lgamma(count + 1)
 
 
 def midpoint(lower, upper):
-    """Mean of the counts in bins, of an empty bin its lower end; tensors or arrays."""
+    """Mean count of each bin (for an empty bin, its lower end), as tensor or array."""
     return (lower + (upper - 1).clip(lower)) / 2

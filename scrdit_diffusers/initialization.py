@@ -1,4 +1,4 @@
-"""The weights from which training starts, of a new transformer and of its count head."""
+"""Initial weights of a new transformer and of its count head."""
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,9 +10,9 @@ from .count_head import SCRDiTCountHead, midpoint
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
-EXACT_COUNTS = 12  # counts up to here have a bin of their own, larger ones share bins that grow by BIN_RATIO
+EXACT_COUNTS = 12  # counts up to this have their own bins, larger ones share bins that grow by BIN_RATIO
 BIN_RATIO = 1.12
-MAX_OVERSHOOT = 1.3  # how far beyond the largest training count of a gene new counts may go
+MAX_OVERSHOOT = 1.3  # largest count of a gene over its largest training count
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 
 
@@ -34,7 +34,7 @@ def initialize_from_cells(
     moments
         Of the training cells, for a count head.
     values
-        Some training cells in model space, shape (cells, G), for cell tokens. `None`: these start at random.
+        Some training cells in model space, shape (cells, G), for cell tokens; `None` starts these at random.
     min_bins
         As in [`count_bins`].
     """
@@ -53,11 +53,11 @@ def count_bins(counts: sp.csr_matrix | CellMoments, min_bins: np.ndarray | None 
     counts
         Counts of the training cells, shape (cells, G), or their moments.
     min_bins
-        Number of bins that a gene has in any case, shape (G,), as in a pretrained head.
+        Smallest number of bins of each gene, shape (G,), such as those of a pretrained head.
 
     Returns
     -------
-    Pairs of a number of genes and of bins; the genes of all groups are the G genes, those with few bins first.
+    Pairs (number of genes, bins per gene), fewest bins first; together the groups have all G genes.
     """
     count_max = counts.count_max if isinstance(counts, CellMoments) else counts.max(axis=0).toarray().ravel()
     bins = np.sort(_bins_per_gene(count_max, min_bins))
@@ -72,10 +72,11 @@ def initialize_count_head(
     std: np.ndarray,
     min_bins: np.ndarray | None = None,
 ) -> None:
-    """Set the bins of a count head, and the means and dispersions from which training starts.
+    """Set the bins of a count head and its initial means and dispersions.
 
-    Dispersions are moment estimates around means that are proportional to the library size within each combination
-    of labels. Training alone moves them too slowly. Labels start equal, and distributions as negative binomials.
+    Dispersions are moment estimates, because training alone moves them too slowly; within each combination of labels
+    they take the mean as proportional to the library size. All labels start equal, all distributions as negative
+    binomials.
 
     Parameters
     ----------
@@ -84,7 +85,7 @@ def initialize_count_head(
     moments
         Of the counts of the training cells.
     mean, std
-        Mean and standard deviation of each gene before standardization, shape (G,), of the processor.
+        The processor's mean and standard deviation of each gene before standardization, shape (G,).
     min_bins
         As in [`count_bins`].
 

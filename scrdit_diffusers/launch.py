@@ -6,7 +6,7 @@ import torch
 
 
 def check_device(device: str | None) -> None:
-    """Raise ValueError unless PyTorch can use a device, such as "cpu" or "cuda:1"; `None` leaves the choice open."""
+    """Raise ValueError unless PyTorch can use a device, such as "cpu" or "cuda:1"; `None` passes."""
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
@@ -14,14 +14,14 @@ def check_device(device: str | None) -> None:
 
 
 def check_processes(num_processes: int) -> None:
-    """Raise ValueError unless this program runs in as many processes as were asked for.
+    """Raise ValueError unless this program runs in as many processes as were requested.
 
-    Otherwise each process would do the whole job on its own, into the same files.
+    Otherwise each process would do the whole job and write to the same files.
 
     Parameters
     ----------
     num_processes
-        How many processes Accelerate has found.
+        Number of processes that Accelerate found.
 
     Raises
     ------
@@ -42,5 +42,5 @@ def check_processes(num_processes: int) -> None:
 
 
 def launched_one_instead_of_several() -> bool:
-    """Whether `accelerate launch --num_processes 2` has started one process, as it does where it finds no GPU."""
+    """Whether `accelerate launch --num_processes 2` started only one process, as it does without a GPU."""
     return {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ

@@ -8,8 +8,8 @@ from diffusers.training_utils import compute_snr
 
 from .transformer_scrdit import SCRDiTTransformer
 
-FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): beyond it a gene's log fold changes are hardly shrunk any more
-SHAPE_PRIOR = 4  # standard deviation of what is learned of the shapes of distributions, over that of log fold changes
+FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): log fold changes of a gene beyond it are hardly shrunk
+SHAPE_PRIOR = 4  # prior standard deviation of shapes of distributions over that of log fold changes
 
 
 def loss_weights(
@@ -17,9 +17,9 @@ def loss_weights(
 ) -> torch.Tensor:
     """Weigh the squared error of a prediction by the signal-to-noise ratio of its timestep.
 
-    A weighting is defined by the weight w of the error of the clean cell: "x0" 1, "epsilon" SNR, "v" SNR + 1, each at
-    most `max_loss_weight` ("epsilon" with 5 is min-SNR). An error of the noise is sqrt(SNR) times that of the clean
-    cell, and an error of v sqrt(SNR + 1) times, so w is divided by the square where the network predicts these.
+    The weight w of the squared error of the clean cell is 1 for "x0", SNR for "epsilon" and SNR + 1 for "v", each at
+    most `max_loss_weight` ("epsilon" with 5 is min-SNR). If the network predicts the noise, whose error is sqrt(SNR)
+    times that of the clean cell, w is divided by SNR; if it predicts v, by SNR + 1.
 
     Parameters
     ----------
@@ -47,10 +47,10 @@ def loss_weights(
 def drop_labels(
     class_labels: torch.Tensor, null_labels: torch.Tensor, probability: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Replace labels by the null code, so that the model also learns cells without labels (classifier-free guidance).
+    """Replace labels by the null code, so that the model also learns without labels (classifier-free guidance).
 
-    All labels of a cell are dropped with `probability`. With several conditions each one is also dropped on its own
-    with `probability`, so that any subset of them may be left out.
+    All labels of a cell are dropped together with `probability`. With several conditions, each is also dropped alone
+    with `probability`, so that any subset may be missing.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def drop_labels(
     probability
         Probability of dropping.
     generator
-        Draws which.
+        Source of randomness; `None` takes PyTorch's global one.
 
     Returns
     -------
@@ -84,14 +84,14 @@ def negative_log_prior(
     width: int,
     prior_std: float = 0.16,
 ) -> torch.Tensor:
-    """Negative log-density of [`FoldChangePrior`] for each cell and gene, shape ().
+    """Negative log-density of [`FoldChangePrior`], divided by the numbers of cells and genes, shape ().
 
     Parameters
     ----------
     squared_fold_changes
         f^2 of each gene, shape (G,).
     squared_shape_changes
-        Summed squares of what is learned of the shapes of distributions, shape ().
+        Sum of the squares of dispersions by label and base measures, shape ().
     num_cells
         Number of training cells N.
     width
@@ -106,10 +106,10 @@ def negative_log_prior(
 
 
 class FoldChangePrior:
-    """Negative log-prior of the weights behind fold changes and behind the shapes of distributions.
+    """Negative log-prior of the weights behind fold changes and shapes of distributions.
 
-    Without it a network learns rare genes of single cells by heart, because Adam gives weights with small gradients
-    steps as large as the others. With
+    Without it, the network memorizes rare genes of single cells, because Adam takes equally large steps for weights
+    with small gradients. With
 
         f_g^2 = sum_d W_gd^2 + sum_l m_gl^2 / D
 
@@ -117,20 +117,20 @@ class FoldChangePrior:
 
         D c log(1 + f_g^2 / c) / (2 s^2)
 
-    For small f it is a Gaussian prior N(0, s^2 / D) on each weight. For large f it grows like log f (Student's t), so
-    that real marker genes, those of sex or of stress, are not shrunk. What N cells say by chance goes with 1 / sqrt(N),
-    and so does sqrt(c), where the tails begin. Dispersions by label and base measures have a Gaussian prior.
+    For small f this is a Gaussian prior N(0, s^2 / D) on each weight. For large f it grows like log f (Student's t), so
+    that real marker genes, such as those of sex or stress, are not shrunk. The tails begin at sqrt(c), which shrinks
+    like 1 / sqrt(N), as chance effects in N cells do. Dispersions by label and base measures have a Gaussian prior.
 
     Parameters
     ----------
     model
-        A transformer with a count head, not wrapped. The weights are read at each call.
+        A transformer with a count head, not wrapped. Its weights are read at each call.
     num_cells
         Number of training cells N.
     prior_std
         s.
     around_present_weights
-        Center the prior on the present weights, as in fine-tuning, instead of on zero.
+        Center the prior on the present weights, for fine-tuning, instead of on zero.
 
     References
     ----------
@@ -146,7 +146,7 @@ class FoldChangePrior:
             self.means = {name: weight.detach().clone() for name, weight in self._weights().items()}
 
     def __call__(self) -> torch.Tensor:
-        """Negative log-prior for each cell and gene, shape ()."""
+        """Negative log-prior, divided by the numbers of cells and genes, shape ()."""
         return negative_log_prior(*self.squared_changes(), self.num_cells, self._width(), self.prior_std)
 
     def squared_changes(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +162,7 @@ class FoldChangePrior:
         fold_changes = fold_changes[: config.num_genes]  # (G,)
         if "cell" in squares:
             fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
-        # Over the width, so that a label's log fold change itself has the standard deviation of the prior.
+        # Divided by D, so that a label's log fold change itself has the prior's standard deviation s.
         fold_changes = fold_changes + squares["labels"].sum(dim=0) / self._width()  # (G,)
         return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
 
@@ -193,9 +193,9 @@ def diffusion_loss(
     max_loss_weight: float = 25.0,
     prior: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Noise cells, denoise them once, and compare.
+    """Add noise to cells, denoise them once, and compute the loss.
 
-    Without a count head the loss is w(t) |prediction - target|^2 / G, with one it is -log p(counts | noisy cell) / G
+    Without a count head the loss is w(t) |prediction - target|^2 / G; with one it is -log p(counts | noisy cell) / G
     plus the prior.
 
     Parameters
@@ -205,8 +205,8 @@ def diffusion_loss(
     noise_scheduler
         Gives the noise process and the prediction type.
     batch
-        `values` (B, G) in model space, `class_labels` (B, K), and for a model with a count head `counts` (B, G) and
-        `library_size` (B,) where that is not their sum.
+        `values` (B, G) in model space, `class_labels` (B, K), and for a count head `counts` (B, G) and, if not their
+        sum, `library_size` (B,).
     timesteps
         Timesteps, shape (B,).
     noise

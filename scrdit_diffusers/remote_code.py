@@ -1,4 +1,4 @@
-"""Publishes this package's code beside a pipeline on the Hub, for those who have not installed it."""
+"""Publish this package's code with a pipeline on the Hub, for users who have not installed it."""
 
 import ast
 import json
@@ -12,8 +12,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from .hub import explain_push
 
-# The pipeline names the classes of its components in annotations, against which diffusers checks them. They come from
-# files of their own, so that here their base classes stand for them.
+# diffusers checks the components against the annotations of the pipeline. Their classes are in other files, so in the
+# pipeline's file their base classes stand in.
 STAND_INS = {
     "SCRDiTTransformer": "from diffusers import ModelMixin as SCRDiTTransformer",
     "SCRDiTProcessor": "from transformers.feature_extraction_utils import FeatureExtractionMixin as SCRDiTProcessor",
@@ -26,16 +26,16 @@ PIPELINE = ["pipeline_scrdit", "SCRDiTPipeline"]
 
 
 def bundle_module(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
-    """Join a module of this package and those that it imports from it into one source file.
+    """Join a module and the modules of this package that it imports into one source file.
 
-    diffusers loads such a file alone: it finds relative imports only one deep, and not beside components.
+    diffusers follows relative imports only one level deep, and not at all from components.
 
     Parameters
     ----------
     module
         Name of the module, such as "transformer_scrdit".
     stand_ins
-        Lines that replace the import of some names.
+        Lines that replace the imports of some names.
 
     Returns
     -------
@@ -44,12 +44,12 @@ def bundle_module(module: str, stand_ins: Mapping[str, str] | None = None) -> st
     Raises
     ------
     ValueError
-        A module imports from this package in another way than `from .module import name` at its top, or two modules
-        give different things one name.
+        A module imports from this package other than by `from .module import name` at its top, or two modules define
+        different things under the same name.
     """
     sources: dict[str, str] = {}
     _collect(module, stand_ins or {}, sources)
-    defined: dict[str, tuple[str, str]] = {}  # name: module and text of its first definition
+    defined: dict[str, tuple[str, str]] = {}  # name -> module and text of its first definition
     for name, source in sources.items():
         for node in ast.parse(source).body:
             segment = ast.get_source_segment(source, node) or ""
@@ -92,13 +92,12 @@ def push_remote_code(
 ) -> str:
     """Publish a pipeline with the code of this package on a branch of its repository.
 
-    Without this package,
-    `DiffusionPipeline.from_pretrained(repo_id, revision="remote-code", trust_remote_code=True)` then loads it. The
-    branch is `revision` and, in one commit, three generated files (`pipeline_scrdit.py`,
-    `transformer/transformer_scrdit.py`, `processor/processing_scrdit.py`) and a `model_index.json` that names them.
-    It follows neither later weights nor later versions of this package: call this again after either. One commit then
-    replaces all that the branch holds, so that whoever loads it meanwhile gets the old or the new. `revision` itself
-    stays free of code, which would force `trust_remote_code` on everybody.
+    Users without this package then load it by
+    `DiffusionPipeline.from_pretrained(repo_id, revision="remote-code", trust_remote_code=True)`. The branch holds the
+    files of `revision`, three generated ones (`pipeline_scrdit.py`, `transformer/transformer_scrdit.py`,
+    `processor/processing_scrdit.py`) and a `model_index.json` that names them. Call this again after publishing new
+    weights or a new version of this package: a single commit replaces the whole branch, so that nobody loads a mixture
+    of old and new. `revision` itself stays free of code, which would force `trust_remote_code` on everybody.
 
     Parameters
     ----------
@@ -113,14 +112,14 @@ def push_remote_code(
 
     Returns
     -------
-    The commit. Users who pass it as `revision` run the code that they have read, and no later one.
+    The commit. Users who pass it as `revision` run exactly the code that they have read.
 
     Raises
     ------
     ValueError
-        The repository holds no scRDiT pipeline, or `branch` is the one that users of this package load from.
+        The repository holds no scRDiT pipeline, or `branch` is one that users of this package load from.
     OSError
-        The Hub refused, or cannot be reached, with what to do.
+        The Hub refused or cannot be reached; the message says what to do.
     """
     api = HfApi(token=token)
     if branch in (revision, "main"):

@@ -1,7 +1,7 @@
-"""What pipelines share: set the timesteps, guide, denoise, draw counts, build the AnnData.
+"""Building blocks of pipelines: set the timesteps, guide, denoise, draw counts, build the AnnData.
 
-The functions take the parts that they need (transformer, scheduler, processor), so that a new pipeline calls them in
-the order of its own task. Their tensors hold a batch of B cells.
+Each takes only the parts it needs (transformer, scheduler, processor), so that a new pipeline can combine them in its
+own order. Tensors hold a batch of B cells.
 """
 
 import bisect
@@ -27,14 +27,14 @@ Generators = torch.Generator | list[torch.Generator]  # one for all cells, or on
 
 
 def draw_uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
-    """Draw uniform random numbers in [0, 1); from a list of generators one row each."""
+    """Draw uniform random numbers in [0, 1); with a list of generators, one row from each."""
     if isinstance(generator, list):
         return torch.cat([draw_uniform((1, *shape[1:]), g, device) for g in generator])
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
 
 def draw_seeds(generator: Generators) -> int | list[int]:
-    """Draw a seed from a generator, or one from each."""
+    """Draw a seed from a generator, or one from each of a list."""
     if isinstance(generator, list):
         return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generator]
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -43,12 +43,12 @@ def draw_seeds(generator: Generators) -> int | list[int]:
 def set_timesteps(
     scheduler: SchedulerMixin, num_inference_steps: int, decode_timestep: int | None, device: torch.device
 ) -> tuple[int, int]:
-    """Set as many scheduler steps as put `num_inference_steps` timesteps at or above `decode_timestep`.
+    """Set the timesteps of a scheduler such that `num_inference_steps` of them are at or above `decode_timestep`.
 
     Returns
     -------
-    Number of steps of the whole schedule, and how many of `scheduler.timesteps` to visit. Some schedulers visit more
-    timesteps than they are told steps; without `decode_timestep` all are visited.
+    Number of steps of the whole schedule, and how many of `scheduler.timesteps` to visit. Without `decode_timestep` all
+    are visited, which for some schedulers are more than the number of steps.
     """
     num_train_timesteps = scheduler.config.num_train_timesteps
 
@@ -72,11 +72,11 @@ def set_timesteps(
 
 
 def guide(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: (2B, G) without and with labels to (B, G). A scale of 1 is off: (B, G) stays (B, G).
+    """Classifier-free guidance: predictions without and with labels (2B, G) to (B, G). With a scale of 1, a no-op.
 
-    Steps of the scheduler guide the prediction, in which the score is linear. Drawing counts needs a distribution and
-    guides its log means, whose counts stay positive. Log means at every step, the other consistent rule, were tried:
-    totals inflate twice as much and cells are told from real ones more easily.
+    Scheduler steps guide the prediction, in which the score is linear. Drawing counts guides the log means, so that
+    means stay positive. Guiding log means at every step was tried and is worse: library sizes inflate twice as much,
+    and cells are easier to tell from real ones.
     """
     if guidance_scale == 1.0:
         return prediction.float()
@@ -86,7 +86,7 @@ def guide(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
 
 @dataclass
 class Denoiser:
-    """The network and the scheduler on a batch of B cells with their labels.
+    """Network and scheduler, applied to a batch of B cells with given labels.
 
     Parameters
     ----------
@@ -99,9 +99,9 @@ class Denoiser:
     guidance_scale
         See [`guide`].
     attention_kwargs
-        Handed to the transformer.
+        Passed to the transformer.
     step_kwargs
-        Handed to `scheduler.step`, those that it takes: `eta`, `generator`.
+        `eta` and `generator`, passed to `scheduler.step` if it takes them.
     """
 
     transformer: SCRDiTTransformer
@@ -117,7 +117,7 @@ class Denoiser:
         self.step_kwargs = {name: value for name, value in self.step_kwargs.items() if name in accepted}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> SCRDiTTransformerOutput:
-        """Call the network on noisy cells (B, G); with guidance on 2B, those without labels first."""
+        """Call the network on noisy cells (B, G); with guidance on 2B, the ones without labels first."""
         class_labels, library_size = self.class_labels, self.library_size
         if self.guidance_scale != 1.0:
             null_labels = class_labels.new_tensor(self.transformer.config.num_classes)  # (K,)
@@ -134,7 +134,7 @@ class Denoiser:
             )
 
     def step(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Take the cells (B, G) to the next timestep."""
+        """Move the cells (B, G) to the next timestep."""
         assert output.sample is not None
         prediction = guide(output.sample, self.guidance_scale)  # (B, G)
         return self.scheduler.step(prediction, t, x_t, **self.step_kwargs, return_dict=False)[0]  # (B, G)
@@ -159,7 +159,7 @@ def denoise(
     on_step_start: Callable[[torch.Tensor], bool] = lambda t: True,
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] = lambda i, t, x_t: x_t,
 ) -> tuple[torch.Tensor, SCRDiTTransformerOutput | None]:
-    """Take noisy cells down the timesteps.
+    """Denoise cells over the given timesteps.
 
     Parameters
     ----------
@@ -170,9 +170,9 @@ def denoise(
     timesteps
         The timesteps to visit.
     draws_counts
-        Whether counts are drawn at the last timestep: the network is called there, and no step is taken.
+        Whether counts are drawn at the last timestep, which then has a network call but no scheduler step.
     on_step_start
-        `on_step_start(t)` returns False to leave out what is left.
+        `on_step_start(t)` returns False to stop.
     on_step_end
         `on_step_end(i, t, x_t)` may replace the cells, as a callback or the known genes of a panel do.
 
@@ -211,11 +211,11 @@ def cells_to_anndata(
     processor
         Genes and transform.
     values
-        What the model generates, counts where it models these, shape (cells, G).
+        What the model generates: counts if it models them, shape (cells, G).
     obs
         One row for each cell.
     library_sizes
-        Those that were asked for, shape (cells,), or `None`.
+        Requested library sizes, shape (cells,), or `None`.
     provenance
         Written to `uns["scrdit"]`.
     """

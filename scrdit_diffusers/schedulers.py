@@ -1,4 +1,4 @@
-"""Which of diffusers' schedulers sample an scRDiT model, which do not and why, and the one that pipelines ship with."""
+"""Which schedulers of diffusers can sample an scRDiT model, why others cannot, and the default one."""
 
 import inspect
 from typing import NamedTuple
@@ -10,16 +10,17 @@ _ALL = (*_NOISE, "sample")
 
 
 class SchedulerVerdict(NamedTuple):
-    """What a scheduler is good for here.
+    """Whether a scheduler can sample an scRDiT model.
 
     Parameters
     ----------
     prediction_types
-        With these it reproduces mean and standard deviation of an exact denoiser; empty: it is refused.
+        Prediction types for which it reproduces mean and standard deviation of an exact denoiser; if empty, the
+        scheduler is refused.
     reason
-        Why not with the others.
+        Why it fails for the others.
     any_schedule
-        `False`: only where some signal is left at the last timestep, as in the linear noise schedule.
+        If `False`, the noise schedule must leave some signal at the last timestep, as the linear one does.
     """
 
     prediction_types: tuple[str, ...]
@@ -50,7 +51,7 @@ SCHEDULERS: dict[str, SchedulerVerdict] = {
     "DPMSolverSDEScheduler": SchedulerVerdict(_NOISE, _NO_SAMPLE),
     "EulerAncestralDiscreteScheduler": SchedulerVerdict(_NOISE, _NO_SAMPLE),
     "KDPM2DiscreteScheduler": SchedulerVerdict(_NOISE, _NO_SAMPLE),
-    # On the cosine schedule the first step of these spans noise levels of a ratio of hundreds, and they extrapolate.
+    # On the cosine schedule, the first step of these extrapolates over noise levels hundreds of times apart.
     "HeunDiscreteScheduler": SchedulerVerdict(_ALL, any_schedule=False),
     "KDPM2AncestralDiscreteScheduler": SchedulerVerdict(_NOISE, _NO_SAMPLE, any_schedule=False),
     "PNDMScheduler": SchedulerVerdict(("epsilon",), "its extrapolation is made for models of the noise", False),
@@ -90,7 +91,7 @@ SCHEDULERS: dict[str, SchedulerVerdict] = {
     "EntropyBoundScheduler": _TOKENS,
     "VQDiffusionScheduler": _TOKENS,
 }
-# What a scheduler that is swapped in must share with the one that the pipeline came with.
+# Config entries that another scheduler must share with the pipeline's own.
 NOISE_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 _ALTERNATIVE = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
 
@@ -98,11 +99,11 @@ _ALTERNATIVE = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteSched
 def default_scheduler(
     prediction_type: str = "sample", beta_schedule: str = "squaredcos_cap_v2", num_train_timesteps: int = 1000
 ) -> UniPCMultistepScheduler:
-    """Make the scheduler that a trained pipeline ships with: UniPC, every argument explicit.
+    """Make the scheduler that trained pipelines ship with: UniPC, with every argument explicit.
 
-    UniPC, because all of its arguments mean the same to the other schedulers or nothing (DPM-Solver's `algorithm_type`
-    breaks SA-Solver). Its config also carries the arguments that only other schedulers have (`clip_sample=False` above
-    all), so that `DDIMScheduler.from_config(pipe.scheduler.config)` and its like sample the same model correctly.
+    No argument of UniPC means something else to another scheduler (DPM-Solver's `algorithm_type` would break
+    SA-Solver). The config also carries arguments of other schedulers, above all `clip_sample=False`, so that
+    `DDIMScheduler.from_config(pipe.scheduler.config)` and the like sample the model correctly.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ def default_scheduler(
     num_train_timesteps
         Number of timesteps T of the training.
     """
-    # What stays at its default is made explicit too: an in-memory from_config would drop it otherwise.
+    # Defaults are made explicit too, because an in-memory from_config would drop them.
     parameters = inspect.signature(UniPCMultistepScheduler).parameters
     config = {name: parameter.default for name, parameter in parameters.items()}
     config |= dict(
@@ -131,7 +132,7 @@ def default_scheduler(
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError, with the reason and an alternative, if a scheduler cannot sample an scRDiT model."""
+    """Raise ValueError, with the reason and an alternative, for a scheduler that cannot sample an scRDiT model."""
     name = type(scheduler).__name__
     config = scheduler.config
     verdict = next((SCHEDULERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in SCHEDULERS), None)

@@ -1,6 +1,6 @@
-"""What the values of a dataset are, and what the model sees of them: counts, counts behind logs, steps, plain logs.
+"""Kinds of values in a dataset, and what the model sees of them: counts, counts behind logs, steps, or plain logs.
 
-The four classes have the same methods. A processor picks one by its settings, see [`choose_value_kind`].
+The four classes have the same methods. The settings of a processor choose one, see [`choose_value_kind`].
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from .checks import MAX_COUNT
 
 VALUE_SPACES = ("counts", "log_normalized")
 NORMALIZED_BY = ("library_size", "model_genes")
-MAX_INEXACT = 0.01  # fraction of cells whose counts may fail to be recovered exactly, such as those with few genes
+MAX_INEXACT = 0.01  # fraction of cells, such as those with few genes, whose counts need not be recovered exactly
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,28 @@ class Counts:
     Parameters
     ----------
     zero
-        Where an exact zero goes in the log space: 0, or elsewhere with zero negation.
+        Value of an exact zero in the log space: 0, unless there is zero negation.
     """
 
     zero: float = 0.0
 
-    expect_counts = True  # the values of a dataset have to be integers
+    expect_counts = True  # values of the dataset must be integers
     models_counts = True  # the model sees counts
-    scaled_counts = True  # these are numbers of molecules, whose sum is a library size
+    scaled_counts = True  # the counts are numbers of molecules, whose sum is a library size
 
     def data_values(self, matrix: sp.csr_matrix, columns: np.ndarray | slice) -> sp.csr_matrix:
-        """Take the model's genes from all genes (cells, n_vars): values like those of the training data."""
+        """Select the model's genes from all genes (cells, n_vars), as values like those of the training data."""
         return matrix[:, columns]
 
     def model_values(
         self, matrix: sp.csr_matrix, columns: np.ndarray | slice
     ) -> tuple[sp.csr_matrix, np.ndarray | None]:
-        """Take what the model sees: values (cells, G), and library sizes (cells,) where it sees counts."""
+        """Return what the model sees: values (cells, G), and library sizes (cells,) if these are counts."""
         counts = matrix[:, columns]
         return counts, row_sums(counts)
 
     def to_log(self, nonzero: np.ndarray) -> np.ndarray:
-        """Bring positive model values to the log space, where they are standardized."""
+        """Transform positive model values to the log space, where they are standardized."""
         return np.log1p(np.asarray(nonzero, dtype=np.float64))
 
     def from_log(self, values: np.ndarray) -> np.ndarray:
@@ -55,24 +55,24 @@ class Counts:
         return values
 
     def check_data(self, matrix: sp.csr_matrix, name: str) -> None:
-        """Raise ValueError where values are of another kind; `name` is what the message calls them."""
+        """Raise ValueError for values of another kind; `name` is what the message calls them."""
 
 
 @dataclass(frozen=True)
 class LogNormalized(Counts):
-    """What values that are log-normalized share.
+    """Base of the log-normalized kinds.
 
     Parameters
     ----------
     target_sum
-        Library size to which counts are scaled where the data hold counts; `None` where they are normalized already.
+        Library size to which counts in the data are scaled; `None` if the data are normalized already.
     """
 
     target_sum: float | None = None
 
     @property
     def expect_counts(self) -> bool:  # type: ignore[override]
-        """Whether the values of a dataset have to be integers."""
+        """Whether the values of a dataset must be integers."""
         return self.target_sum is not None
 
     def data_values(self, matrix, columns):  # noqa: D102
@@ -90,7 +90,7 @@ class CountsBehindLogs(LogNormalized):
         The divisor d is the cell's library size over all genes of the data ("library_size") or over those of the model
         ("model_genes").
     normalized_to
-        Library size s to which counts are scaled; `target_sum` is the same where the data hold counts.
+        Library size s to which counts are scaled; equals `target_sum` if the data hold counts.
     """
 
     normalized_by: str = "library_size"
@@ -118,7 +118,7 @@ class CountsBehindLogs(LogNormalized):
 
 @dataclass(frozen=True)
 class SteppedLogs(Counts):
-    """Values are logs but not those of scaled counts, and the model sees in which step k each one lies.
+    """Values are logs, but not of scaled counts, and the model sees the step k of each one.
 
     k is 0 for an exact zero, otherwise one more than the number of steps above the gene's smallest value:
     v = `value_min`_g + `value_step` (k - 1).
@@ -174,12 +174,12 @@ def choose_value_kind(
     value_step: float | None,
     value_min: np.ndarray,
 ) -> Counts:
-    """Choose the class that the settings of a processor stand for.
+    """Choose the class for the settings of a processor.
 
     Raises
     ------
     ValueError
-        Settings do not go together.
+        The settings do not go together.
     """
     if value_space not in VALUE_SPACES:
         raise ValueError(f"value_space must be one of {VALUE_SPACES}, got {value_space!r}.")
@@ -221,7 +221,7 @@ def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
 def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
     """Find the counts behind log-normalized values `log1p(c x counts)`, where c differs between cells.
 
-    The smallest value of a cell is one count (or two or three), and all others are whole multiples.
+    The smallest value of a cell stands for one count (or two or three), all others for whole multiples.
 
     Parameters
     ----------
@@ -230,8 +230,8 @@ def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np
 
     Returns
     -------
-    Counts, shape (cells, n_vars); c of each cell, shape (cells,), infinite for a cell without any; and whether all of a
-    cell's values are whole multiples, shape (cells,).
+    Counts, shape (cells, n_vars); c of each cell, shape (cells,), infinite for an empty cell; and whether all values of
+    a cell are whole multiples, shape (cells,).
     """
     values = sp.csr_matrix(values, dtype=np.float64).expm1()
     values.eliminate_zeros()
@@ -242,14 +242,14 @@ def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np
     one_count, exact = smallest.copy(), np.zeros(num_cells, dtype=bool)
     for count_of_smallest in (1, 2, 3):
         one_count[~exact] = smallest[~exact] / count_of_smallest
-        # The smallest value may be rounded; all of up to 50 counts together know better.
+        # The smallest value may be rounded; all values of up to 50 counts together are more precise.
         multiples = values.data / one_count[rows]
         few = multiples < 50
         total = np.bincount(rows[few], values.data[few], num_cells)
         count = np.bincount(rows[few], np.rint(multiples[few]), num_cells)
         one_count = np.divide(total, count, out=one_count, where=count > 0)
         multiples = values.data / one_count[rows]
-        off = np.abs(multiples - np.rint(multiples)) > 0.05 + 1e-3 * multiples  # of values with three decimals
+        off = np.abs(multiples - np.rint(multiples)) > 0.05 + 1e-3 * multiples  # for values of three decimals
         exact = np.bincount(rows[off | (multiples > MAX_COUNT)], minlength=num_cells) == 0
         if exact.all():
             break
