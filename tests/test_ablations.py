@@ -1,4 +1,4 @@
-"""The command that trains and judges one change of the defaults at a time."""
+"""The command that trains and evaluates one change of the defaults at a time."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def prepare(script, adata, tmp_path):
     return prepare
 
 
-def test_rows_are_trained_and_judged_once_and_the_command_goes_on(script, prepare, tmp_path, capsys, monkeypatch):
+def test_rows_are_trained_and_evaluated_once_and_the_command_goes_on(script, prepare, tmp_path, capsys, monkeypatch):
     trained = []
 
     def train_model(args, name, cells, labels, output_dir):

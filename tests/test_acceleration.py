@@ -161,7 +161,7 @@ def save_tiny_pipelines(folder):
     pipe.save_pretrained(str(folder / "default"))
 
 
-def test_every_sampler_is_timed_and_judged_once_and_the_command_goes_on(script, prepare, tmp_path, capsys, monkeypatch):
+def test_every_sampler_is_timed_and_evaluated_once_and_resumed(script, prepare, tmp_path, capsys, monkeypatch):
     first = [script.Sampler("paper", "DDPM", "DDPMScheduler", (20,))]
     few = [script.Sampler("default", "UniPC", "UniPCMultistepScheduler", (4, 2))]
     monkeypatch.setattr(script, "SAMPLERS", (*first, *few))

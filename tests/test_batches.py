@@ -116,7 +116,7 @@ def test_a_batch_is_the_direct_transform(adata, kwargs):
 def test_a_batch_with_its_counts(adata, kwargs):
     processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], **kwargs)
     rows = CellRows(CellDataset.from_anndata(adata).rows).__getitems__([5, 59, 0, 17])
-    batch = CellCollator(processor, adata.var, counts=True)(rows)
+    batch = CellCollator(processor, adata.var, expect_counts=True)(rows)
     assert batch["counts"].dtype == batch["library_size"].dtype == torch.float32
     assert np.array_equal(batch["counts"].numpy(), adata[[5, 59, 0, 17], processor.var_names].X.toarray())
     assert torch.equal(batch["library_size"], batch["counts"].sum(dim=1))
@@ -127,7 +127,7 @@ def test_a_batch_with_the_counts_behind_log_normalized_values(adata):
     options = dict(value_space="log_normalized", recover_counts=True, genes=["gene9", "gene3", "gene20"])
     processor = SCRDiTProcessor.from_anndata(adata, "cell_type", "lognorm", **options)
     rows = CellRows(CellDataset.from_anndata(adata, "lognorm").rows).__getitems__([5, 59, 0, 17])
-    batch = CellCollator(processor, adata.var, counts=True)(rows)
+    batch = CellCollator(processor, adata.var, expect_counts=True)(rows)
     counts = adata[[5, 59, 0, 17]].layers["counts"].toarray()
     assert np.array_equal(batch["counts"].numpy(), counts[:, [9, 3, 20]])
     np.testing.assert_allclose(batch["library_size"], counts.sum(axis=1), rtol=1e-4)
@@ -136,8 +136,8 @@ def test_a_batch_with_the_counts_behind_log_normalized_values(adata):
 
 def test_refuses_the_counts_of_log_normalized_values(adata):
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", value_space="log_normalized", target_sum=1e4)
-    with pytest.raises(ValueError, match="^counts=True .*value_space"):
-        CellCollator(processor, adata.var, counts=True)
+    with pytest.raises(ValueError, match="^expect_counts=True .*value_space"):
+        CellCollator(processor, adata.var, expect_counts=True)
 
 
 def test_an_unconditional_batch_has_no_labels(adata):

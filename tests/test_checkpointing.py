@@ -1,4 +1,4 @@
-"""Checkpoints of the training script: whole or not there, and resumed to the same result."""
+"""Checkpoints of the training script: never half-written, and resumed to the same result."""
 
 import multiprocessing
 import os

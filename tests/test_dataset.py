@@ -225,7 +225,7 @@ def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_
     assert processor.gene_ids == expected.gene_ids
     np.testing.assert_allclose(processor.mean, expected.mean)
     rows = next(dataset.iterate(60, ["genes", "expressions", "drug", "plate"]))
-    values = CellCollator(processor, dataset.var, counts=True)(rows)["counts"]
+    values = CellCollator(processor, dataset.var, expect_counts=True)(rows)["counts"]
     assert np.array_equal(values.numpy(), adata.X.toarray())
 
 

@@ -72,7 +72,7 @@ def test_seeds_divide_the_unseen_cells_anew(record):
 
 
 def test_cells_genes_and_labels_are_recorded(record):
-    assert record["cells"] == {"train": 96, "control": 32, "test": 32, "judged": 32}
+    assert record["cells"] == {"train": 96, "control": 32, "test": 32, "evaluated": 32}
     assert record["genes"] == {"number": 40, "choice": "those of the pipeline"}
     assert record["labels"]["rare"] == {"train": 9, "control": 3, "test": 3}
 

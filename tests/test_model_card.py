@@ -59,7 +59,7 @@ def test_figures_of_published_cards_are_those_of_metrics_json(published):
         name: rows[name]["value"] for name in seen
     }
     counts = re.search(r"\n([\d,]+) generated cells against .* (\d+) evaluation seed", card.text)
-    assert int(counts[1].replace(",", "")) == metrics["cells"]["judged"] and int(counts[2]) == len(metrics["seeds"])
+    assert int(counts[1].replace(",", "")) == metrics["cells"]["evaluated"] and int(counts[2]) == len(metrics["seeds"])
     for part in ("train", "control", "test"):
         assert f"{metrics['cells'][part]:,} {part}" in card.text
 
@@ -220,8 +220,8 @@ def test_results_and_figures_come_from_the_folder(pipe, tmp_path):
     model_card.write_card(tmp_path)
     assert "Not evaluated yet" in (tmp_path / "README.md").read_text(encoding="utf-8")
     shutil.copyfile(published / "metrics.json", tmp_path / "metrics.json")
-    pictures = [ReportFigure(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
-    model_card.save_figures(pictures, tmp_path)
+    figures = [ReportFigure(title, "", plt.figure(figsize=(1, 1))) for title in ("Genes", "Zero fraction")]
+    model_card.save_figures(figures, tmp_path)
     plt.close("all")
     model_card.write_card(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -122,7 +122,7 @@ def test_gene_gene_correlation_shows_spearman_of_the_most_expressed_genes(cells)
     assert axes[0].images[0].get_clim() == axes[1].images[0].get_clim() and named(axes)
 
 
-def test_gene_gene_correlation_of_equal_cells_is_the_same_picture(cells):
+def test_gene_gene_correlation_of_equal_cells_is_the_same_figure(cells):
     axes = plotting.gene_gene_correlation(cells, cells, n_genes=10)
     np.testing.assert_array_equal(*(ax.images[0].get_array() for ax in axes))
     assert "r = 1.000" in axes[1].get_title()

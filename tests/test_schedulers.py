@@ -320,7 +320,7 @@ def test_the_table_of_the_benchmark(benchmark):
     ]
 
 
-def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe, adata, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_evaluates_the_cells_it_generated(benchmark, count_pipe, adata, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RandomForestClassifier", lambda n, **kwargs: RandomForestClassifier(5, **kwargs))
     count_pipe.save_pretrained(tmp_path / "pipeline")
     parts = {name: adata[i::3].copy() for i, name in enumerate(("train", "test", "control"))}
@@ -344,14 +344,14 @@ def test_the_benchmark_judges_the_cells_that_it_generated(benchmark, count_pipe,
     options = dict(value_space="counts", seed=0, n_jobs=1)
     table = compare.compare(test, cells, parts["train"], control, **options).set_index("metric")
     for metric in benchmark.COLUMNS:
-        assert output["judged"]["DDIMScheduler-2"][metric] == pytest.approx(table.loc[metric, "value"])
-        assert output["judged"]["real"][metric] == pytest.approx(table.loc[metric, "ceiling"])
-    assert output["judged"]["DDIMScheduler-3"] != output["judged"]["DDIMScheduler-2"]
-    figures = [f"{output['judged'][f'DDIMScheduler-{n}']['classifier_genes_auroc']:.3f}" for n in (2, 3)]
+        assert output["evaluated"]["DDIMScheduler-2"][metric] == pytest.approx(table.loc[metric, "value"])
+        assert output["evaluated"]["real"][metric] == pytest.approx(table.loc[metric, "ceiling"])
+    assert output["evaluated"]["DDIMScheduler-3"] != output["evaluated"]["DDIMScheduler-2"]
+    figures = [f"{output['evaluated'][f'DDIMScheduler-{n}']['classifier_genes_auroc']:.3f}" for n in (2, 3)]
     printed = capsys.readouterr().out
     assert f"| {' / '.join(figures)} |" in printed
 
-    monkeypatch.setattr(SCRDiTPipeline, "__call__", None)  # the same command judges and generates nothing anew
+    monkeypatch.setattr(SCRDiTPipeline, "__call__", None)  # the same command evaluates and generates nothing anew
     monkeypatch.setattr(benchmark, "compare", None)
     assert run() == output
     assert printed.endswith(capsys.readouterr().out)

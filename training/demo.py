@@ -1,7 +1,7 @@
-"""The whole job on real cells: prepare, train, save, load, generate, compare. Everything lands in outputs/demo.
+"""The whole workflow on real cells: prepare, train, save, load, generate, compare. All output goes to outputs/demo.
 
-The cells are the 700 blood cells (765 genes, 10 labels) that come with scanpy: 60 % train, 20 % are a control that
-shows what real against real gives, 20 % are the test cells whose labels the generated cells take.
+The cells are the 700 blood cells (765 genes, 10 labels) that come with scanpy: 60 % for training, 20 % as a control
+that shows what other real cells reach, and 20 % as test cells, whose labels the generated cells take.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scrdit_diffusers import SCRDiTPipeline, split_cells
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.evaluation import baselines, plotting
 from scrdit_diffusers.evaluation.compare import compare
 
@@ -33,8 +34,7 @@ UMAP_COLORS = {"origin": "origin", "labels": LABELS_KEY}
 def pbmc68k_counts() -> ad.AnnData:
     """Load scanpy's embedded cells and recover their counts.
 
-    `raw` holds log1p(count x s) with an unknown factor s for each cell; its smallest positive value is that of one
-    count.
+    `raw` holds log1p(count x s) with an unknown factor s per cell, whose smallest positive value is that of one count.
     """
     cells = sc.datasets.pbmc68k_reduced()
     values = np.expm1(cells.raw.X.toarray())
@@ -52,7 +52,7 @@ def run(*command: str) -> None:
 
 
 def main() -> None:
-    """Do the whole job."""
+    """Run the whole workflow."""
     argparse.ArgumentParser(description=__doc__).parse_args()  # has no arguments but --help
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
@@ -81,7 +81,8 @@ def main() -> None:
     table = compare(test, synthetic, train, control, labels_key=LABELS_KEY)
     copula = baselines.gaussian_copula(train, test.obs, LABELS_KEY, np.random.default_rng(0))
     table["copula"] = compare(test, copula, train, labels_key=LABELS_KEY)["value"]
-    (OUTPUT / "metrics.json").write_text(json.dumps(table.to_dict(orient="records"), indent=2))
+    with write_atomically(OUTPUT / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(table.to_dict(orient="records"), indent=2))
     draw(test, synthetic, train, pipeline_folder)
 
     shown = table[table["group"] == "all"].set_index("metric")[["value", "ceiling", "copula", "aim"]]
@@ -106,15 +107,15 @@ def main() -> None:
 
 
 def draw(real: ad.AnnData, synthetic: ad.AnnData, train: ad.AnnData, pipeline_folder: Path) -> None:
-    """Write the pictures."""
+    """Write the figures."""
     embedding = plotting.joint_umap(real, synthetic, train, labels_key=LABELS_KEY)
-    pictures = {f"umap_{name}": plotting.umap(embedding, key) for name, key in UMAP_COLORS.items()}
-    pictures["genes"] = plotting.gene_statistics(real, synthetic)
-    pictures["cells"] = plotting.library_size_histogram(real, synthetic)
+    figures = {f"umap_{name}": plotting.umap(embedding, key) for name, key in UMAP_COLORS.items()}
+    figures["genes"] = plotting.gene_statistics(real, synthetic)
+    figures["cells"] = plotting.library_size_histogram(real, synthetic)
     events = EventAccumulator(str(next((pipeline_folder / "logs").glob("*/")))).Reload()
     losses = events.Scalars("train_loss")
-    pictures["loss"] = plotting.loss_curve([event.step for event in losses], [event.value for event in losses])
-    for name, axes in pictures.items():
+    figures["loss"] = plotting.loss_curve([event.step for event in losses], [event.value for event in losses])
+    for name, axes in figures.items():
         np.ravel(axes)[0].figure.savefig(OUTPUT / f"{name}.png", dpi=120, bbox_inches="tight")
 
 

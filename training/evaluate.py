@@ -1,12 +1,12 @@
-"""Judge generated cells against real cells that no model saw: metrics.json and a report.html that needs nothing else.
+"""Evaluate generated cells against unseen real cells: writes metrics.json and a self-contained report.html.
 
     python training/evaluate.py --dataset cells.h5ad --labels_key cell_type --split_dir split
 
-splits the cells into train, control and test, and says how to train on the first. Then
+splits the cells into train, control and test, and prints how to train on the first. Then
 
     python training/evaluate.py --split_dir split --pipeline split/pipeline --output_dir evaluation
 
-judges the pipeline, and `--synthetic cells.h5ad` instead of `--pipeline` the cells of any other tool.
+evaluates the pipeline; `--synthetic cells.h5ad` instead of `--pipeline` evaluates the cells of any other tool.
 """
 
 import dataclasses
@@ -61,30 +61,32 @@ class EvaluationArguments:
     # real cells
     split_dir: str = arg(None, "Folder of train.h5ad, control.h5ad, test.h5ad; made from --dataset if it lacks them.")
     dataset: str | None = arg(None, "Real cells to split: .h5ad file, .zarr store, dataset folder or Hub dataset id.")
-    labels_key: str | None = arg(None, "Column of obs; that of the split or the pipeline's first one if not given.")
+    labels_key: str | None = arg(None, "Column of obs; that of the split, or the pipeline's first one, if not given.")
     layer: str | None = arg(None, "Layer of the real cells that holds the values; that of the split, or X.")
     split_by: str | None = arg(None, "Column of obs, such as donor, whose groups stay whole when the cells are split.")
-    # what is judged
-    pipeline: str | None = arg(None, "Folder or Hub id of the pipeline to judge.")
+    # what is evaluated
+    pipeline: str | None = arg(None, "Folder or Hub id of the pipeline to evaluate.")
     lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
-    synthetic: str | None = arg(None, "Cells of any other tool to judge, values in X.")
+    synthetic: str | None = arg(None, "Cells of any other tool to evaluate, values in X.")
     value_space: str = arg("counts", "Values of --synthetic.", choices=["counts", "log_normalized"])
-    n_top_genes: int = arg(2000, "--synthetic with more genes: judge these many highly variable genes of train.")
+    n_top_genes: int = arg(2000, "With --synthetic: number of genes at most; the most variable ones of train are kept.")
     num_inference_steps: int = arg(25, "Network calls per cell.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
     batch_size: int = arg(512, "Cells generated at a time.")
-    device: str | None = arg(None, "cpu, cuda, mps; the best there is if not given.")
+    device: str | None = arg(None, "cpu, cuda or mps; the best one if not given.")
     # how
-    num_seeds: int = arg(5, "Evaluation seeds: each generates, draws, folds and divides the unseen cells anew.")
+    num_seeds: int = arg(5, "Evaluation seeds; each repeats generation, draws, folds and split of unseen cells.")
     seed: int = arg(0, "First seed, and seed of the split.")
-    max_cells: int = arg(3000, "Upper limit of the cells of each kind that are judged; bounds time and memory.")
-    min_label_cells: int = arg(50, "Labels with as many cells of each kind are judged alone, too.")
+    max_cells: int = arg(3000, "Largest number of cells of each kind to evaluate; bounds time and memory.")
+    min_label_cells: int = arg(50, "Labels with at least this many cells of each kind are also evaluated alone.")
     baselines: list[str] = arg(
         ["resample_genes", "gaussian_copula"],
         "Baselines, or none; scvi_prior is added where scvi-tools is installed.",
         choices=["none", *BASELINE_NAMES],
     )
-    steps_curve: list[int] = arg([5, 10, 20, 50], "Network calls at which quality is measured, too; 0 for none.")
+    steps_curve: list[int] = arg(
+        [5, 10, 20, 50], "Further numbers of network calls at which quality is measured; 0 for none."
+    )
     n_jobs: int = arg(-1, "Processes for the folds of the classifiers; -1 takes all cores.")
     output_dir: str = arg("evaluation", "Folder of metrics.json and report.html.")
     overwrite: bool = arg(False, "Replace the results in --output_dir.")
@@ -92,7 +94,7 @@ class EvaluationArguments:
 
 
 def leave_out(args: EvaluationArguments) -> EvaluationArguments:
-    """Replace "none" and 0, which leave something out, by empty lists."""
+    """Replace "none" and 0 by empty lists."""
     given = {"baselines": ["none"], "steps_curve": [0]}
     return dataclasses.replace(args, **{name: [] for name, nothing in given.items() if getattr(args, name) == nothing})
 
@@ -132,7 +134,7 @@ def check_args(args: EvaluationArguments) -> None:
 def make_split(args: EvaluationArguments) -> None:
     """Split the cells 60 / 20 / 20 and write the parts, all or none."""
     cells = read_cells(args.dataset)
-    get_matrix(cells, args.layer, expect_counts=False)  # no NaN, none negative: training would refuse the part
+    get_matrix(cells, args.layer, expect_counts=False)  # no NaN, none negative: training would refuse such cells
     keys = [args.labels_key] if args.labels_key else []
     if args.split_by:
         if (num_groups := len(label_categories(cells.obs, args.split_by))) < len(PARTS):
@@ -164,7 +166,7 @@ def make_split(args: EvaluationArguments) -> None:
 
 
 def read_split(args: EvaluationArguments) -> dict[str, Any]:
-    """Find out how the cells were split (nothing is known of parts made elsewhere); split them if they are not."""
+    """Read how the cells were split (unknown for parts made elsewhere), after splitting them if needed."""
     folder = Path(args.split_dir)
     found = [name for name in PARTS if (folder / f"{name}.h5ad").is_file()]
     if found and len(found) < len(PARTS):
@@ -184,18 +186,18 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
 
 
 def print_next_commands(args: EvaluationArguments, labels_key: str | None) -> None:
-    """Say how to train on the train part and how to judge what comes out."""
+    """Print how to train on the train part and how to evaluate the result."""
     folder = Path(args.split_dir)
     train = ["accelerate", "launch", "training/train.py", "--dataset", str(folder / "train.h5ad")]
     train += ["--labels_key", labels_key] if labels_key else []
     train += ["--layer", args.layer] if args.layer else []
     train += ["--output_dir", str(folder / "pipeline")]
-    judge = ["python", "training/evaluate.py", "--split_dir", str(folder), "--pipeline", train[-1]]
-    print(f"Train on the train part, then judge:\n\n    {shlex.join(train)}\n    {shlex.join(judge)}\n")
+    evaluate = ["python", "training/evaluate.py", "--split_dir", str(folder), "--pipeline", train[-1]]
+    print(f"Train on the train part, then evaluate:\n\n    {shlex.join(train)}\n    {shlex.join(evaluate)}\n")
 
 
 def training_warnings(pipeline: str, train_part: Path, num_train: int) -> list[str]:
-    """Warn where the pipeline was not, or perhaps not, trained on the train part alone."""
+    """List warnings that the pipeline was not, or may not have been, trained on the train part alone."""
     path = Path(pipeline) / "train_config.json"
     if not Path(pipeline).is_dir():
         try:
@@ -203,19 +205,19 @@ def training_warnings(pipeline: str, train_part: Path, num_train: int) -> list[s
         except (EntryNotFoundError, OSError):
             logger.debug("%s has no train_config.json.", pipeline)
     if not path.is_file():
-        return [f"{pipeline} has no train_config.json: it may have been trained on the cells that judge it here."]
+        return [f"{pipeline} has no train_config.json: it may have been trained on the cells it is evaluated on."]
     config = json.loads(path.read_text())
     if Path(config["dataset"]).resolve() != train_part.resolve():
         return [
             f"The pipeline was trained on {config['dataset']}, not on {train_part}: if that holds control or test "
-            "cells, the figures are those of cells that it has seen, and mean nothing."
+            "cells, the metrics are of cells that it has seen, and mean nothing."
         ]
     if (used := config["train_cells"] + config["val_cells"]) != num_train:
         return [f"The pipeline was trained on {used} cells of {train_part}, which now has {num_train}: it was changed."]
     return []
 
 
-# -- judging -----------------------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 class Evaluation:
@@ -249,7 +251,7 @@ class Evaluation:
         self.label_counts = self._count_labels() if self.labels_key else {}
 
     def _load_pipeline(self, cells: dict[str, ad.AnnData], split: dict[str, Any]) -> tuple[dict, list[str]]:
-        """Load it, and take its genes and values from the real cells, whose labels it has to know."""
+        """Load the pipeline, select its genes and values from the real cells, and check that it knows their labels."""
         self.pipe = SCRDiTPipeline.from_pretrained(self.args.pipeline)
         if folder := self.args.lora_weights:
             self.pipe.load_lora_weights(folder)
@@ -274,7 +276,7 @@ class Evaluation:
         return {name: processor.get_values(part, self.args.layer) for name, part in cells.items()}, conditions
 
     def _choose_genes(self, cells: dict[str, ad.AnnData]) -> dict:
-        """Take the values of the synthetic cells' genes, or of the highly variable ones among them."""
+        """Select the genes of the synthetic cells, or the highly variable ones among them."""
         self.var_names, self.gene_choice = cells["synthetic"].var_names, "those of the synthetic cells"
         layers = {name: None if name == "synthetic" else self.args.layer for name in cells}
         values = {
@@ -290,7 +292,7 @@ class Evaluation:
         return values
 
     def _count_labels(self) -> dict[str, dict[str, int]]:
-        """Cells of each label in each part; raises for labels without train cells, warns of another composition."""
+        """Count cells by label and part; raise for labels without train cells, warn of another composition."""
         counts = {name: part.obs[self.labels_key].astype(str).value_counts() for name, part in self.parts.items()}
         table = pd.DataFrame(counts).fillna(0).sort_index()
         if unknown := list(table.index[table["train"] == 0]):
@@ -299,12 +301,12 @@ class Evaluation:
         if not self.pipe and (off := (shares["synthetic"] - shares["test"]).abs().sum() / 2) > 0.02:
             self.warnings.append(
                 f"{off:.0%} of the synthetic cells would need another label for the composition of the test cells: "
-                "figures over all cells mix that with the quality of the cells."
+                "metrics over all cells mix that with the quality of the cells."
             )
         return table[list(PARTS)].astype(int).to_dict("index")
 
     def draw_real(self, seed: int) -> tuple[ad.AnnData, ad.AnnData]:
-        """Test and control cells of a seed; all seeds but the first divide the unseen cells anew, label by label."""
+        """Test and control cells for a seed; seeds after the first divide the unseen cells anew, label by label."""
         test, control = self.parts["test"], self.parts["control"]
         if self.divide_anew and seed != self.args.seed:
             unseen = ad.concat([test, control])
@@ -317,7 +319,7 @@ class Evaluation:
         return cells[np.sort(rows)].copy()
 
     def generate(self, obs: pd.DataFrame, seed: int, num_inference_steps: int) -> ad.AnnData:
-        """Cells with the labels of `obs` from the pipeline, or else some of the synthetic ones."""
+        """Generate cells with the labels of `obs`, or without a pipeline draw synthetic ones."""
         if self.pipe is None:
             return self._draw(self.parts["synthetic"], seed)
         return self.pipe(
@@ -336,7 +338,7 @@ class Evaluation:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
+    """Write a file atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -356,7 +358,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
         "versions": {"python": python_version()}
         | {package: version(package) for name, package in PACKAGES.items() if importlib.util.find_spec(name)},
         "warnings": evaluation.warnings,
-        "cells": {name: part.n_obs for name, part in evaluation.parts.items()} | {"judged": evaluation.num_cells},
+        "cells": {name: part.n_obs for name, part in evaluation.parts.items()} | {"evaluated": evaluation.num_cells},
         "genes": {"number": evaluation.parts["train"].n_vars, "choice": evaluation.gene_choice},
         "value_space": evaluation.value_space,
         "labels_key": evaluation.labels_key,
@@ -373,7 +375,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
 def compare_seeds(
     evaluation: Evaluation, record: dict[str, Any], save: Callable[[], None]
 ) -> tuple[ad.AnnData, ad.AnnData]:
-    """Generate and compare with each seed; give the test cells and the generated cells of the first one."""
+    """Generate and compare with each seed; return test and generated cells of the first seed."""
     args, start = evaluation.args, time.time()
     tables: list[pd.DataFrame] = []
     for seed in range(args.seed, args.seed + args.num_seeds):
@@ -411,7 +413,7 @@ def measure_steps(evaluation: Evaluation, test: ad.AnnData) -> list[dict[str, An
 
 
 def main(args: EvaluationArguments) -> None:
-    """Split if there is no split, evaluate if there is something to evaluate."""
+    """Split the cells if needed, then evaluate if a pipeline or cells are given."""
     args = leave_out(args)
     check_args(args)
     split = read_split(args)

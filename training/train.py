@@ -243,7 +243,7 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
     train, val = dataset.split(args.labels_key, args.val_fraction, args.seed)
     processor, statistics = fit_processor(args, train, pretrained)
     num_train = int(statistics.num_cells.sum())
-    collate = CellCollator(processor, dataset.var, counts=args.decode == "posterior")
+    collate = CellCollator(processor, dataset.var, expect_counts=args.decode == "posterior")
     rng = np.random.default_rng(args.seed)
     start_cells = collate(train.sample(MAX_START_CELLS, args.labels_key, rng))
     shown = val.sample(args.num_validation_cells, args.labels_key, rng)

@@ -160,17 +160,17 @@ class CellCollator:
         Gives genes, transform and labels.
     var
         Gene vocabulary of the dataset.
-    counts
+    expect_counts
         Also give counts and library sizes, for a model with a count head.
     """
 
-    def __init__(self, processor: SCRDiTProcessor, var: pd.DataFrame, counts: bool = False):
-        if counts and not processor.models_counts:
+    def __init__(self, processor: SCRDiTProcessor, var: pd.DataFrame, expect_counts: bool = False):
+        if expect_counts and not processor.models_counts:
             raise ValueError(
-                'counts=True needs a processor whose model sees counts (value_space="counts" or recover_counts).'
+                'expect_counts=True needs a processor whose model sees counts (value_space="counts" or recover_counts).'
             )
         self.processor = processor
-        self.counts = counts
+        self.expect_counts = expect_counts
         self.num_vars = len(var)
         self.positions = token_positions(var)
         self.columns = processor.gene_columns([str(gene) for gene in var.index])
@@ -190,7 +190,7 @@ class CellCollator:
             "values": torch.from_numpy(self.processor.transform(values)).float(),
             "class_labels": torch.from_numpy(self.processor.encode_labels(obs)),
         }
-        if self.counts:
+        if self.expect_counts:
             batch["counts"] = torch.from_numpy(values.toarray()).float()
             batch["library_size"] = torch.from_numpy(library_size).float()
         return batch

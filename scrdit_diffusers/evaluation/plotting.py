@@ -138,19 +138,19 @@ def gene_statistics(
     Two Axes: means, titled with Pearson's r, and zero fractions, titled with the mean absolute error (MAE).
     """
     x, y = (log_normalize(m, value_space) for m in _values(real, synthetic, layer, value_space).values())
-    figures = gene_marginals(x, y)
+    metrics = gene_marginals(x, y)
     axes = _axes(axes, 2)
     means = [np.asarray(matrix.mean(axis=0)).ravel() for matrix in (x, y)]
     both = (means[0] > 0) & (means[1] > 0)
     if not both.any():
         raise ValueError("real and synthetic have no expressed gene in common; there is nothing to draw.")
     _diagonal(axes[0], means[0][both], means[1][both])
-    axes[0].set(xscale="log", yscale="log", title=f"Gene means, r = {figures['gene_mean_r']:.3f}")
+    axes[0].set(xscale="log", yscale="log", title=f"Gene means, r = {metrics['gene_mean_r']:.3f}")
     if not both.all():
         axes[0].set_title(f"{axes[0].get_title()}\n{(~both).sum():,} genes not expressed in both: not drawn")
     zeros = [1 - matrix.getnnz(axis=0) / matrix.shape[0] for matrix in (x, y)]
     _diagonal(axes[1], *zeros)
-    axes[1].set(title=f"Zero fractions, MAE = {figures['gene_zero_fraction_mae']:.3f}")
+    axes[1].set(title=f"Zero fractions, MAE = {metrics['gene_zero_fraction_mae']:.3f}")
     for ax, quantity in zip(axes, (f"mean {_unit(value_space)}", "fraction of cells with zero"), strict=True):
         ax.set(xlabel=f"real: {quantity}", ylabel=f"synthetic: {quantity}")
     return axes

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a record of results that a run continues, and rows of numbers as Markdown."""
+"""What the benchmarks share: a resumable record of results, and Markdown tables."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +9,12 @@ from scrdit_diffusers.atomic import write_atomically
 
 
 class Record(dict):
-    """Results as JSON, saved as they come; the same command continues where it was interrupted.
+    """Results as JSON, saved as they come, so that the same command continues after an interruption.
 
     Parameters
     ----------
     path
-        File to write, and to continue if it exists.
+        File to write; continued if it exists.
     arguments
         What the results depend on.
     **empty
@@ -23,7 +23,7 @@ class Record(dict):
     Raises
     ------
     ValueError
-        The file is of other arguments.
+        The file has results for other arguments.
     """
 
     def __init__(self, path: Path, arguments: Mapping[str, Any], **empty: Any):
@@ -37,7 +37,7 @@ class Record(dict):
                 raise ValueError(f"{path} is of other arguments: {changed}; give another --output_dir.")
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.path) as temporary:
             temporary.write_text(json.dumps(self, indent=2))

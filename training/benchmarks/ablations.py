@@ -1,12 +1,12 @@
-"""What each choice of the defaults is worth: one change of train.py at a time, every model judged alike.
+"""What each choice of the defaults is worth: one change of train.py at a time, every model evaluated alike.
 
     python training/benchmarks/ablations.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type
 
 Cells are split 60 / 20 / 20 into train, control and test. Each row of `ROWS` trains with the same passes over the same
-cells and genes, generates the labels of the test cells, and is judged in log1p of counts per 10,000 over these genes,
-where models of counts and of log-normalized values can be compared. The second row is the first with another seed of
-training: differences of that size mean nothing. Results are written as they come, and the same command goes on where
-it stopped.
+cells and genes, generates the labels of the test cells, and is evaluated in log1p of counts per 10,000, so that models
+of counts and of log-normalized values can be compared. The second row is the first with another training
+seed: differences of that size mean nothing. Results are written as they come, and the same command continues after an
+interruption.
 """
 
 import json
@@ -32,7 +32,7 @@ from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.evaluation.compare import compare
 
 LOG = "--value_space log_normalized --target_sum 1e4 --decode round"
-# What changes: flags of train.py. Rounded and log-normalized rows are to be read against the first of their kind.
+# Name of each change and its flags for train.py. Compare rounded and log-normalized rows with the first of their kind.
 ROWS = {
     "default": "",
     "another seed of training": "--seed 1",
@@ -80,22 +80,22 @@ SHOWN = {
 class AblationArguments:
     """Command-line arguments."""
 
-    dataset: str = field(metadata={"help": "Cells with counts: .h5ad, .zarr, table folder or Hub id."})
+    dataset: str = field(metadata={"help": "Cells with counts: .h5ad, .zarr, dataset folder or Hub id."})
     labels_key: str = field(metadata={"help": "Column of obs with the cell types."})
     labels: list[str] = field(default_factory=list, metadata={"help": "Cell types to use; all if not given."})
     layer: str | None = field(default=None, metadata={"help": "Layer that holds the counts; X if not given."})
-    n_top_genes: int = field(default=500, metadata={"help": "Highly variable genes that all models have."})
+    n_top_genes: int = field(default=500, metadata={"help": "Highly variable genes, the same for all models."})
     num_train_epochs: int = field(default=50, metadata={"help": "Passes over the cells, of each row."})
     lr_warmup_steps: int = field(default=50, metadata={"help": "Warm-up steps, of each row."})
     num_inference_steps: int = field(default=25, metadata={"help": "Network calls per cell."})
-    num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and judge; the table shows means."})
+    num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and evaluation; the table shows means."})
     seed: int = field(default=0, metadata={"help": "Seed of split and training, and the first of the others."})
     rows: list[str] = field(default_factory=list, metadata={"help": "Rows to run; all if not given.", "choices": ROWS})
     output_dir: str = field(default="outputs/ablations", metadata={"help": "Folder of cells and results."})
 
 
 def write_gene_orders(cells: Path, seed: int) -> None:
-    """Write the genes in random order, and in that of the leaves of a tree of their correlations (Ward)."""
+    """Write the genes in random order, and in leaf order of a tree of their correlations (Ward)."""
     train = log_normalized(ad.read_h5ad(cells / "train.h5ad"))
     orders = {
         "genes-random.txt": np.random.default_rng(seed).permutation(train.n_vars),
@@ -106,7 +106,7 @@ def write_gene_orders(cells: Path, seed: int) -> None:
 
 
 def train_model(args: AblationArguments, name: str, cells: Path, labels: list[str], output_dir: Path) -> Trained:
-    """Train a row by the commands that a user would give."""
+    """Train a row with the commands that a user would run."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = ["accelerate", "launch", "--num_processes", "1", str(TRAINING / "train.py")]
     command += [
@@ -128,19 +128,19 @@ def train_model(args: AblationArguments, name: str, cells: Path, labels: list[st
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Format the means over seeds; real cells first, then the rows in their order."""
+    """Format means over seeds; real cells first, then the rows in order."""
     table = pd.json_normalize(rows).groupby("name").mean(numeric_only=True)
     lines = []
     for name in ("real cells", *ROWS):
         if name in table.index:
-            figures = [f"{table.loc[name, f'metrics.{metric}']:.3g}" for metric in SHOWN]
+            values = [f"{table.loc[name, f'metrics.{metric}']:.3g}" for metric in SHOWN]
             change = f"`{ROWS[name]}`" if ROWS.get(name) else ""
-            lines.append([name, change, *figures])
+            lines.append([name, change, *values])
     return to_markdown(["", "change", *SHOWN.values()], lines)
 
 
 def main(args: AblationArguments) -> None:
-    """Train and judge what is missing, print the table."""
+    """Train and evaluate what is missing, print the table."""
     folder = Path(args.output_dir)
     fixed = {name: value for name, value in asdict(args).items() if name not in ("rows", "output_dir")}
     record = Record(folder / "ablations.json", fixed, rows=[])
@@ -150,23 +150,23 @@ def main(args: AblationArguments) -> None:
             write_gene_orders(temporary, args.seed)
     labels = json.loads((folder / "cells/labels.json").read_text())
     parts = {name: ad.read_h5ad(folder / f"cells/{name}.h5ad") for name in ("train", "control", "test")}
-    judged = {name: log_normalized(part) for name, part in parts.items()}
+    evaluated = {name: log_normalized(part) for name, part in parts.items()}
     done = {row["name"] for row in record["rows"]}
 
-    def judge(name: str, seed: int, cells: ad.AnnData) -> dict[str, Any]:
+    def evaluate(name: str, seed: int, cells: ad.AnnData) -> dict[str, Any]:
         options = {"labels_key": args.labels_key, "value_space": "log_normalized", "seed": seed}
-        options["min_label_cells"] = sys.maxsize  # no figures of single labels, which take most of the time
-        table = compare(judged["test"], cells, judged["train"], **options)
-        figures = table.set_index("metric")["value"].dropna().to_dict()
-        print(f"{name}, seed {seed}: {figures['classifier_genes_auroc']:.3f}", flush=True)
-        return {"name": name, "seed": seed, "metrics": figures}
+        options["min_label_cells"] = sys.maxsize  # no metrics of single labels, which take most of the time
+        table = compare(evaluated["test"], cells, evaluated["train"], **options)
+        metrics = table.set_index("metric")["value"].dropna().to_dict()
+        print(f"{name}, seed {seed}: {metrics['classifier_genes_auroc']:.3f}", flush=True)
+        return {"name": name, "seed": seed, "metrics": metrics}
 
     for name in ("real cells", *(args.rows or ROWS)):
         if name in done:
             continue
         seeds = range(args.seed, args.seed + args.num_seeds)
         if name == "real cells":
-            record["rows"] += [judge(name, seed, judged["control"]) for seed in seeds]
+            record["rows"] += [evaluate(name, seed, evaluated["control"]) for seed in seeds]
         else:
             shutil.rmtree(folder / "model", ignore_errors=True)  # of a row that was interrupted
             trained = train_model(args, name, folder / "cells", labels, folder / "model")
@@ -174,7 +174,7 @@ def main(args: AblationArguments) -> None:
             options = (args.num_inference_steps, parts["test"].obs, args.labels_key, 512)
             for seed in seeds:
                 cells, _ = trained.generate(sampler, *options, seed)
-                record["rows"].append(judge(name, seed, cells))
+                record["rows"].append(evaluate(name, seed, cells))
         record.save()
     print(format_table(record["rows"]))
 

@@ -6,13 +6,13 @@ r"""Time and quality of scRDiT as published against this package's defaults, sam
 The cells of `--labels` are split 60 / 20 / 20 into train, control and test. On the train cells, over the same highly
 variable genes, (a) recipes/scrdit-paper.sh trains one unconditional model per label, at the width and length that
 `--paper_*` give, and (b) train.py trains one model with its defaults. Every sampler then generates as many cells of
-each label as there are test cells, and `evaluation.compare` judges them, all in log1p of counts per 10,000 over these
+each label as there are test cells, and `evaluation.compare` compares them, all in log1p of counts per 10,000 over these
 genes (values that are not counts are taken as they are). The same evaluation gives the ceiling (control cells) and a
 baseline (Gaussian copula).
 
 Times are CPU seconds, which other programs on the machine hardly change. The models at full size (2,000 genes; the
 paper's of width 768) are timed untrained, on a few calls of the network, and scaled: all calls cost the same. Results
-are written as they come, and the same command goes on where it stopped.
+are written as they come, and the same command continues after an interruption.
 """
 
 import json
@@ -65,7 +65,7 @@ SHOWN = {
 
 
 class Sampler(NamedTuple):
-    """One scheduler, with what differs from the config that pipelines ship with, and the numbers of steps to try."""
+    """A scheduler, its changes to the config that pipelines ship with, and the numbers of steps to try."""
 
     method: str
     name: str
@@ -98,7 +98,7 @@ SAMPLERS = (
 class AccelerationArguments:
     """Command-line arguments."""
 
-    dataset: str = field(metadata={"help": "Cells: .h5ad, .zarr, table folder or Hub id; counts or log-normalized."})
+    dataset: str = field(metadata={"help": "Cells: .h5ad, .zarr, dataset folder or Hub id; counts or log-normalized."})
     labels_key: str = field(metadata={"help": "Column of obs with the cell types."})
     labels: list[str] = field(default_factory=list, metadata={"help": "Cell types to use; all if not given."})
     layer: str | None = field(default=None, metadata={"help": "Layer that holds the values; X if not given."})
@@ -108,7 +108,7 @@ class AccelerationArguments:
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Steps of the default recipe; as many as train.py chooses if not given."}
     )
-    num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and judge; the table shows means."})
+    num_seeds: int = field(default=1, metadata={"help": "Seeds of noise and evaluation; the table shows means."})
     batch_size: int = field(default=512, metadata={"help": "Cells generated at a time."})
     full_size: bool = field(default=True, metadata={"help": "Also time the models at full size."})
     seed: int = field(default=0, metadata={"help": "Seed of split and training, and the first of the others."})
@@ -117,7 +117,7 @@ class AccelerationArguments:
 
 
 def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
-    """Split the cells and write train, control and test, and the train cells of each label, on the same genes."""
+    """Split the cells; write train, control, test and the train cells of each label, with the same genes."""
     adata = read_cells(args.dataset)
     known = label_categories(adata.obs, args.labels_key)
     labels = args.labels or known
@@ -144,7 +144,7 @@ def prepare_cells(args: AccelerationArguments, folder: Path) -> None:
 
 
 def train_models(args: AccelerationArguments, folder: Path, labels: list[str], counts: bool) -> None:
-    """Train what is not trained yet, by the commands that a user would give."""
+    """Train what is not trained yet, with the commands that a user would run."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     common = ["--genes", str(folder / "cells/genes.txt"), "--seed", str(args.seed), "--report_to", "none"]
     common += ["--resume_from_checkpoint", "latest", "--validation_steps", "1000000"]
@@ -166,7 +166,7 @@ def train_models(args: AccelerationArguments, folder: Path, labels: list[str], c
 
 
 class Trained(NamedTuple):
-    """What a recipe trained: one unconditional pipeline for each label, or a conditional one under the key `None`."""
+    """Pipelines of a recipe: an unconditional one for each label, or a conditional one under the key `None`."""
 
     pipelines: dict[str | None, SCRDiTPipeline]
     scheduler_config: Any  # that the pipelines came with
@@ -182,7 +182,7 @@ class Trained(NamedTuple):
     def generate(
         self, sampler: Sampler, steps: int, obs: pd.DataFrame, labels_key: str, batch_size: int, seed: int
     ) -> tuple[ad.AnnData, float]:
-        """Log-normalized cells with the labels of `obs`, and the CPU seconds that generating them took."""
+        """Log-normalized cells with the labels of `obs`, and the CPU seconds it took to generate them."""
         options = {"num_inference_steps": steps, "batch_size": batch_size, "eta": sampler.eta}
         options["generator"] = torch.Generator().manual_seed(seed)
         parts, seconds = [], 0.0
@@ -220,7 +220,7 @@ def full_size_seconds(method: str, calls: int, timed: dict[str, float]) -> float
 
 
 def summarize(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Means over seeds, with how many times faster than the paper's DDPM each sampler is."""
+    """Means over seeds, and how many times faster than the paper's DDPM each sampler is."""
     table = pd.json_normalize(rows)
     table = table.groupby(["method", "sampler", "steps"], sort=False).mean(numeric_only=True).drop(columns="seed")
     for column in table.columns.intersection(["seconds", "full_size_seconds"]):
@@ -230,7 +230,7 @@ def summarize(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """Format the table; rows of real cells and of the baseline have no time."""
+    """Format the table; real cells and the baseline have no time."""
     columns = {
         "seconds": "CPU s per 1,000 cells",
         "full_size_seconds": "... at full size",
@@ -280,7 +280,7 @@ def draw(table: pd.DataFrame, time_column: str, path: Path) -> None:
 
 
 def main(args: AccelerationArguments) -> None:
-    """Train what is missing, sample and judge what is missing, print the table, draw it."""
+    """Train, sample and evaluate what is missing, print the table, draw it."""
     folder = Path(args.output_dir)
     may_change = ("num_seeds", "figure", "output_dir")
     fixed = {name: value for name, value in asdict(args).items() if name not in may_change}
@@ -300,26 +300,26 @@ def main(args: AccelerationArguments) -> None:
         "default": Trained.load({None: folder / "default"}),
     }
     record["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    judged = {name: log_normalized(part) if counts else part for name, part in parts.items()}
+    evaluated = {name: log_normalized(part) if counts else part for name, part in parts.items()}
 
-    def judge(method: str, sampler: str, steps: int, seed: int, cells: ad.AnnData, **seconds: float) -> None:
+    def evaluate(method: str, sampler: str, steps: int, seed: int, cells: ad.AnnData, **seconds: float) -> None:
         options = {"labels_key": args.labels_key, "value_space": "log_normalized", "seed": seed}
-        table = compare(judged["test"], cells, judged["train"], **options).query("group == 'all'")
-        figures = table.set_index("metric")["value"].dropna().to_dict()
-        row = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, **seconds, "metrics": figures}
+        table = compare(evaluated["test"], cells, evaluated["train"], **options).query("group == 'all'")
+        metrics = table.set_index("metric")["value"].dropna().to_dict()
+        row = {"method": method, "sampler": sampler, "steps": steps, "seed": seed, **seconds, "metrics": metrics}
         record["rows"].append(row)
         record.save()
-        print(f"{method}, {sampler}, {steps} steps, seed {seed}: {figures['classifier_genes_auroc']:.3f}", flush=True)
+        print(f"{method}, {sampler}, {steps} steps, seed {seed}: {metrics['classifier_genes_auroc']:.3f}", flush=True)
 
-    # 2. Sample and judge
+    # 2. Sample and evaluate
     for seed in range(args.seed, args.seed + args.num_seeds):
         done = {(row["method"], row["sampler"], row["steps"]) for row in record["rows"] if row["seed"] == seed}
         if ("real cells", "", 0) not in done:
-            judge("real cells", "", 0, seed, judged["control"])
+            evaluate("real cells", "", 0, seed, evaluated["control"])
         if ("Gaussian copula", "", 0) not in done:
             rng = np.random.default_rng(seed)
             copula = baselines.gaussian_copula(parts["train"], parts["test"].obs, args.labels_key, rng)
-            judge("Gaussian copula", "", 0, seed, log_normalized(copula) if counts else copula)
+            evaluate("Gaussian copula", "", 0, seed, log_normalized(copula) if counts else copula)
         for sampler in SAMPLERS:
             for steps in sampler.steps:
                 if (sampler.method, sampler.name, steps) in done:
@@ -329,7 +329,7 @@ def main(args: AccelerationArguments) -> None:
                 times = {"seconds": seconds * 1000 / cells.n_obs}
                 if args.full_size:
                     times["full_size_seconds"] = full_size_seconds(sampler.method, steps, record["full_size"])
-                judge(sampler.method, sampler.name, steps, seed, cells, **times)
+                evaluate(sampler.method, sampler.name, steps, seed, cells, **times)
 
     # 3. Show
     table = summarize(record["rows"])

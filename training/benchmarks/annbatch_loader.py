@@ -1,9 +1,8 @@
-"""The part of data.py for annbatch, which may need a Python of its own: anndata and annbatch suffice.
+"""The annbatch part of data.py, which may run in another Python with only anndata and annbatch.
 
     python training/benchmarks/annbatch_loader.py cells.h5ad store.zarr --batch_size 128 --seconds 5
 
-Prints cells per second and peak memory of writing annbatch's store and of reading random sparse batches from it, as
-JSON.
+Prints JSON: cells per second and peak memory of writing annbatch's store and of reading random sparse batches from it.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Speed and memory of the table against other ways to read cells, side by side in one run.
+"""Speed and memory of a dataset against other ways to read cells, side by side in one run.
 
     python training/benchmarks/data.py --cells 10000 100000 1000000 --genes 2000
 
 Makes `.h5ad` files by drawing cells of a real one with replacement, then measures, each in a process of its own:
 
-- converting the file to a table, and learning the processor and the count head's start from it (cells per second);
-- random batches in model space, as training wants them, from the table, from a CSR matrix in memory and from the backed
+- converting the file to a dataset, and fitting the processor and the count head's start to it (cells per second);
+- random batches in model space, as for training, from the dataset, from a CSR matrix in memory and from the backed
   file: collating is the same, so that the difference is reading;
-- random sparse batches, before collating: "rows" of the table, and annbatch's loader if --annbatch_python is given;
-- the training rate of the default preset on the same core, and how many times faster the table is read.
+- random sparse batches, before collating: "rows" of the dataset, and annbatch's loader if --annbatch_python is given;
+- the training rate of the default preset on the same core, and how many times faster the dataset is read.
 
-Memory is the largest anonymous resident set, less that after importing: pages of a mapped file, which the system drops
-when it needs the room, are not counted.
+Memory is the peak anonymous resident set minus that after importing. Pages of a mapped file, which the system drops
+when it needs the room, do not count.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from scrdit_diffusers.cells.batches import CellRows
 from scrdit_diffusers.cells.layout import rows_to_matrix
 
 LABELS_KEY = "cell_type"
-WAYS = ("table", "memory", "backed", "rows")
+WAYS = ("dataset", "memory", "backed", "rows")
 
 
 def make_file(path: Path, source: Path, num_cells: int, num_genes: int) -> None:
@@ -62,7 +62,7 @@ def make_file(path: Path, source: Path, num_cells: int, num_genes: int) -> None:
 
 
 def convert(args) -> dict:
-    """Convert a file; the cache is new."""
+    """Convert a file into an empty cache."""
     with PeakMemory() as memory:
         clock = Clock()
         dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
@@ -74,7 +74,7 @@ def convert(args) -> dict:
 
 
 def fit(args) -> dict:
-    """Learn the processor and the statistics of the count head: two passes."""
+    """Fit the processor and the moments for the count head, in two passes."""
     dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
     with PeakMemory() as memory:
         clock = Clock()
@@ -85,7 +85,7 @@ def fit(args) -> dict:
 
 
 def batches(args, processor: SCRDiTProcessor):
-    """Start random batches in model space, endless, by one of the ways."""
+    """Yield random batches without end, read in one of the `WAYS`."""
     rng = np.random.default_rng(args.seed)
     if args.way == "rows":
         dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
@@ -93,10 +93,10 @@ def batches(args, processor: SCRDiTProcessor):
         while True:
             drawn = rng.integers(0, len(cells), args.batch_size).tolist()
             yield rows_to_matrix(cells.__getitems__(drawn), len(dataset.var))
-    if args.way == "table":
+    if args.way == "dataset":
         dataset = CellDataset.open(args.file, obs_columns=[LABELS_KEY], cache_dir=args.cache_dir)
         cells = CellRows(dataset.rows, [LABELS_KEY])
-        collate = CellCollator(processor, dataset.var, counts=True)
+        collate = CellCollator(processor, dataset.var, expect_counts=True)
         sampler = torch.utils.data.RandomSampler(cells, replacement=True, num_samples=10**7)
         yield from DataLoader(cells, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
         return
@@ -119,7 +119,7 @@ def dense_batch(processor: SCRDiTProcessor, matrix: sp.csr_matrix, columns: np.n
 
 
 def read(args) -> dict:
-    """Random batches for some seconds."""
+    """Read random batches for some seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     processor = SCRDiTProcessor.from_pretrained(args.cache_dir)
@@ -141,7 +141,7 @@ def run(measure: str, *arguments: object) -> subprocess.Popen:
 
 
 def result(process: subprocess.Popen) -> dict:
-    """Wait for a measurement: its last line."""
+    """Wait for a measurement and return the last line that it printed."""
     printed = process.communicate()[0]
     if process.returncode:
         raise RuntimeError(f"{process.args} failed.")
@@ -154,10 +154,10 @@ def main() -> None:
     parser.add_argument("--source", default="cells.h5ad", help="real cells to draw from, with obs['cell_type']")
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--genes", type=int, nargs="+", default=[2000])
-    parser.add_argument("--folder", default="outputs/benchmark_data", help="for files, kept, and tables, deleted")
-    parser.add_argument("--seconds", type=float, default=5, help="for each way to read")
+    parser.add_argument("--folder", default="outputs/benchmark_data", help="for files (kept) and datasets (deleted)")
+    parser.add_argument("--seconds", type=float, default=5, help="time for each way to read")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--processes", type=int, default=1, help="also read with so many processes at once")
+    parser.add_argument("--processes", type=int, default=1, help="also read with this many processes at once")
     parser.add_argument("--flavor", default="seurat")
     parser.add_argument("--annbatch_python", help="Python that has annbatch, which needs Python 3.12 or newer")
     parser.add_argument("--output", default="outputs/benchmark_data.json")
@@ -192,7 +192,7 @@ def main() -> None:
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row["annbatch"] = json.loads(process.stdout.splitlines()[-1])
             if args.processes > 1:
-                started = [run("read", *common, "--way", "table", "--seed", i) for i in range(args.processes)]
+                started = [run("read", *common, "--way", "dataset", "--seed", i) for i in range(args.processes)]
                 rates = [result(process) for process in started]
                 row["processes"] = {
                     name: sum(rate[name] for rate in rates) for name in ("cells_per_second", "cells_per_cpu_second")
@@ -200,10 +200,11 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
+            with write_atomically(args.output) as temporary:
+                temporary.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
             shutil.rmtree(cache)
 
-    from benchmark import DEFAULT, train_rate  # beside this file
+    from speed import DEFAULT, train_rate  # beside this file
 
     torch.set_flush_denormal(True)
     model, _ = train_rate(
@@ -211,20 +212,21 @@ def main() -> None:
     )
     print(f"cells per CPU second (MB); the default preset trains at {model:.0f} cells per second")
     columns = ["convert", "fit", *WAYS]
-    print(f"{'cells x genes':>18}" + "".join(f"{name:>18}" for name in columns) + f"{'table / training':>18}")
+    print(f"{'cells x genes':>18}" + "".join(f"{name:>18}" for name in columns) + f"{'dataset / training':>20}")
     for row in rows:
         cell = [f"{row[name]['cells_per_cpu_second']:,.0f} ({row[name]['megabytes']:,.0f})" for name in columns]
-        ratio = row["table"]["cells_per_cpu_second"] / model
-        print(f"{row['cells']:>9,} x {row['genes']:>6,}" + "".join(f"{text:>18}" for text in cell) + f"{ratio:>18.1f}")
+        ratio = row["dataset"]["cells_per_cpu_second"] / model
+        print(f"{row['cells']:>9,} x {row['genes']:>6,}" + "".join(f"{text:>18}" for text in cell) + f"{ratio:>20.1f}")
         if "annbatch" in row:
             for name, of in row["annbatch"].items():
                 rate = f"{of['cells_per_cpu_second']:,.0f} ({of['megabytes']:,.0f})"
                 print(f"{'':18}  annbatch, {name}: {rate}")
         if "processes" in row:
             names = {"cells_per_second": "second", "cells_per_cpu_second": "CPU second"}
-            times = [f"{row['processes'][name] / row['table'][name]:.2f} per {of}" for name, of in names.items()]
+            times = [f"{row['processes'][name] / row['dataset'][name]:.2f} per {of}" for name, of in names.items()]
             print(f"{'':18}  {args.processes} processes, rate over that of one: {', '.join(times)}")
-    Path(args.output).write_text(json.dumps({"machine": machine, "training": model, "rows": rows}, indent=2))
+    with write_atomically(args.output) as temporary:
+        temporary.write_text(json.dumps({"machine": machine, "training": model, "rows": rows}, indent=2))
     print(f"Wrote {args.output}")
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of a piece of code; needs nothing but Python, so that other environments can use it.
+"""Time and memory of a piece of code; needs only Python, so that other environments can use it.
 
 Used by data.py and annbatch_loader.py.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Largest anonymous resident set of this process in MB, less that at the beginning, sampled every 5 ms."""
+    """Peak anonymous resident set of this process in MB, minus that at the start, sampled every 5 ms."""
 
     def __enter__(self) -> "PeakMemory":
         self.start = self.peak = self.now()
@@ -36,17 +36,17 @@ class PeakMemory:
 
     @property
     def megabytes(self) -> float:
-        """The largest one."""
+        """Peak in MB, minus the start."""
         return self.peak - self.start
 
 
 class Clock:
-    """Wall time, and the time that this process had a CPU: the fairer one on a machine that others use."""
+    """Wall time and CPU time of this process; CPU time is fairer on a machine that others use."""
 
     def __init__(self) -> None:
         self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     def rates(self, num_cells: int) -> dict[str, float]:
-        """Cells per second of either time."""
+        """Cells per second of wall time and of CPU time."""
         wall, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu_start
         return {"cells_per_second": num_cells / wall, "cells_per_cpu_second": num_cells / cpu}

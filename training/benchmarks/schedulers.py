@@ -3,10 +3,10 @@
     python training/benchmarks/schedulers.py --pipeline my-model --split_dir split --output_dir outputs/schedulers
 
 For each scheduler that samples the pipeline (`scrdit_diffusers.schedulers.SCHEDULERS`) and each number of network
-calls, cells are generated with the labels of test cells, and judged as `training/evaluate.py` does; the last row is
-what other real cells reach. A scheduler needs the fewest calls that bring the mean of the two classifiers' AUROCs
-within 0.02 of the lowest of all. (A distance such as W2 would not do: with few calls cells come out too much alike,
-hence near.) Time is that of the processor, which other programs hardly change. The same command goes on after an
+calls, cells are generated with the labels of test cells, and evaluated as `training/evaluate.py` does; the last row
+is what other real cells reach. "Calls needed" is the smallest number that brings the mean of the two classifiers'
+AUROCs within 0.02 of the lowest of all. (A distance such as W2 would mislead: with few calls cells are too much alike,
+hence near.) Times are CPU seconds, which other programs hardly change. The same command continues after an
 interruption.
 """
 
@@ -45,12 +45,12 @@ def usable_schedulers(pipe: SCRDiTPipeline) -> Iterator[diffusers.SchedulerMixin
             scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
             check_scheduler(scheduler)
         except (AttributeError, NotImplementedError, TypeError, ValueError):
-            continue  # not to be made from this config, or refused
+            continue  # cannot be made from this config, or is refused
         yield scheduler
 
 
 def format_table(results: pd.DataFrame, real: Mapping[str, float]) -> str:
-    """Write the table of `results`, one row for each scheduler and number of steps, and of what `real` cells reach."""
+    """Format `results`, one row per scheduler, and what `real` cells reach."""
     mean = results[CLASSIFIERS].mean(axis=1)
     enough = results[mean <= mean.min() + TOLERANCE].groupby("scheduler")["calls"].min()
     steps = sorted(results["steps"].unique())
@@ -74,13 +74,13 @@ def main() -> None:
     parser.add_argument("--split_dir", required=True, help="train.h5ad, test.h5ad and control.h5ad")
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 25], help="numbers of network calls")
     parser.add_argument("--schedulers", nargs="+", help="names (default: all that can sample the pipeline)")
-    parser.add_argument("--num_cells", type=int, default=400, help="of each set")
+    parser.add_argument("--num_cells", type=int, default=400, help="number of cells of each set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n_jobs", type=int, help="processes for the folds of the classifiers")
-    parser.add_argument("--output_dir", default="outputs/schedulers", help="cells and figures")
+    parser.add_argument("--output_dir", default="outputs/schedulers", help="folder of cells and results")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    diffusers.utils.logging.set_verbosity_error()  # arguments of ours that a scheduler does not take
+    diffusers.utils.logging.set_verbosity_error()  # about arguments that a scheduler does not take
 
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -116,21 +116,21 @@ def main() -> None:
             output.save()
             print(row, flush=True)
 
-    # 2. Judge
-    judged = output.setdefault("judged", {})
+    # 2. Evaluate
+    evaluated = output.setdefault("evaluated", {})
     for row in output["results"]:
         name = f"{row['scheduler']}-{row['steps']}"
-        if name not in judged:
+        if name not in evaluated:
             cells = ad.read_h5ad(folder / f"{name}.h5ad")
             options = {"value_space": pipe.processor.value_space, "seed": args.seed, "n_jobs": args.n_jobs}
-            table = compare(test, cells, train, None if judged else control, **options).set_index("metric")
-            judged |= {name: table["value"].astype(float).to_dict()}
-            if "ceiling" in table and "real" not in judged:
-                judged["real"] = table["ceiling"].astype(float).to_dict()
+            table = compare(test, cells, train, None if evaluated else control, **options).set_index("metric")
+            evaluated |= {name: table["value"].astype(float).to_dict()}
+            if "ceiling" in table and "real" not in evaluated:
+                evaluated["real"] = table["ceiling"].astype(float).to_dict()
             output.save()
-        row |= judged[name]
+        row |= evaluated[name]
 
-    print("\n" + format_table(pd.DataFrame(output["results"]), judged["real"]))
+    print("\n" + format_table(pd.DataFrame(output["results"]), evaluated["real"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How large files and functions are, now and at an earlier commit: to look at, not to fail on.
+"""Sizes of files and functions, now and at an earlier commit: for information, never a failure.
 
 python training/benchmarks/sizes.py --against 613385b
 """
@@ -55,7 +55,7 @@ def length(function: ast.FunctionDef) -> int:
 
 
 def names(function: ast.FunctionDef) -> set[str]:
-    """Collect what is assigned or a parameter in a function."""
+    """Collect the variables and parameters of a function."""
     stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return stored | {n.arg for n in ast.walk(function) if isinstance(n, ast.arg)}
 
@@ -97,7 +97,7 @@ def calls(function: ast.FunctionDef) -> set[str]:
 
 
 def count_hops(sources: dict[str, ast.Module], files_only: bool = False) -> int | None:
-    """Count the calls from train.py's `main` to `forward`, or the files that they enter; `None` if there is no way."""
+    """Count the calls from train.py's `main` to `forward`, or the files they enter; `None` if there is no path."""
     places: dict[str, set[str]] = {}  # files that define a function
     called: dict[tuple[str, str], set[str]] = {}
     for path in reach(ENTRY[0], sources):

@@ -4,9 +4,9 @@
     python training/benchmarks/speed.py --device cuda --dtype bfloat16 --compile
 
 Both models have 2,000 genes and ten labels. The values are random; speed depends on them only through the sizes of the
-counts, which are as in blood cells: at most a few for most genes, hundreds for some. Training is one optimizer step
-(forward, backward, clipping, AdamW); sampling is the pipeline as a user calls it. The paper's 1,000 DDPM steps are
-measured on some of them and scaled, as all steps cost the same.
+counts, which resemble those of blood cells: a few for most genes, hundreds for some. Training is one optimizer step
+(forward, backward, clipping, AdamW); sampling is the pipeline as a user calls it. Of the paper's 1,000 DDPM steps, a
+few are measured and scaled, as all steps cost the same.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from scrdit_diffusers import (
     default_scheduler,
     diffusion_loss,
 )
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 
@@ -38,7 +39,7 @@ PAPER_STEPS = 1000
 
 
 def seconds(function, repeats: int, device: str) -> float:
-    """Shortest wall time of a call, after one for warming up: other programs can only make it longer."""
+    """Shortest wall time of several calls after a warm-up; other programs can only make calls longer."""
     times = []
     for _ in range(repeats + 1):
         if device == "cuda":
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="compile the transformer")
-    parser.add_argument("--paper_steps_measured", type=int, default=10, help="of the 1,000 DDPM steps")
+    parser.add_argument("--paper_steps_measured", type=int, default=10, help="DDPM steps to measure, of 1,000")
     parser.add_argument("--output", default="outputs/benchmark.json")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -191,7 +192,8 @@ def main() -> None:
     over = results["training_flops_over_matmul"]
     print(f"{'... over a plain matmul':34}{over[DEFAULT]:16.2f}{over[PAPER]:18.2f}")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(results, indent=2))
+    with write_atomically(args.output) as temporary:
+        temporary.write_text(json.dumps(results, indent=2))
     print(f"Wrote {args.output}")
 
 
