@@ -1,4 +1,4 @@
-"""Arguments of train.py: each declared once, the recipes of the presets, checks, and what follows from the cells."""
+"""Arguments of train.py: declarations, recipes of the presets, checks, and defaults that depend on the cells."""
 
 import dataclasses
 import math
@@ -16,14 +16,13 @@ from scrdit_diffusers import SCRDIT_PRESETS
 from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.redaction import redact
 
-DEFAULT_STEPS = (600, 2500, 5000)  # at least (half of that for a pretrained model), where EPOCHS allow it, at most
-EPOCHS = (60, 150)  # passes over the cells, at least and at most
+DEFAULT_STEPS = (600, 2500, 5000)  # minimum (half of it for a pretrained model), preferred if EPOCHS allow it, maximum
+EPOCHS = (60, 150)  # minimum and maximum number of passes over the cells
 MODEL_SIZES = ["patch_size", "patch_embed_type", "num_layers", "num_attention_heads", "attention_head_dim"]
 MODEL_SIZES += ["num_cell_tokens"]
 
-# Defaults of arguments that depend on the preset: ours, and for scrdit-paper-* those of scRDiT as published (arXiv
-# 2404.06153), one unconditional model per cell type. Of AdamW the publication gives only the learning rate; the rest is
-# PyTorch's.
+# Defaults that depend on the preset: ours, and for scrdit-paper-* those of scRDiT as published (arXiv 2404.06153), with
+# one unconditional model per cell type. For AdamW the paper gives only the learning rate; the rest is PyTorch's.
 _RECIPE_ROWS: dict[str, tuple[Any, Any]] = {
     "value_space":       ("counts",            "log_normalized"),
     "decode":            ("posterior",         "round"),
@@ -52,14 +51,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe_arg(name: str, help: str, **kwargs: Any):
-    """One argument whose default depends on the preset."""
+    """Declare an argument whose default depends on the preset."""
     ours, paper = _RECIPE_ROWS[name]
     defaults = f" Default: {paper} for scrdit-paper-*" + (f", else {ours}." if ours is not None else ".")
     return arg(None, help + defaults, **kwargs)
 
 
 def recipe_switch(name: str, help: str):
-    """One argument that is on or off, by the preset if not given."""
+    """Declare a switch whose default depends on the preset."""
     return recipe_arg(name, help, nargs="?", const=True)
 
 
@@ -72,32 +71,34 @@ class TrainingArguments:
         None, "Cells: .h5ad or .zarr, a folder or pattern of them, a dataset folder, or an id on the Hub.", True
     )
     streaming: bool = arg(False, "Read a dataset while training instead of downloading it; one process.")
-    join: str = arg("inner", "Genes of several files: those that all have, or all.", choices=["inner", "outer"])
+    join: str = arg(
+        "inner", "Genes of several files: inner keeps those in all files, outer all.", choices=["inner", "outer"]
+    )
     gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
-    preprocessing_num_workers: int | None = arg(None, "Processes that convert files and learn the genes.", True)
+    preprocessing_num_workers: int | None = arg(None, "Processes that convert files and fit the processor.", True)
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str | None = recipe_arg(
-        "value_space", "What the values are, and will be.", choices=["counts", "log_normalized"]
+        "value_space", "Kind of values that are read and generated.", choices=["counts", "log_normalized"]
     )
-    target_sum: float | None = arg(None, "log_normalized: the values are counts, scale them to this library size.")
-    zero_negation: bool | None = recipe_switch("zero_negation", "Move exact zeros to --zero_value, away from others.")
-    zero_value: float = arg(-10.0, "Where zero negation puts zeros, in the log space (paper: -10).")
+    target_sum: float | None = arg(None, "log_normalized: values are counts; normalize them to this library size.")
+    zero_negation: bool | None = recipe_switch("zero_negation", "Move exact zeros to --zero_value, away from the rest.")
+    zero_value: float = arg(-10.0, "Value of exact zeros with zero negation, in the log space (paper: -10).")
     standardize: bool | None = recipe_switch("standardize", "Standardize each gene: mean 0, standard deviation 1.")
     min_std: float = arg(0.3, "Smallest standard deviation by which a gene is divided, in the log space.")
     n_top_genes: int | None = recipe_arg(
-        "n_top_genes", "Number of genes; that of the pretrained pipeline, or 2000, if not set."
+        "n_top_genes", "Number of genes; if not given, that of the pretrained pipeline, or 2000."
     )
     flavor: str | None = recipe_arg(
-        "flavor", "How genes are chosen: scanpy's seurat, cell_ranger, seurat_v3; cv (the paper's); or all."
+        "flavor", "How genes are chosen: scanpy's seurat, cell_ranger or seurat_v3; cv (the paper's); or all."
     )
     genes: str | None = arg(None, "Text file with one gene name per line, instead of a choice by --flavor.")
     val_fraction: float = arg(0.0, "Share of the cells of each label held out of training for a validation loss.")
     # fine-tuning
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline to start from: a folder or an id on the Hub.")
-    lora_rank: int | None = arg(None, "Train adapters of this rank instead of all weights.")
+    lora_rank: int | None = arg(None, "Train LoRA adapters of this rank instead of all weights.")
     # model
-    preset: str = arg("scrdit-s", "Size of the transformer, and recipe.", choices=list(SCRDIT_PRESETS))
+    preset: str = arg("scrdit-s", "Size of the transformer, and training recipe.", choices=list(SCRDIT_PRESETS))
     patch_size: int | None = arg(None, "Genes per token; overrides the preset, as do the next five.")
     patch_embed_type: str | None = arg(None, "per_patch or shared projections.")
     num_layers: int | None = arg(None, "Number of blocks.")
@@ -118,18 +119,16 @@ class TrainingArguments:
     )
     max_loss_weight: float | None = recipe_arg("max_loss_weight", "Largest weight of an error of the clean cell.")
     decode: str | None = recipe_arg(
-        "decode", "Counts are drawn from a learned posterior, or rounded.", choices=["posterior", "round"]
+        "decode", "Draw counts from their learned posterior, or round.", choices=["posterior", "round"]
     )
     decode_timestep: int = arg(200, "Timestep at which counts are drawn from their posterior.")
-    prior_std: float = arg(0.16, "Counts: width of the prior of log fold changes, against overfitting.")
+    prior_std: float = arg(0.16, "Counts: standard deviation of the prior of log fold changes.")
     min_timestep: int = arg(200, "Lowest timestep to train with --decode posterior, which uses none below.")
     class_dropout_prob: float = arg(0.02, "Share of cells trained without labels, for classifier-free guidance.")
     # optimization
     output_dir: str = arg("scrdit-model", "Folder of the pipeline, the checkpoints and the logs.", True)
-    overwrite_output_dir: bool = arg(
-        False, "Start over although --output_dir holds checkpoints; they are deleted.", True
-    )
-    seed: int = arg(0, "Seed of everything.")
+    overwrite_output_dir: bool = arg(False, "Start over and delete the checkpoints in --output_dir.", True)
+    seed: int = arg(0, "Seed of all randomness.")
     train_batch_size: int | None = recipe_arg("train_batch_size", "Cells per step and process.")
     max_train_steps: int | None = arg(
         None,
@@ -142,16 +141,20 @@ class TrainingArguments:
     )
     gradient_accumulation_steps: int = arg(1, "Batches per optimizer step.")
     gradient_checkpointing: bool = arg(False, "Save memory by computing the forward pass twice.")
-    learning_rate: float | None = recipe_arg("learning_rate", "Peak learning rate; 3e-3 x 128 / width if not set.")
-    lr_scheduler: str | None = recipe_arg("lr_scheduler", "Schedule of diffusers.optimization.get_scheduler.")
+    learning_rate: float | None = recipe_arg("learning_rate", "Peak learning rate; 3e-3 x 128 / width if not given.")
+    lr_scheduler: str | None = recipe_arg(
+        "lr_scheduler", "Learning-rate schedule, a name of diffusers.optimization.get_scheduler."
+    )
     lr_warmup_steps: int | None = recipe_arg(  # follows from --max_train_steps
-        "lr_warmup_steps", "Warm-up steps; 200, at most two thirds (fine-tuning: a tenth).", may_change=True
+        "lr_warmup_steps",
+        "Warm-up steps; 200, but at most two thirds of all steps (fine-tuning: a tenth).",
+        may_change=True,
     )
     adam_beta2: float | None = recipe_arg("adam_beta2", "AdamW beta 2.")
     adam_weight_decay: float | None = recipe_arg("adam_weight_decay", "AdamW weight decay.")
     adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
     max_grad_norm: float | None = recipe_arg("max_grad_norm", "Largest gradient norm.")
-    use_ema: bool | None = recipe_switch("use_ema", "Average the weights; the average is what is saved.")
+    use_ema: bool | None = recipe_switch("use_ema", "Average the weights, and save the average.")
     mixed_precision: str | None = arg(None, "no, fp16 or bf16; the choice of `accelerate launch` if not given.")
     dataloader_num_workers: int = arg(0, "Processes that collate batches.", True)
     # checkpoints, validation, reports
@@ -159,7 +162,7 @@ class TrainingArguments:
     checkpoints_total_limit: int | None = arg(2, "Number of checkpoints to keep.", True)
     resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.", True)
     validation_steps: int = arg(
-        1000, "Steps between sample figures, and validation losses where cells are held out.", True
+        1000, "Steps between sample figures, and validation losses if cells are held out.", True
     )
     num_validation_cells: int = arg(256, "Cells in the sample figures and in the validation loss.")
     report_to: str = arg("tensorboard", "Tracker known to Accelerate, or none.", True)
@@ -177,7 +180,7 @@ class TrainingArguments:
     )
 
     def with_recipe(self) -> Self:
-        """Fill in arguments that were not given from the recipe of the preset."""
+        """Fill in missing arguments from the recipe of the preset."""
         recipe = dict(RECIPES[self.preset])
         if self.max_train_steps is not None:
             del recipe["num_train_epochs"]
@@ -185,7 +188,7 @@ class TrainingArguments:
         return dataclasses.replace(self, **missing)
 
     def resolve(self, num_cells: int, num_processes: int, width: int, num_genes: int = 2000) -> Self:
-        """Fill in what follows from the cells, the number of processes, and the width and genes of the model."""
+        """Fill in what depends on the cells, the number of processes, and the width and genes of the model."""
         finetuned = self.pretrained_model_name_or_path is not None
         cells_per_step = self.train_batch_size * self.gradient_accumulation_steps * num_processes
         steps = self.max_train_steps
@@ -213,7 +216,7 @@ FIXED = [argument.name for argument in dataclasses.fields(TrainingArguments) if 
 
 
 def default_num_steps(updates_per_epoch: int, finetuned: bool) -> int:
-    """Choose the number of optimizer steps: more passes would learn small datasets by heart."""
+    """Choose the number of optimizer steps; more passes would overfit small datasets."""
     fewest, usual, most = DEFAULT_STEPS
     steps = np.clip(usual, EPOCHS[0] * updates_per_epoch, EPOCHS[1] * updates_per_epoch)
     return int(np.clip(steps, fewest // 2 if finetuned else fewest, most))
@@ -251,7 +254,7 @@ def check_args(args: TrainingArguments) -> None:
 
 
 def check_posterior(args: TrainingArguments) -> None:
-    """Raise ValueError for arguments that do not go with a posterior of the counts."""
+    """Raise ValueError for arguments that do not go with `--decode posterior`."""
     if not 0 <= args.min_timestep <= args.decode_timestep < args.num_train_timesteps:
         raise ValueError(
             f"--min_timestep {args.min_timestep}, --decode_timestep {args.decode_timestep} and --num_train_timesteps "

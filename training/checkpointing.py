@@ -1,4 +1,4 @@
-"""What a training run is made of between two steps, and its checkpoints: whole or not there at all."""
+"""State of a training run between two steps, and its checkpoints, which are never half-written."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ ADAM_BETA1 = 0.9
 
 
 def find_checkpoints(output_dir: str) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first (one that is being written ends in .tmp)."""
+    """Complete checkpoints in a folder, oldest first (unfinished ones end in .tmp)."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
@@ -53,9 +53,9 @@ class TrainingState:
     Parameters
     ----------
     accelerator
-        The accelerator, which this class makes save and load what it knows.
+        The accelerator; this class registers its save and load hooks.
     model
-        The transformer, with the weights from which training starts.
+        The transformer with its initial weights.
     processor
         Fitted to the training cells.
     settings
@@ -75,7 +75,7 @@ class TrainingState:
         self.accelerator, self.processor, self.settings, self.fixed = accelerator, processor, settings, fixed
         self.config = model.config
         self.step = 0
-        self.losses: list[float] = []  # of the batches since the last report
+        self.losses: list[float] = []  # per batch since the last report
         groups = model.parameter_groups(settings.learning_rate, settings.adam_weight_decay)
         betas, epsilon = (ADAM_BETA1, settings.adam_beta2), settings.adam_epsilon
         optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas, epsilon, fused=True)
@@ -95,7 +95,7 @@ class TrainingState:
         return self.step >= self.settings.max_train_steps
 
     def update(self, loss: torch.Tensor) -> bool:
-        """Add the gradient of one batch, and step the optimizer after the last batch of a step; tell if it was."""
+        """Add the gradient of a batch; after the last one of a step, step the optimizer. Return whether it did."""
         accelerator = self.accelerator
         accelerator.backward(loss)
         if accelerator.sync_gradients:
@@ -111,7 +111,7 @@ class TrainingState:
         return accelerator.sync_gradients
 
     def joined_losses(self) -> list[float]:
-        """Mean of the losses over the processes; all of them call this."""
+        """Mean of the losses over the processes; every process must call this."""
         return self.accelerator.reduce(torch.tensor(self.losses, device=self.accelerator.device), "mean").tolist()
 
     def mean_loss(self) -> float:
@@ -135,12 +135,12 @@ class TrainingState:
         return model.eval()
 
     def save(self) -> None:
-        """Write a checkpoint, then delete the oldest ones beyond the limit; all processes call this.
+        """Write a checkpoint, then delete the oldest ones beyond the limit; every process must call this.
 
         Raises
         ------
         OSError
-            It could not be written. The earlier ones are whole.
+            It could not be written; earlier ones are intact.
         """
         accelerator, settings = self.accelerator, self.settings
         path = Path(settings.output_dir) / f"checkpoint-{self.step}"
@@ -151,7 +151,7 @@ class TrainingState:
         accelerator.wait_for_everyone()
         try:
             accelerator.save_state(f"{path}.tmp")
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk by RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError for a full disk
             shutil.rmtree(f"{path}.tmp", ignore_errors=True)
             whole = find_checkpoints(settings.output_dir)
             last = f"{whole[-1]} is whole" if whole else "There is no earlier one"
@@ -170,7 +170,7 @@ class TrainingState:
         Raises
         ------
         ValueError
-            It is of other cells or other settings.
+            The checkpoint has other cells or settings.
         """
         if path is not None:
             self.accelerator.load_state(str(path))
@@ -194,7 +194,7 @@ class TrainingState:
                 averaged = self.whole_model()
                 averaged.register_to_config(**{k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"})
                 averaged.save_pretrained(folder / "transformer_ema")
-        weights.clear()  # Accelerate has nothing left to save of the model
+        weights.clear()  # so that Accelerate does not save the model too
 
     def _load(self, models, input_dir) -> None:
         folder = Path(input_dir)
@@ -206,7 +206,7 @@ class TrainingState:
         if changed:
             raise ValueError(f"Arguments differ from those of {folder} (then, now): {changed}.")
         self.losses[:] = json.loads((folder / "losses.json").read_text())
-        models.clear()  # nor to load
+        models.clear()  # nor load it
         model = self.accelerator.unwrap_model(self.model)  # by file: from_pretrained does not know adapters
         model.load_state_dict(load_file(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME))
         if self.ema is not None:

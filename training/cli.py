@@ -14,7 +14,7 @@ MAY_CHANGE = " (A resumed run may change it.)"
 
 
 def arg(default, help, may_change=False, **kwargs):
-    """One command-line argument: its default, its help, and whether a resumed run may change it."""
+    """Declare a command-line argument: its default, its help, and whether a resumed run may change it."""
     metadata = {"help": help + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)

@@ -4,8 +4,9 @@
     python training/convert_checkpoint.py --pipeline pipeline --output published.pt
 
 The checkpoint is a state dict of the published DiT: a patch convolution over (genes, 1), positions, blocks with packed
-query, key and value, no labels. It holds weights only: genes and value transform are for you to give. Without `--genes`
-the genes are numbered. The way back needs a model of the published kind: one shared projection, no labels, no counts.
+query, key and value, no labels. It holds only weights, so you must give the genes and the value transform. Without
+`--genes` the genes are numbered. The way back needs a model of the published kind: one shared projection, no labels, no
+counts.
 """
 
 import logging
@@ -22,7 +23,7 @@ from cli import arg, parse
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
 from scrdit_diffusers.atomic import write_atomically
 
-# Published name -> name here; each is a layer with weight and bias. In a block, `attn.qkv` is packed and apart.
+# Published name -> our name, for layers with weight and bias. The packed `attn.qkv` of a block is treated separately.
 LAYERS = {
     "x_embedder.proj": "patch_embed",
     "t_embedder.mlp.0": "time_embed.linear_1",
@@ -40,7 +41,7 @@ QUERY_KEY_VALUE = ("attn.to_q", "attn.to_k", "attn.to_v")
 
 
 def layer_names(num_layers: int) -> dict[str, str]:
-    """Map the published names of all layers but the packed ones to those here."""
+    """Map the published names of all layers but the packed ones to ours."""
     blocks = {
         f"blocks.{i}.{published}": f"transformer_blocks.{i}.{ours}"
         for i in range(num_layers)
@@ -50,12 +51,12 @@ def layer_names(num_layers: int) -> dict[str, str]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Load a state dict, and nothing else.
+    """Load a state dict without running any code in it.
 
     Raises
     ------
     ValueError
-        The file holds anything but dense tensors by name. It is loaded with `weights_only`, so that no code in it runs.
+        The file holds anything but dense tensors by name.
     """
     if not Path(path).is_file():
         raise ValueError(f"--checkpoint {path} is not a file.")
@@ -88,7 +89,7 @@ def convert_to_transformer(state: Mapping[str, torch.Tensor], num_attention_head
         State dict of the published model, for G genes in N patches of P: `x_embedder.proj.weight` (D, 1, P, 1),
         `pos_embed` (1, N, D), `blocks.*.attn.qkv.weight` (3 D, D), `final_layer.linear.weight` (P, D).
     num_attention_heads
-        Number of heads H, which the weights do not tell (published: 8).
+        Number of heads H, which the weights do not reveal (published: 8).
 
     Returns
     -------
@@ -97,7 +98,7 @@ def convert_to_transformer(state: Mapping[str, torch.Tensor], num_attention_head
     Raises
     ------
     ValueError
-        Tensors are missing, have another shape, hold NaN, or are none of the published model's.
+        Tensors are missing or unknown, have the wrong shape, or hold NaN.
 
     References
     ----------
@@ -166,7 +167,7 @@ def convert_to_published(model: SCRDiTTransformer) -> dict[str, torch.Tensor]:
     Raises
     ------
     ValueError
-        The published model has no such form: projections of each patch, labels, counts, or a patch that is filled up.
+        The published form cannot hold the model: it has per-patch projections, labels, counts, or a padded patch.
     """
     config = model.config
     reasons = {
@@ -194,7 +195,7 @@ def convert_to_published(model: SCRDiTTransformer) -> dict[str, torch.Tensor]:
 def make_processor(
     num_genes: int, genes: list[str] | None, target_sum: float | None, zero_negation: bool, zero_value: float
 ) -> SCRDiTProcessor:
-    """Make the transform of the published recipe: log-normalized values, zeros moved away, no scaling."""
+    """Make the transform of the published recipe: log-normalized values, zero negation, no standardization."""
     if genes is not None and len(genes) != num_genes:
         raise ValueError(f"--genes lists {len(genes)} genes, the checkpoint has {num_genes}; list them in its order.")
     return SCRDiTProcessor(

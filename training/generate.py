@@ -4,9 +4,9 @@ python training/generate.py --pipeline scrdit-model --num_cells 1000 --condition
 python training/generate.py --pipeline scrdit-model --obs cells_wanted.csv --output cells.h5ad
 accelerate launch --num_processes 8 training/generate.py --pipeline scrdit-model --num_cells 1000000 --output cells.zarr
 
-Cells are written in shards to `OUTPUT.parts` as they are made, and joined at the end. After an interruption the same
-command goes on. Each cell has a random generator of its own, so that labels, library size and noise are functions of
-`--seed` and its number, whatever the number of processes, the device and the sizes of shards and batches.
+Cells are written in shards to `OUTPUT.parts` as they are made, and joined at the end. After an interruption, the same
+command continues. Each cell has its own random generator, so that labels, library size and noise depend only on
+`--seed` and the number of the cell, not on processes, device, or sizes of shards and batches.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class GenerationArguments:
 
 
 def read_obs(path: str) -> pd.DataFrame:
-    """Read the table of wanted cells; labels stay strings."""
+    """Read the requested cells as a table; labels stay strings."""
     suffix = Path(path).suffix
     if suffix not in (".csv", ".tsv", ".h5ad"):
         raise ValueError(f"--obs must be a .csv, .tsv or .h5ad file, got {path}.")
@@ -115,7 +115,7 @@ def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
     if args.lora_weights:
         pipe.load_lora_weights(args.lora_weights)
-        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of what it was trained on
+        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of the adapter's cells
             pipe.processor = SCRDiTProcessor.from_pretrained(args.lora_weights, subfolder="processor")
     elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
         logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
@@ -125,7 +125,7 @@ def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
 
 
 def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict) -> None:
-    """Let the pipeline check what is asked for, for all cells at once: not hours later, when their turn comes."""
+    """Let the pipeline check the request for all cells up front, not hours later when their turn comes."""
     pipe.check_inputs(
         **request,
         library_size=args.library_size,
@@ -139,31 +139,31 @@ def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict
         callback_on_step_end_tensor_inputs=(),
         decode_timestep=pipe.config.decode_timestep,
     )
-    if request["obs"] is None:  # the same is asked for all cells
+    if request["obs"] is None:  # the request is the same for all cells
         request = request | {"num_cells": 1}
     pipe.prepare_class_labels(**request, generator=torch.Generator())
 
 
 def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict) -> dict:
-    """Everything that the cells depend on, as JSON."""
+    """Return everything that the cells depend on, as JSON."""
     content = hashlib.sha256(pipe.processor.to_json_string().encode())
     for name, tensor in sorted(pipe.transformer.state_dict().items()):
         content.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     if request["obs"] is not None:
         content.update(request["obs"].to_csv().encode())
-    free = ("pipeline", "output", "overwrite", "obs", "device", "batch_size")  # do not change what is drawn
+    free = ("pipeline", "output", "overwrite", "obs", "device", "batch_size")  # do not affect what is drawn
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     versions = {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
     return redact(arguments) | {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()} | versions
 
 
 def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
-    """Make the folder of shards, or continue one of the same run.
+    """Make the folder of shards, or continue that of an interrupted run.
 
     Raises
     ------
     ValueError
-        It holds the shards of another run.
+        It holds shards of another run.
     """
     record = parts / "run.json"
     before = json.loads(record.read_text()) if record.exists() else None
@@ -183,15 +183,15 @@ def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
 def cell_generators(seed: int, cells: range) -> list[torch.Generator]:
     """Make a generator for each cell, from the seed and the number of the cell.
 
-    PyTorch's CPU generator uses 32 bits of its seed. Drawn at random, the seeds of two of a million cells would be
-    equal (116 pairs are expected); consecutive ones differ for 2^32 cells.
+    PyTorch's CPU generator uses 32 bits of its seed. Random seeds would collide (116 pairs are expected among a million
+    cells); consecutive ones differ for 2^32 cells.
     """
     first = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [torch.Generator().manual_seed((first + cell) % 2**32) for cell in cells]
 
 
 def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, cells: range, path: Path) -> None:
-    """Generate some of the cells and write them; the file has its name only once it is whole and on disk."""
+    """Generate some of the cells and write them atomically."""
     obs = request["obs"]
     adata = pipe(
         num_cells=len(cells),
@@ -213,7 +213,7 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
 
 
 def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
-    """Append the obs of a shard to one on disk that has the same categories."""
+    """Append the obs of a shard to that on disk, which has the same categories."""
     for key in [stored.attrs["_index"], *obs.columns]:
         array, values = stored[key], obs.index if key == stored.attrs["_index"] else obs[key]
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -224,16 +224,16 @@ def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
 
 
 def join_shards(shards: list[Path], temporary: Path) -> None:
-    """Make one file or store of the shards, one of them in memory at a time.
+    """Join the shards into one file or store, with one shard in memory at a time.
 
-    `anndata.experimental.concat_on_disk` would leave out `uns` and compression, and opens all files at once.
+    `anndata.experimental.concat_on_disk` drops `uns` and compression, and opens all files at once.
     """
-    if temporary.is_dir():  # of a run that was killed
+    if temporary.is_dir():  # left by a killed run
         shutil.rmtree(temporary)
     adata = ad.read_h5ad(shards[0])
     matrices = {"X": adata.X} | {f"layers/{name}": layer for name, layer in adata.layers.items()}
     for matrix in matrices.values():
-        matrix.indptr = matrix.indptr.astype(np.int64)  # the joined ones may have more than 2^31 values
+        matrix.indptr = matrix.indptr.astype(np.int64)  # the joined matrix may have more than 2^31 values
     is_zarr = temporary.suffix == ".zarr"
     group = zarr.open_group(temporary, mode="w", zarr_format=2) if is_zarr else h5py.File(temporary, "w")
     ad.io.write_elem(group, "/", adata, dataset_kwargs={} if is_zarr else COMPRESSION)
@@ -248,9 +248,9 @@ def join_shards(shards: list[Path], temporary: Path) -> None:
 
 
 def replace(joined: Path, output: Path) -> None:
-    """Give the whole file or store its name; a store of that name is moved aside until then, because it is a folder."""
+    """Give the finished file or store its name. An existing store, a folder, is first moved aside."""
     old = joined.with_name(f"replaced{output.suffix}")
-    if old.exists():  # a run was killed between the two moves, or while it deleted
+    if old.exists():  # a run was killed between the two moves, or while deleting
         shutil.rmtree(old)
     if output.is_dir():
         os.replace(output, old)
@@ -258,15 +258,15 @@ def replace(joined: Path, output: Path) -> None:
 
 
 def join_processes(device: str | None) -> PartialState:
-    """Find the other processes that were launched; raise ValueError if they would each write all cells."""
+    """Find the other launched processes; raise ValueError if each would write all cells."""
     cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
-    state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # of waiting for the slowest process
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # time to wait for the slowest process
     check_processes(state.num_processes)
     return state
 
 
 def main(args: GenerationArguments) -> None:
-    """Generate in shards, each process its share of them, then join them."""
+    """Generate shards, shared among the processes, then join them."""
     check_args(args)
     state = join_processes(args.device)
     output, parts = Path(args.output), Path(f"{args.output}.parts")
@@ -285,7 +285,7 @@ def main(args: GenerationArguments) -> None:
     blocks = [range(start, min(start + args.shard_size, num_cells)) for start in range(0, num_cells, args.shard_size)]
     shards = [parts / f"shard-{number:06d}.h5ad" for number in range(len(blocks))]
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
-    state.wait_for_everyone()  # all have looked before the first writes
+    state.wait_for_everyone()  # all must look before any writes
     if state.is_main_process and len(missing) < len(shards):
         print(f"Going on with {parts}: {len(shards) - len(missing)} of {len(shards)} shards are there.")
     pipe.set_progress_bar_config(disable=len(blocks) > 1 or not state.is_main_process)
@@ -294,7 +294,7 @@ def main(args: GenerationArguments) -> None:
     with tqdm(total=num_cells, initial=done, unit="cells", smoothing=0, disable=disable) as progress:
         for number in missing[state.process_index :: state.num_processes]:
             write_shard(pipe, args, request, blocks[number], shards[number])
-            if state.is_main_process:  # counts the shards of all processes
+            if state.is_main_process:  # shows the shards of all processes
                 names = set(os.listdir(parts))
                 there = sum(len(blocks[number]) for number in missing if shards[number].name in names)
                 progress.update(done + there - progress.n)

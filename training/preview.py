@@ -1,4 +1,4 @@
-"""What is shown of a model in training: a figure of generated cells, and the loss of cells held out."""
+"""Previews during training: a figure of generated cells, and the loss of held-out cells."""
 
 import logging
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ logger = logging.getLogger("train")
 
 
 def draw_samples(pipe: SCRDiTPipeline, batch: Mapping[str, torch.Tensor], seed: int, path: Path) -> None:
-    """Draw statistics of the genes of generated and real cells of the same labels into an image file."""
+    """Draw gene statistics of generated and real cells with the same labels, and save the figure."""
     processor = pipe.processor
     pipe.set_progress_bar_config(disable=True)
     obs = processor.decode_labels(batch["class_labels"].cpu().numpy())
@@ -29,7 +29,7 @@ def draw_samples(pipe: SCRDiTPipeline, batch: Mapping[str, torch.Tensor], seed: 
     real = ad.AnnData(processor.normalize(values, library_size), var=synthetic.var)
     try:
         figure = np.ravel(plotting.gene_statistics(real, synthetic, value_space=processor.value_space))[0].figure
-    except ValueError as error:  # early in training a model may give cells that cannot be drawn
+    except ValueError as error:  # early in training, generated cells may be impossible to draw
         logger.warning(f"{path.name} could not be drawn: {error}")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def draw_samples(pipe: SCRDiTPipeline, batch: Mapping[str, torch.Tensor], seed: 
 def validation_loss(
     model: SCRDiTTransformer, noise_scheduler: DDPMScheduler, batch: Mapping[str, torch.Tensor], settings
 ) -> float:
-    """Mean loss of cells over all timesteps that are trained, with the same noise each time."""
+    """Mean loss of cells over all trained timesteps, with the same noise at each call."""
     values = batch["values"]  # (B, G)
     first = settings.min_timestep if settings.decode == "posterior" else 0
     timesteps = torch.linspace(first, settings.num_train_timesteps - 1, len(values)).to(values.device, torch.long)

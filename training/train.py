@@ -3,8 +3,8 @@
     accelerate launch training/train.py --dataset cells.h5ad --labels_key cell_type --output_dir scrdit-model
 
 The pipeline folder is `--output_dir` itself. Run the same command with `--resume_from_checkpoint latest` to continue
-where the last one stopped, with the same result: all randomness of a step is a function of seed and step. The result
-does not depend on the number of processes, given the same number of cells per step, except for `--dropout`.
+where the last run stopped, with the same result: all randomness of a step is a function of seed and step. Except for
+`--dropout`, the result does not depend on the number of processes, given the same number of cells per step.
 """
 
 import json
@@ -68,7 +68,7 @@ MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and n
 
 @dataclass
 class Cells:
-    """Training and validation cells, and what was learned from the former."""
+    """Training and validation cells, and what was learned from the training cells."""
 
     processor: SCRDiTProcessor
     statistics: CellMoments
@@ -81,7 +81,7 @@ class Cells:
 
 @dataclass
 class Objective:
-    """What a loss needs besides the model and a batch."""
+    """What the loss needs besides the model and a batch."""
 
     scheduler: diffusers.SchedulerMixin  # of the pipeline
     noise_scheduler: DDPMScheduler  # of training, the same noise process
@@ -124,7 +124,7 @@ def main(args: TrainingArguments) -> None:
 
 
 def train(state: TrainingState, cells: Cells, objective: Objective, progress: tqdm, signals: list[int]) -> bool:
-    """Train until all steps are done or a signal came; tell if one came."""
+    """Train until all steps are done or a signal arrives; return whether one did."""
     accelerator, settings = state.accelerator, state.settings
     accumulation = settings.gradient_accumulation_steps
     weighting = (settings.loss_weighting, settings.max_loss_weight)
@@ -190,7 +190,7 @@ def draw_inputs(
 
 
 def start(args: TrainingArguments) -> Accelerator:
-    """Find the other processes, refuse what cannot work, set up logging and seeds, delete what will be overwritten."""
+    """Find the other processes, check arguments, set up logging and seeds, delete what will be overwritten."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -215,7 +215,7 @@ def start(args: TrainingArguments) -> Accelerator:
 
 
 def load_pretrained(args: TrainingArguments) -> SCRDiTPipeline | None:
-    """Load the pipeline to start from and raise ValueError for arguments that do not fit it."""
+    """Load the pretrained pipeline; raise ValueError for arguments that do not fit it."""
     if args.pretrained_model_name_or_path is None:
         return None
     pretrained = SCRDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -293,7 +293,7 @@ def fit_processor(
 def build_model(
     args: TrainingArguments, cells: Cells, pretrained: SCRDiTPipeline | None
 ) -> tuple[SCRDiTTransformer, dict[str, Any]]:
-    """Make a new transformer with its initial weights, or adapt the pretrained one and tell what changed."""
+    """Make a new transformer with initial weights, or adapt the pretrained one; also return what changed."""
     statistics = cells.statistics if args.decode == "posterior" else None
     if pretrained is not None:
         options = {"dropout": args.dropout, "lora_rank": args.lora_rank, "cells": cells.start_cells}
@@ -340,7 +340,7 @@ def report_plan(
     model: SCRDiTTransformer,
     changes: Mapping[str, Any],
 ) -> None:
-    """Log what will be trained and what it costs; a dry run also prints all settings."""
+    """Log what will be trained and its cost; a dry run also prints all settings."""
     processor, steps = cells.processor, settings.max_train_steps
     cells_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     flops = 3 * model.flops_per_cell() * cells_per_step * steps
@@ -368,7 +368,7 @@ def report_plan(
 
 
 def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, checkpoint: Path | None) -> str | None:
-    """Make the output folder, the trackers and the repository on the Hub; its id, if there is one."""
+    """Make the output folder, the trackers and the repository on the Hub; return its id, if there is one."""
     if not accelerator.is_main_process:
         return None
     repo_id = None
@@ -376,7 +376,7 @@ def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, check
         name = settings.hub_model_id or Path(settings.output_dir).name
         repo_id = hub.prepare_repository(name, settings.hub_private_repo, settings.hub_token)
     os.makedirs(settings.output_dir, exist_ok=True)
-    # A run that was killed may have logged steps that come again.
+    # A killed run may have logged steps that will be repeated.
     first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
     accelerator.init_trackers("scrdit", {k: str(v) for k, v in settings.record().items()}, tensorboard)
@@ -385,7 +385,7 @@ def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, check
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop, instead of stopping in the middle of a step."""
+    """Collect signals that ask to stop, so that no step is cut off."""
     signals: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
@@ -428,7 +428,7 @@ def save_pipeline(
     history: Mapping[str, Any],
     repo_id: str | None,
 ) -> None:
-    """Write the pipeline, how it was trained and its model card, and upload them if asked for."""
+    """Write the pipeline, train_config.json and the model card; upload them if requested."""
     settings, folder = state.settings, state.settings.output_dir
     pipe = SCRDiTPipeline(state.whole_model().cpu(), objective.scheduler, cells.processor, **objective.pipeline_config)
     if settings.lora_rank:
@@ -453,17 +453,17 @@ def save_pipeline(
 
 
 def mix_seeds(*seeds: int) -> int:
-    """Make one seed of several; zeros at their end do not count."""
+    """Mix several seeds into one; trailing zeros do not count."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:
-    """Make a generator whose state is a function of several integers."""
+    """Make a generator seeded by several integers."""
     return torch.Generator(device).manual_seed(mix_seeds(*seeds))
 
 
 def raise_not_finite(step, micro_step, batch, losses, timesteps, args) -> None:
-    """Stop with the step, the cells and the likely cause of a loss that is NaN or infinite."""
+    """Raise FloatingPointError with step, cells and likely cause of a loss that is NaN or infinite."""
     if not torch.isfinite(batch["values"]).all():
         cause = "the batch itself holds such values; check the data"
     elif args.mixed_precision == "fp16":
