@@ -229,6 +229,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Number of diffusion timesteps T of the noise process; used by the count head.
     beta_schedule
         Noise schedule of the noise process; used by the count head.
+    decode_timestep, min_timestep
+        Those of the pipelines that this transformer is part of, see
+        [`~scrdit_diffusers.pipeline_scrdit.SCRDiTPipeline`]; pipelines write them here.
 
     Raises
     ------
@@ -281,6 +284,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         count_bins: list[list[int]] | None = None,
         num_train_timesteps: int = 1000,
         beta_schedule: str = "squaredcos_cap_v2",
+        decode_timestep: int | None = None,
+        min_timestep: int = 0,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
