@@ -110,7 +110,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             if min_timestep is None:
                 min_timestep = transformer.config.get("min_timestep", 0)
             transformer.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
-        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep or 0)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
 
     @property
