@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of its HTTP library
 from safetensors import SafetensorError
 
-from .stored_weights import DamagedFileError, check_scheduler_config, check_weights, read_json
+from .stored_weights import DamagedFileError, check_adapter, check_scheduler_config, check_weights, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -281,8 +281,17 @@ class SafeModelMixin:
             return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
-        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
+        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only.
+
+        Raises
+        ------
+        ValueError
+            Weights in memory are not those of an adapter for this model.
+        """
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
+            if isinstance(pretrained_model_name_or_path_or_dict, dict):
+                prefix = kwargs.get("prefix", "transformer")
+                check_adapter(self, pretrained_model_name_or_path_or_dict, prefix)  # type: ignore[arg-type]
             return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)  # type: ignore[misc]
 
     def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -348,11 +357,16 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            `safe_serialization=False` was given.
+            `safe_serialization=False` was given, or a LoRA adapter is loaded, which would be lost.
         OSError
             The upload failed; the folder is written.
         """
         folder = saving_folder(save_directory, kwargs)
+        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                "A LoRA adapter is loaded: save it alone by save_lora_weights, or make it part of the weights by "
+                "fuse_lora() and unload_lora_weights() before you save the pipeline."
+            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
         super().save_pretrained(folder, **kwargs)
@@ -444,10 +458,15 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            The processor beside the adapter has other genes or labels than the pipeline's.
+            The processor beside the adapter has other genes or labels than the pipeline's; or the adapter is damaged, or
+            for another model.
         """
-        self._check_adapter(pretrained_model_name_or_path_or_dict, kwargs)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        self._check_adapter(source, kwargs)
+        try:
+            super().load_lora_weights(source, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{'' if isinstance(source, dict) else f'{source}: '}{error}") from error
 
     def _check_adapter(self, source: str | dict[str, torch.Tensor], kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError for an adapter of other genes or labels, even if there are as many."""

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 MAX_NUMBER = 10**6  # in the config of a scheduler, which makes lists as long as its number of timesteps
 _DAMAGED = "it was cut off, damaged or not downloaded (git lfs pull): download or save it again."
+
+_OTHER_ADAPTER = "the file is damaged, or the adapter is for another model."
 
 
 class DamagedFileError(OSError):
@@ -150,6 +154,39 @@ def _compare(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Store
                 f"{stored[name].file} holds {name} of shape {stored[name].shape}, but {config_file.name} asks for "
                 f"{shape}: one of the two is damaged or of another model."
             )
+
+
+def check_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: str | None) -> None:
+    """Raise ValueError unless LoRA weights are whole and fit a model; the loader leaves out those that do not.
+
+    Parameters
+    ----------
+    model
+        The model that the adapter goes into.
+    weights
+        Those of the adapter, by name.
+    prefix
+        What the names start with, without the dot; `None` or empty: nothing.
+    """
+    prefix = f"{prefix}." if prefix else ""
+    modules = dict(model.named_modules())
+    adapter = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not adapter:
+        raise ValueError(
+            f"No LoRA weight is named {prefix}..., such as {next(iter(weights), 'none')}: {_OTHER_ADAPTER}"
+        )
+    for name, tensor in adapter.items():
+        for side, other, axis, features in (("A", "B", 1, "in_features"), ("B", "A", 0, "out_features")):
+            if not name.endswith(f".lora_{side}.weight"):
+                continue
+            layer = modules.get(name.removesuffix(f".lora_{side}.weight"))
+            size = getattr(layer, features, None)
+            pair = adapter.get(name.replace(f".lora_{side}.", f".lora_{other}."))
+            if pair is None or tensor.ndim != 2 or tensor.shape[axis] != size or not tensor.is_floating_point():
+                raise ValueError(
+                    f"The LoRA weight {prefix}{name} of shape {tuple(tensor.shape)} has no counterpart or no place in "
+                    f"this model, where {features} is {size}: {_OTHER_ADAPTER}"
+                )
 
 
 def check_scheduler_config(path: Path) -> None:

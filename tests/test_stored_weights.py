@@ -140,3 +140,25 @@ def test_a_damaged_adapter_is_refused(folder, tmp_path):
         (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(content)
         with pytest.raises(OSError, match="safetensors"):
             pipe.load_lora_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["shape", "kind", "missing", "renamed", "all renamed", "not LoRA"])
+def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path, damage):
+    weights = load_file(PUBLISHED / "adapter" / "pytorch_lora_weights.safetensors")
+    name = "transformer.adaln_out.lora_A.weight"
+    if damage == "shape":
+        weights[name] = weights[name][:, :3].contiguous()
+    elif damage == "kind":
+        weights[name] = weights[name].int()
+    elif damage == "missing":
+        del weights[name]
+    elif damage == "renamed":
+        weights["transformer.adaln_ouu.lora_A.weight"] = weights.pop(name)
+    elif damage == "all renamed":
+        weights = {name.replace("transformer.", "transformed."): tensor for name, tensor in weights.items()}
+    else:
+        weights = {"transformer.adaln_out.weight": weights[name]}
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    pipe = SCRDiTPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        pipe.load_lora_weights(tmp_path)
