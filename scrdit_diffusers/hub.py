@@ -15,8 +15,12 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from diffusers import ModelMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
-from huggingface_hub import HfApi
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of its HTTP library
+from safetensors import SafetensorError
+
+from .stored_weights import DamagedFileError, check_adapter, check_scheduler_config, check_weights, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +148,7 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
         yield kwargs | {"use_safetensors": True}
     except HFValidationError as error:
         raise OSError(f"{source} is neither a folder here nor the name of a repository, such as user/name.") from error
-    except PermissionError:
+    except (DamagedFileError, PermissionError):
         raise
     except OSError as error:
         if isinstance(source, (str, Path)) and any(Path(source).glob("checkpoint-*")) and "model_index" in str(error):
@@ -163,6 +167,15 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
         raise
     except HTTPError as error:  # not an OSError, and names neither the repository nor what to do
         raise OSError(f"Loading {source} broke off ({error}). Load it again: whole files are kept.") from error
+    except SafetensorError as error:
+        raise OSError(
+            f"The safetensors file of {source} is damaged or of another kind ({error}): download or save it again."
+        ) from error
+    except (AttributeError, KeyError, NotImplementedError, RecursionError, TypeError) as error:
+        raise OSError(
+            f"Nothing can be made of {source} with these arguments ({type(error).__name__}: {error}): one of its JSON "
+            "files is damaged or of another version, or an argument is wrong."
+        ) from error
 
 
 def saving_folder(save_directory: str | Path, kwargs: dict[str, Any]) -> str:
@@ -186,6 +199,22 @@ def make_readable(folder: str | Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
+def _local_folder(source: str | Path, kwargs: Mapping[str, Any]) -> Path | None:
+    """Folder with the config and the weights of a model, downloaded if need be; `None` where it has no such file."""
+    subfolder = kwargs.get("subfolder") or ""
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    names = ("cache_dir", "local_files_only", "revision", "token")
+    options = {name: kwargs[name] for name in names if name in kwargs} | dict(subfolder=subfolder or None)
+    stem, suffix = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    try:
+        hf_hub_download(str(source), f"{stem}{variant}.{suffix}", **options)
+        return Path(hf_hub_download(str(source), "config.json", **options)).parent
+    except (HFValidationError, HTTPError, OSError):  # which the loader of diffusers will run into and explain
+        return None
+
+
 class SafeModelMixin:
     """Mixin for models, listed before `ModelMixin`: safetensors only, and errors that say what to do."""
 
@@ -199,14 +228,17 @@ class SafeModelMixin:
         Raises
         ------
         OSError
-            Weights are missing; `ModelMixin` would leave them uninitialized.
+            A file is damaged, or the config asks for other weights than there are; found by their headers, before the
+            model takes memory.
         """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
+            if (folder := _local_folder(pretrained_model_name_or_path, kwargs)) is not None:
+                check_weights(cls, folder, kwargs.get("variant"))
             return_info = kwargs.pop("output_loading_info", False)
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
             )
-            if missing := sorted(info["missing_keys"]):
+            if missing := sorted(info["missing_keys"]):  # in shards on the Hub, which are not compared before
                 raise OSError(
                     f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}: it is "
                     "damaged, or of another version of scrdit_diffusers than the one installed."
@@ -249,8 +281,17 @@ class SafeModelMixin:
             return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
-        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only."""
+        """Load a LoRA adapter as `PeftAdapterMixin.load_lora_adapter` does, from safetensors only.
+
+        Raises
+        ------
+        ValueError
+            Weights in memory are not those of an adapter for this model.
+        """
         with load_safely(pretrained_model_name_or_path_or_dict, kwargs) as kwargs:
+            if isinstance(pretrained_model_name_or_path_or_dict, dict):
+                prefix = kwargs.get("prefix", "transformer")
+                check_adapter(self, pretrained_model_name_or_path_or_dict, prefix)  # type: ignore[arg-type]
             return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)  # type: ignore[misc]
 
     def save_lora_adapter(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -284,6 +325,22 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load the config as `ConfigMixin.load_config` does, and refuse a folder with a damaged one or of absurd sizes.
+
+        Raises
+        ------
+        OSError
+            `model_index.json` or the config of the scheduler is damaged; names the file.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / "model_index.json").is_file():
+            read_json(folder / "model_index.json")
+        if (folder / "scheduler" / "scheduler_config.json").is_file():
+            check_scheduler_config(folder / "scheduler" / "scheduler_config.json")
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only.
 
@@ -300,11 +357,16 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            `safe_serialization=False` was given.
+            `safe_serialization=False` was given, or a LoRA adapter is loaded, which would be lost.
         OSError
             The upload failed; the folder is written.
         """
         folder = saving_folder(save_directory, kwargs)
+        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                "A LoRA adapter is loaded: save it alone by save_lora_weights, or make it part of the weights by "
+                "fuse_lora() and unload_lora_weights() before you save the pipeline."
+            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
         super().save_pretrained(folder, **kwargs)
@@ -396,10 +458,15 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            The processor beside the adapter has other genes or labels than the pipeline's.
+            The processor beside the adapter has other genes or labels than the pipeline's; or the adapter is damaged, or
+            for another model.
         """
-        self._check_adapter(pretrained_model_name_or_path_or_dict, kwargs)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        self._check_adapter(source, kwargs)
+        try:
+            super().load_lora_weights(source, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{'' if isinstance(source, dict) else f'{source}: '}{error}") from error
 
     def _check_adapter(self, source: str | dict[str, torch.Tensor], kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError for an adapter of other genes or labels, even if there are as many."""

@@ -1,6 +1,10 @@
-"""Which device to use, and how many processes were launched."""
+"""Which device to use, how many processes were launched, and how to start more."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -44,3 +48,20 @@ def check_processes(num_processes: int) -> None:
 def launched_one_instead_of_several() -> bool:
     """Whether `accelerate launch --num_processes 2` started only one process, as it does without a GPU."""
     return {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Let processes that are started inside, by spawn or forkserver, not run the user's script again.
+
+    They would start processes in turn, or wait for a lock that this process holds, where the script has no
+    `if __name__ == "__main__"`; and they could not find one that is read from standard input. What they run has to be
+    importable.
+    """
+    main = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        main.update(kept)

@@ -26,6 +26,7 @@ from .sampling import (
     denoise,
     draw_seeds,
     draw_uniform,
+    one_at_a_time,
     set_timesteps,
     to_data_values,
 )
@@ -79,10 +80,11 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     processor
         Genes, value transform and labels.
     decode_timestep
-        Where denoising stops and counts are drawn from their posterior, for a transformer with a count head.
-        `None`: denoise to the end and invert the transform, which rounds in "counts" space.
+        Where denoising stops and counts are drawn from their posterior, for a transformer with a count head. `None`
+        takes that of the transformer's config. Where that is `None` too, cells are denoised to the end and the
+        transform inverted, which rounds in "counts" space.
     min_timestep
-        Lowest timestep on which the transformer was trained.
+        Lowest timestep on which the transformer was trained; `None` takes that of its config.
 
     References
     ----------
@@ -98,11 +100,17 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         processor: SCRDiTProcessor,
         decode_timestep: int | None = None,
-        min_timestep: int = 0,
+        min_timestep: int | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
-        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        if transformer is not None:  # which carries both to `SCRDiTPipeline(**pipe.components)`
+            if decode_timestep is None:
+                decode_timestep = transformer.config.get("decode_timestep")
+            if min_timestep is None:
+                min_timestep = transformer.config.get("min_timestep", 0)
+            transformer.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep or 0)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
 
     @property
@@ -345,6 +353,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -557,6 +566,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     ) -> dict[str, Any]:
         """Say how cells were made, for `uns["scrdit"]`."""
         seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
+        exact = np.array(seeds, dtype=np.uint64)  # AnnData would write those from 2^63 on as floats
         return {
             "model": str(self.config.get("_name_or_path") or ""),
             "value_space": self.processor.value_space,
@@ -565,7 +575,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             "guidance_scale": float(guidance_scale),
             "eta": float(eta),
             "decode": "round" if decode_timestep is None else f"posterior at timestep {decode_timestep}",
-            "seed": seeds if isinstance(generator, list) else seeds[0],
+            "seed": exact if isinstance(generator, list) else seeds[0],
             "scrdit_diffusers_version": version("scrdit_diffusers"),
             "diffusers_version": version("diffusers"),
         }

@@ -16,11 +16,13 @@ from transformers import FeatureExtractionMixin
 
 from .checks import check_gene_names, get_matrix, matrix_name
 from .hub import explain_push
+from .stored_weights import DamagedFileError
 from .values import Counts, choose_value_kind
 
 logger = logging.getLogger(__name__)
 
 RARE_LABEL_CELLS = 30  # cells generated for labels with fewer training cells may be poor
+MAX_LOG_LIBRARY_SIZE = 30  # e^30 = 10^13 counts
 ZERO_TOLERANCE = 1e-6  # what standardizing an exact zero and back may leave of it
 
 
@@ -149,10 +151,46 @@ class SCRDiTProcessor(FeatureExtractionMixin):
                 )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
             raise ValueError("mean and std must be finite, and std positive.")
+        if not (np.isfinite([self.zero_value, self.zero_threshold]).all() and np.isfinite(self.value_min).all()):
+            raise ValueError("zero_value, zero_threshold and value_min must be finite.")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Raise ValueError unless conditions, composition and library sizes belong together."""
         if len(self.condition_keys) != len(self.condition_categories):
             raise ValueError("condition_keys and condition_categories must have the same length.")
+        for key, names in self.conditions.items():
+            if len(set(names)) != len(names):
+                raise ValueError(f"condition_categories repeats a label of {key!r}.")
+        for row in self.composition:
+            if len(row) != len(self.condition_keys) + 1 or row[-1] < 1:
+                raise ValueError(f"composition holds {row}, expected a code for each condition and a number of cells.")
+            for code, names in zip(row, self.condition_categories, strict=False):
+                if not 0 <= code < len(names):
+                    raise ValueError(f"composition holds the code {code} of {len(names)} labels.")
         if self.log_library_sizes and len(self.log_library_sizes) != len(self.composition):
             raise ValueError("log_library_sizes must have one row for each of composition.")
+        if len({len(row) for row in self.log_library_sizes}) > 1:
+            raise ValueError("log_library_sizes must have rows of one length.")
+        if not all(
+            np.isfinite(row).all() and max(row, default=1) < MAX_LOG_LIBRARY_SIZE for row in self.log_library_sizes
+        ):
+            raise ValueError(f"log_library_sizes must be finite and below {MAX_LOG_LIBRARY_SIZE}.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a processor as `FeatureExtractionMixin.from_pretrained` does.
+
+        Raises
+        ------
+        OSError
+            There is no such file, or what it holds makes no processor.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "preprocessor_config.json")
+            raise DamagedFileError(f"{place} describes no {cls.__name__}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the processor as `FeatureExtractionMixin.save_pretrained` does; errors of pushing say what to do."""

@@ -5,11 +5,14 @@ own order. Tensors hold a batch of B cells.
 """
 
 import bisect
+import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anndata as ad
 import numpy as np
@@ -24,6 +27,50 @@ from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator]  # one for all cells, or one for each
+
+
+class Turn:
+    """A lock that a thread cannot wait for while it holds it."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.owner: int | None = None
+
+    def __enter__(self):
+        if self.owner == threading.get_ident():
+            raise ValueError("The pipeline is running: a callback cannot call it, nor one that shares its components.")
+        self.lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, *error: object):
+        self.owner = None
+        self.lock.release()
+
+
+_TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()  # of components, which pipelines may share
+
+
+def one_at_a_time(call: Callable) -> Callable:
+    """Let the calls of pipelines with one transformer or scheduler wait for each other when they come from threads.
+
+    A transformer keeps LoRA scales and caches during a call, a scheduler its steps.
+
+    Raises
+    ------
+    ValueError
+        A callback calls the pipeline that is running, or its scheduler is replaced meanwhile.
+    """
+
+    @functools.wraps(call)
+    def wait(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = pipe.scheduler
+        with _TURNS.setdefault(pipe.transformer, Turn()), _TURNS.setdefault(scheduler, Turn()):
+            cells = call(pipe, *args, **kwargs)
+            if pipe.scheduler is not scheduler:
+                raise ValueError("pipe.scheduler was replaced during a call: give each thread a pipeline of its own.")
+            return cells
+
+    return wait
 
 
 def draw_uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:

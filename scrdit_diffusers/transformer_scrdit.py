@@ -229,6 +229,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Number of diffusion timesteps T of the noise process; used by the count head.
     beta_schedule
         Noise schedule of the noise process; used by the count head.
+    decode_timestep, min_timestep
+        Those of the pipelines that this transformer is part of, see
+        [`~scrdit_diffusers.pipeline_scrdit.SCRDiTPipeline`]; pipelines write them here.
 
     Raises
     ------
@@ -281,14 +284,16 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         count_bins: list[list[int]] | None = None,
         num_train_timesteps: int = 1000,
         beta_schedule: str = "squaredcos_cap_v2",
+        decode_timestep: int | None = None,
+        min_timestep: int = 0,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
         sizes |= dict(num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
         sizes |= {f"num_classes[{k}]": n for k, n in enumerate(num_classes or [])}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+            if not isinstance(size, int) or size < 1:  # a damaged config may hold other types
+                raise ValueError(f"{name} must be at least 1, got {size!r}.")
         if patch_embed_type not in ("per_patch", "shared"):
             raise ValueError(f'patch_embed_type must be "per_patch" or "shared", got {patch_embed_type!r}.')
 
@@ -334,6 +339,41 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self.dropout_out = nn.Dropout(dropout)
+
+    @staticmethod
+    def leading_shapes(
+        num_genes: int,
+        patch_size: int,
+        patch_embed_type: str,
+        num_cell_tokens: int,
+        num_layers: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        num_classes: list[int] | None,
+        count_bins: list[list[int]] | None,
+        num_train_timesteps: int,
+        **others: Any,
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of weights in which each size of a config occurs: files that have them bound the sizes."""
+        num_patches, dim = -(-num_genes // patch_size), num_attention_heads * attention_head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "time_embed.linear_2.bias": (dim,),
+            f"transformer_blocks.{num_layers - 1}.ff.net.0.proj.bias": (int(dim * mlp_ratio),),
+        }
+        if patch_embed_type == "per_patch":
+            shapes["patch_embed.weight"] = (num_patches, patch_size, dim)
+        else:
+            shapes |= {"patch_embed.weight": (dim, patch_size), "pos_embed": (num_patches, dim)}
+        if num_cell_tokens:
+            shapes["cell_embed.weight"] = (num_cell_tokens * dim, num_genes)
+        for k, n in enumerate(num_classes or []):
+            shapes[f"class_embed.{k}.weight"] = (n + 1, dim)
+        if count_bins is not None:
+            shapes["count_head.alphas_cumprod"] = (num_train_timesteps,)
+            shapes["count_head.lower"] = (sum(genes * bins for genes, bins in count_bins),)
+            shapes["count_head.class_log_mean"] = (sum(num_classes or []), num_genes)
+        return shapes
 
     def enable_cache(self, config: Any) -> None:
         """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.

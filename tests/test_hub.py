@@ -484,6 +484,19 @@ def test_pickled_lora_weights_are_refused(count_pipe, mark, tmp_path):
             load(file)
 
 
+def test_a_pipeline_with_an_adapter_is_saved_once_that_is_fused(count_pipe, tmp_path):
+    """The names of weights below an adapter are others, and the folder could not be loaded."""
+    add_lora(count_pipe.transformer)
+    with pytest.raises(ValueError, match="save_lora_weights"):
+        count_pipe.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    count_pipe.fuse_lora()
+    count_pipe.unload_lora_weights()
+    count_pipe.save_pretrained(tmp_path / "pipeline")
+    weights = SCRDiTPipeline.from_pretrained(tmp_path / "pipeline").transformer.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in count_pipe.transformer.state_dict().items())
+
+
 def test_lora_weights_from_the_hub(hub, count_pipe, tmp_path):
     add_lora(count_pipe.transformer)
     layers = get_peft_model_state_dict(count_pipe.transformer)

@@ -1,7 +1,11 @@
 """Devices and launched processes that would not do what was asked for."""
 
+import subprocess
+import sys
+
 import pytest
 
+from scrdit_diffusers import launch
 from scrdit_diffusers.launch import check_device, check_processes
 
 
@@ -39,3 +43,26 @@ def test_one_process_instead_of_several_is_refused(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ValueError, match="--num_processes"):
         check_processes(1)
+
+
+SCRIPT = """
+import importlib.util, os, sys
+assert os.getpid() == int(os.environ.setdefault("FIRST", str(os.getpid()))), "the script runs again"
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+spec = importlib.util.spec_from_file_location("launch", sys.argv[1])  # alone, which is faster
+launch = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launch)
+before = __file__, __spec__
+for method in ("spawn", "forkserver"):
+    with ProcessPoolExecutor(1, get_context(method)) as executor:
+        print(list(launch.without_main_module()(executor.map)(abs, [-3])))
+assert (__file__, __spec__) == before
+"""
+
+
+def test_processes_do_not_run_the_script_again(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), launch.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["[3]", "[3]"], done.stderr

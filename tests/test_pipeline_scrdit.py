@@ -84,6 +84,13 @@ def test_output_survives_h5ad(pipe, generators, tmp_path):
     assert {k: v for k, v in back.uns["scrdit"].items() if k != "seed"}.items() <= cells.uns["scrdit"].items()
 
 
+def test_large_seeds_are_recorded_exactly(pipe, tmp_path):
+    seeds = [2**63 + 12345, 1, 2**64 - 1]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipe(num_cells=3, num_inference_steps=1, generator=generators).adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert [int(seed) for seed in ad.read_h5ad(tmp_path / "cells.h5ad").uns["scrdit"]["seed"]] == seeds
+
+
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
 def test_other_output_types(pipe, output_type):
     kwargs = dict(num_cells=5, num_inference_steps=3, latents=torch.randn(5, 23, generator=seeded()))
@@ -403,6 +410,23 @@ def test_unconditional_pipeline_with_a_count_head(adata):
     pipe = SCRDiTPipeline(model, default_scheduler(), processor, decode_timestep=50)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(3, num_inference_steps=3).adata.shape == (3, 23)
+
+
+def test_a_pipeline_made_of_the_components_of_another_generates_the_same_cells(count_pipe):
+    pipe = SCRDiTPipeline(**count_pipe.components)
+    assert pipe.config.decode_timestep == count_pipe.config.decode_timestep == 50
+    expected, cells = (p(4, num_inference_steps=2, generator=seeded()).adata.X for p in (count_pipe, pipe))
+    assert (cells != expected).nnz == 0
+
+
+def test_the_lowest_timestep_of_the_training_stays_with_the_transformer(count_model, processor, tmp_path):
+    pipe = SCRDiTPipeline(count_model, default_scheduler(), processor, decode_timestep=200, min_timestep=100)
+    pipe.save_pretrained(tmp_path)
+    transformer = SCRDiTTransformer.from_pretrained(tmp_path, subfolder="transformer")
+    pipe = SCRDiTPipeline(transformer, default_scheduler(), processor)
+    assert (pipe.config.decode_timestep, pipe.config.min_timestep) == (200, 100)
+    with pytest.raises(ValueError, match="timesteps 100 to 999"):
+        pipe(decode="round")
 
 
 def test_a_saved_pipeline_with_a_count_head_generates_the_same_cells(count_pipe, tmp_path):

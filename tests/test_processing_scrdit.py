@@ -362,9 +362,13 @@ def test_a_processor_of_log_normalized_values_holds_no_library_sizes(adata):
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+LABELS = dict(condition_keys=["cell_type"], condition_categories=[["T", "B"]])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+<<<<<<< HEAD
         (dict(var_names=["a", "a"]), r"^var_names .*\['a'\]"),
         (dict(mean=[0.0]), r"^mean .*\(1,\).* 2 var_names"),
         (dict(std=[1.0, 0.0]), "^mean and std "),
@@ -373,11 +377,39 @@ def test_a_processor_of_log_normalized_values_holds_no_library_sizes(adata):
         (dict(condition_keys=["cell_type"]), "^condition_keys and condition_categories "),
         (dict(value_space="cpm"), "value_space .*'cpm'"),
         (dict(log_library_sizes=[[1.0, 2.0]]), "^log_library_sizes .*composition"),
+=======
+        (dict(var_names=["a", "a"]), "var_names repeats 1 gene names"),
+        (dict(mean=[0.0]), r"mean has shape \(1,\), expected one entry for each of 2"),
+        (dict(std=[1.0, 0.0]), "std positive"),
+        (dict(mean=[np.nan, 0.0]), "must be finite"),
+        (dict(gene_ids=["ENSG1"]), r"gene_ids has shape \(1,\)"),
+        (dict(condition_keys=["cell_type"]), "condition_keys and condition_categories must have the same length"),
+        (dict(value_space="cpm"), "value_space must be one of"),
+        (dict(log_library_sizes=[[1.0, 2.0]]), "log_library_sizes must have one row for each of composition"),
+        (LABELS | dict(composition=[[2, 5]]), "code 2"),
+        (LABELS | dict(composition=[[-1, 5]]), "code -1"),
+        (LABELS | dict(composition=[[0, 0]]), "composition"),
+        (LABELS | dict(composition=[[5]]), "composition"),
+        (LABELS | dict(condition_categories=[["T", "T"]]), "repeats a label of 'cell_type'"),
+        (dict(composition=[[5], [5]], log_library_sizes=[[1.0], [1.0, 2.0]]), "one length"),
+        (dict(composition=[[5]], log_library_sizes=[[1e9]]), "log_library_sizes"),
+        (dict(composition=[[5]], log_library_sizes=[[np.inf]]), "log_library_sizes"),
+        (dict(zero_value=np.nan), "zero_value"),
+>>>>>>> 637c070 (A damaged processor or adapter is refused with its file; a pipeline with an adapter is not saved)
     ],
 )
 def test_refuses_constructor_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SCRDiTProcessor(**dict(var_names=["a", "b"], mean=[0.0, 0.0], std=[1.0, 1.0]) | kwargs)
+
+
+@pytest.mark.parametrize("settings", [dict(mean=["a"]), dict(var_names=3), dict(std=[0.0]), dict(composition=[["x"]])])
+def test_a_damaged_file_is_named(processor, tmp_path, settings):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(OSError, match=str(file)):
+        SCRDiTProcessor.from_pretrained(tmp_path)
 
 
 def test_refuses_data_without_the_models_genes(processor, adata):

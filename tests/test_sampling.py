@@ -1,10 +1,12 @@
 """What pipelines share, each piece alone."""
 
+import threading
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
-from scrdit_diffusers import default_scheduler
+from scrdit_diffusers import SCRDiTPipeline, default_scheduler
 from scrdit_diffusers.sampling import Denoiser, check_finite, denoise, draw_uniform, guide, set_timesteps
 
 CPU = torch.device("cpu")
@@ -88,3 +90,43 @@ def test_what_is_left_is_left_out_when_asked(denoiser):
 def test_values_that_are_not_finite_are_refused(value):
     with pytest.raises(ValueError, match="NaN .*dtype"):
         check_finite(torch.tensor([0.0, value]))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one pipeline", "shared components"])
+def test_a_call_from_another_thread_waits_and_changes_no_cell(pipe, shared):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    other = SCRDiTPipeline(**pipe.components) if shared else pipe
+
+    def make_cells(pipe, steps, scale, **options):
+        options |= dict(num_inference_steps=steps, guidance_scale=scale, output_type="latent")
+        return pipe(num_cells=3, generator=torch.Generator().manual_seed(steps), **options).samples
+
+    alone = make_cells(pipe, 4, 1.0), make_cells(other, 7, 3.0)
+    together = []
+    thread = threading.Thread(target=lambda: together.append(make_cells(other, 7, 3.0)))
+
+    def start_thread(pipe, i, t, tensors):
+        if i == 0:
+            thread.start()
+            thread.join(timeout=0.2)
+        return tensors
+
+    first = make_cells(pipe, 4, 1.0, callback_on_step_end=start_thread)
+    thread.join()
+    assert torch.equal(first, alone[0]) and torch.equal(together[0], alone[1])
+
+
+def test_a_callback_cannot_call_its_pipeline(pipe):
+    with pytest.raises(ValueError, match="callback"):
+        pipe(num_inference_steps=2, callback_on_step_end=lambda pipe, i, t, tensors: pipe(num_inference_steps=2))
+    assert pipe(num_inference_steps=1).adata.n_obs == 1  # and the pipeline is free again
+
+
+def test_a_scheduler_that_is_replaced_during_a_call_is_an_error(pipe):
+    def replace(pipe, i, t, tensors):
+        pipe.scheduler = default_scheduler()
+        pipe.scheduler.set_timesteps(2)
+        return tensors
+
+    with pytest.raises(ValueError, match="scheduler"):
+        pipe(num_inference_steps=2, callback_on_step_end=replace)

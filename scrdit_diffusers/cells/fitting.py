@@ -31,6 +31,7 @@ from scrdit_diffusers.checks import (
     looks_like_counts,
     matrix_name,
 )
+from scrdit_diffusers.launch import without_main_module
 from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts, row_sums
 
@@ -431,7 +432,8 @@ def fit_dataset(
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         workers = min(num_proc, len(parts))
         with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as executor:
-            return fit_chunks(parts, var, labels_key, name, FitOptions(**options), executor.map)
+            map_parts = without_main_module()(executor.map)  # which starts the processes
+            return fit_chunks(parts, var, labels_key, name, FitOptions(**options), map_parts)
 
     if isinstance(table, datasets.IterableDataset) or not table.cache_files:
         return fit()
