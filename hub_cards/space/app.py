@@ -2,8 +2,9 @@
 
     python hub_cards/space/app.py
 
-The environment variable SCRDIT_PIPELINES lists the pipelines, as folders or Hub ids with commas between them. Real cells
-of a pipeline's dataset lie in `reference/NAME.h5ad`, where NAME is the last part of its path; make_reference.py makes them.
+The environment variable SCRDIT_PIPELINES lists the pipelines, as folders or Hub ids with commas between them. Real
+cells of a pipeline's dataset lie in `reference/NAME.h5ad`, where NAME is the last part of its path; make_reference.py
+makes them.
 """
 
 import html
@@ -33,8 +34,8 @@ SCHEDULERS = ("UniPCMultistep", "DPMSolverMultistep", "DDIM", "EulerDiscrete", "
 MAX_CELLS, MAX_STEPS, MAX_SEED = 1000, 100, 2**32 - 1  # what a Space with two cores does in about two minutes
 BATCH_SIZE = 250  # cells; part of what makes a seed give the same cells
 INTRODUCTION = """# Virtual single cells
-Generate cells with [scRDiT](https://arxiv.org/abs/2404.06153), a diffusion transformer that learned gene counts from one
-dataset, and look at them beside real cells of that dataset."""
+Generate cells with [scRDiT](https://arxiv.org/abs/2404.06153), a diffusion transformer that learned gene counts from
+one dataset, and look at them beside real cells of that dataset."""
 CAVEAT = """**What these cells are not:** they are draws from a model of one dataset, not measurements, so they show no
 biology that the dataset does not, and counting them as cells or patients would make evidence out of nothing."""
 DRAWING = threading.Lock()  # pyplot and numba keep state for the whole process
@@ -70,10 +71,21 @@ def load_sources(names: str) -> dict[str, Source]:
 
 def read_whole_number(name: str, value: float | None, low: int, high: int) -> int:
     """Check what was typed into a field for a whole number."""
-    if value is None or value != int(value) or not low <= value <= high:
+    if value is None or not float(value).is_integer() or not low <= value <= high:
         came = "nothing" if value is None else f"{value:,}"
         raise ValueError(f"{name} must be a whole number from {low:,} to {high:,}; it is {came}.")
     return int(value)
+
+
+def read_library_size(text: str) -> float | None:
+    """Check the total count per cell; `None` where the field is empty."""
+    try:
+        library_size = float(text) if text.strip() else None
+    except ValueError:
+        library_size = 0.0
+    if library_size is not None and not 1 <= library_size < float("inf"):
+        raise ValueError(f"Counts per cell must be a number of at least 1, or empty; it is {text!r}.")
+    return library_size
 
 
 def mix_labels(labels: list[str], shares: str, num_cells: int) -> list[str]:
@@ -81,7 +93,9 @@ def mix_labels(labels: list[str], shares: str, num_cells: int) -> list[str]:
     try:
         weights = np.array([float(share) for share in shares.split(",")] if shares.strip() else [1.0] * len(labels))
     except ValueError:
-        raise ValueError(f"Shares must be numbers with commas between them, such as 70, 30; they are {shares!r}.") from None
+        raise ValueError(
+            f"Shares must be numbers with commas between them, such as 70, 30; they are {shares!r}."
+        ) from None
     if len(weights) != len(labels) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.sum():
         raise ValueError(
             f"Shares must hold one positive number for each of the {len(labels)} chosen labels; they are {shares!r}."
@@ -97,14 +111,14 @@ def generate(
     labels: list[str],
     shares: str,
     num_cells: float,
-    library_size: float | None,
+    library_size: str,
     seed: float,
     scheduler: str,
     num_steps: float,
     on_progress: Callable[[float, str], object],
 ) -> ad.AnnData:
     """Generate cells with a pipeline of this call alone, on the weights that all calls share."""
-    num_cells = read_whole_number("Number of cells", num_cells, 1, MAX_CELLS)
+    num_cells = read_whole_number("Cells", num_cells, 1, MAX_CELLS)
     num_steps = read_whole_number("Steps", num_steps, 1, MAX_STEPS)
     seed = read_whole_number("Seed", seed, 0, MAX_SEED)
     if scheduler not in SCHEDULERS:
@@ -133,7 +147,7 @@ def generate(
     return pipe(
         num_cells,
         {source.labels_key: mix_labels(labels, shares, num_cells)} if labels else None,
-        library_size=library_size,
+        library_size=read_library_size(library_size),
         num_inference_steps=num_steps,
         generator=torch.Generator().manual_seed(seed),
         batch_size=BATCH_SIZE,
@@ -147,16 +161,18 @@ def draw_figures(source: Source, cells: ad.AnnData, folder: Path) -> list[str]:
     with DRAWING:
         embedding = plotting.joint_umap(source.real, cells, labels_key=key, value_space=value_space)
         colors = ["origin", key] if key else ["origin"]
-        figure, axes = plt.subplots(1, len(colors), figsize=(6.5 * len(colors), 4.6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(colors), figsize=(5.6 * len(colors), 4.2), layout="constrained", squeeze=False
+        )
         for ax, color in zip(axes[0], colors, strict=True):
             plotting.umap(embedding, color, ax)
-        figure.savefig(folder / "umap.png", dpi=110)
+        figure.savefig(folder / "umap.png", dpi=150)
         plt.close(figure)
         if key:
             axes = plotting.marker_dotplot(source.real, cells, source.real, key, value_space=value_space)
         else:
             axes = plotting.gene_statistics(source.real, cells, value_space=value_space)
-        axes[0].figure.savefig(folder / "genes.png", dpi=110)
+        axes[0].figure.savefig(folder / "genes.png", dpi=150)
         plt.close(axes[0].figure)
     return [str(folder / "umap.png"), str(folder / "genes.png")]
 
@@ -180,31 +196,34 @@ class PageWarnings(logging.Handler):
 
 
 def build_page(sources: dict[str, Source]) -> gr.Blocks:
-    """Lay out the page; its one job is `answer`."""
+    """Lay out the page, whose one job is `answer`."""
 
     def describe(name: str) -> str:
         source = sources[name]
         seen = "There are no real cells of its dataset here: no figures are drawn."
         if source.real is not None:
             seen = f"The figures show {source.real.n_obs:,} real cells: {source.real.uns['about']}."
-        return f"**{name}** counts {source.pipe.processor.num_genes:,} genes. {seen}"
+        return f"**{name}** generates the counts of {source.pipe.processor.num_genes:,} genes. {seen}"
 
     def offer_labels(name: str) -> dict:
         source = sources[name]
         numbers = source.pipe.processor.label_counts.get(source.labels_key, {})
         choices = [(f"{label} ({number:,} training cells)", label) for label, number in numbers.items()]
-        return dict(choices=choices, value=[], label=source.labels_key or "labels", visible=source.labels_key is not None)
+        return dict(
+            choices=choices, value=[], label=source.labels_key or "labels", visible=source.labels_key is not None
+        )
 
     def answer(name: str, *fields: object, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
         source = sources[name]
         try:
             cells = generate(source, *fields, on_progress=lambda share, text: progress(share, desc=text))
         except (TypeError, ValueError) as error:
-            raise gr.Error(html.escape(str(error)), title="These cells cannot be made", print_exception=False) from None
-        summary = f"**{cells.n_obs:,} cells**, {np.median(cells.X.sum(axis=1)):,.0f} counts per cell (median), "
-        summary += f"seed {cells.uns['scrdit']['seed']}"
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        made = cells.uns["scrdit"]
+        summary = f"**{cells.n_obs:,} cells** with seed {made['seed']}, "
+        summary += f"in {made['num_inference_steps']} steps of {made['scheduler']}."
         with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the files when it asks for more
-            file = Path(folder) / f"{name}-seed-{cells.uns['scrdit']['seed']}.h5ad"
+            file = Path(folder) / f"{name}-seed-{made['seed']}.h5ad"
             cells.write_h5ad(file, compression="gzip")
             figures = [None, None]
             if source.real is not None:
@@ -218,26 +237,29 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 name = gr.Dropdown(list(sources), value=first, label="Pipeline", visible=len(sources) > 1)
-                labels = gr.Dropdown(**offer_labels(first), multiselect=True, info="None: a mix as in the training cells.")
-                shares = gr.Textbox("", label="Shares", info="Of the chosen labels, such as 70, 30. Empty: equal.")
-                num_cells = gr.Number(200, label="Number of cells", info=f"At most {MAX_CELLS:,}.")
-                library_size = gr.Number(
-                    None, label="Library size", info="Counts per cell. Empty: as in training cells of the same label."
+                labels = gr.Dropdown(
+                    **offer_labels(first), multiselect=True, info="None chosen: a mix as in the training cells."
                 )
-                seed = gr.Number(0, label="Seed", info="The same seed gives the same cells.")
-                with gr.Accordion("Sampling", open=False):
-                    scheduler = gr.Dropdown(SCHEDULERS, value=SCHEDULERS[0], label="Scheduler")
-                    steps = gr.Number(25, label="Steps", info=f"At most {MAX_STEPS}.")
+                shares = gr.Textbox("", label="Shares", info="Of the chosen ones: 70, 30. Empty: equal.")
+                with gr.Row():
+                    num_cells = gr.Number(200, label="Cells", min_width=100)
+                    seed = gr.Number(0, label="Seed", min_width=100)
+                library_size = gr.Textbox(
+                    "", label="Counts per cell", info="Empty: as training cells of the same label."
+                )
+                with gr.Row():
+                    scheduler = gr.Dropdown(SCHEDULERS, value=SCHEDULERS[0], label="Scheduler", min_width=180)
+                    steps = gr.Number(25, label="Steps", min_width=80)
                 button = gr.Button("Generate", variant="primary")
                 download = gr.DownloadButton("Download .h5ad", interactive=False)
             with gr.Column(scale=3):
                 about = gr.Markdown(describe(first))
-                summary = gr.Markdown()
+                summary = gr.Markdown("Press **Generate**. 200 cells take about half a minute, figures included.")
                 with gr.Tabs():
                     with gr.Tab("UMAP"):
-                        umap = gr.Image(type="filepath", show_label=False, interactive=False)
+                        umap = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
                     with gr.Tab("Marker genes"):
-                        genes = gr.Image(type="filepath", show_label=False, interactive=False)
+                        genes = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
                     with gr.Tab("Counts"):
                         table = gr.Dataframe(show_label=False, interactive=False)
                 gr.Markdown(CAVEAT)

@@ -1,8 +1,11 @@
-"""Make the file of real cells that the Space shows beside new ones: the genes and conditions of a pipeline.
+r"""Make the file of real cells that the Space shows beside new ones: the genes and conditions of a pipeline.
 
     python training/evaluate.py --dataset pbmc_zheng_facs.h5ad --labels_key cell_type --split_dir split
-    python hub_cards/space/make_reference.py --cells split/test.h5ad --pipeline hub_cards/scrdit-pbmc-zheng \
+    python hub_cards/space/make_reference.py --cells split/test.h5ad \
+        --pipeline hub_cards/scrdit-pbmc-zheng \
         --about "the test cells of Zheng et al. 2017 (10x Genomics, CC BY 4.0), which the model has not seen"
+
+writes `reference/scrdit-pbmc-zheng.h5ad` beside this script.
 """
 
 import argparse
