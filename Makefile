@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SPACE := $(VENV)/space
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format wheel benchmark sizes clean
+.PHONY: help demo space test quick lint format wheel benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,12 +20,21 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train on real cells, generate new ones, compare them: outputs/demo (about four minutes)
 	$(BIN)/python training/demo.py
 
-test: $(INSTALLED)  ## run the tests
+space: $(SPACE)  ## serve the page on which anyone can generate cells (hub_cards/space) on this machine
+	PYTHONPATH=$(SPACE) $(BIN)/python hub_cards/space/app.py
+
+# Apart from the rest: gradio asks for an older Pillow than constraints.txt has.
+$(SPACE): $(INSTALLED)
+	grep -vi '^pillow==' constraints.txt >$(VENV)/constraints-space.txt
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints-space.txt --target $@ gradio playwright
+
+test: $(INSTALLED) $(SPACE)  ## run the tests
 	$(BIN)/python -m pytest
 	@# Apart from the rest: wherever torchao is installed, every import of diffusers writes five lines.
 	test -d $(VENV)/torchao || $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 		--target $(VENV)/torchao torchao
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/test_first_class.py -k int8
+	PYTHONPATH=$(SPACE) $(BIN)/python -m pytest tests/test_space_app.py
 
 quick: lint  ## check style and types, and run the tests that need no training (under 90 seconds)
 	$(BIN)/python -m pytest -q -m 'not slow and not training'

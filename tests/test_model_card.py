@@ -18,7 +18,7 @@ from scrdit_diffusers.evaluation.report import STEP_METRICS, ReportFigure
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
-CARDS = sorted(path.parent for path in HUB_CARDS.glob("*/README.md"))
+CARDS = sorted(path.parent for path in HUB_CARDS.glob("*/card.json"))
 RECORD = {"dataset": "user/cells", "command": ["training/train.py", "--labels_key", "cell type"], "seed": 3}
 RECORD |= {"max_train_steps": 1000, "train_batch_size": 16, "train_cells": 1234, "val_cells": 56}
 
