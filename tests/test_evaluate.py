@@ -19,7 +19,7 @@ from sklearn.ensemble import RandomForestClassifier
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler, finetuning
-from scrdit_diffusers.evaluation import baselines, compare, model_card, report
+from scrdit_diffusers.evaluation import baselines, compare, model_card, privacy, report
 
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
 PARTS = ("train", "control", "test")
@@ -100,6 +100,7 @@ def evaluation(evaluate, split_dir, pipeline, tmp_path_factory):
     """Folder of the results of the whole command with two seeds and one baseline."""
     folder = tmp_path_factory.mktemp("evaluation")
     arguments = ["--num_seeds", 2, "--baselines", "gaussian_copula", "--steps_curve", 4, 2, "--min_label_cells", 16]
+    arguments += ["--privacy"]
     evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", folder, *QUICK, *arguments)
     return folder
 
@@ -257,6 +258,30 @@ def test_report_fits_a_phone(html, tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     width, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
     assert width <= window <= 500
+
+
+def test_attacks_stand_in_record_and_report(record, html):
+    found = record["privacy"]
+    assert [(row["unit"], row["attack"]) for row in found["rows"]] == [("cells", name) for name in privacy.ATTACK_NAMES]
+    assert found["cells"] == {"train": 96, "unseen": 64, "value": 96, "gaussian_copula": 96}
+    assert found["rows"][0]["value_std"] > 0 and found["donors"] is None
+    section = html[html.index("<h2>Privacy</h2>") : html.index("<h2>Figures</h2>")]
+    assert all(name in section for name in privacy.ATTACK_NAMES.values())
+    assert all(copy["cell"] in section for copy in found["rare_cells"]["closest"])
+
+
+def test_donors_of_a_split_by_donor_are_attacked(evaluate, split_dir, tmp_path):
+    arguments = ["--labels_key", KEY, "--split_by", "donor", "--split_dir", tmp_path]
+    evaluate("--dataset", split_dir / "cells.h5ad", *arguments)
+    train = ad.read_h5ad(tmp_path / "train.h5ad")
+    train.write_h5ad(tmp_path / "copies.h5ad")
+    arguments += ["--synthetic", tmp_path / "copies.h5ad", "--output_dir", tmp_path, "--privacy"]
+    evaluate(*arguments, *QUICK)
+    found = json.loads((tmp_path / "metrics.json").read_text())["privacy"]
+    row = next(row for row in found["rows"] if row["unit"] == "donors" and row["attack"] == "distance")
+    assert found["donors"] == {"train": 3, "unseen": 2} and set(row["scores"]) == set("01234")
+    assert row["value"] == 1 and row["value_place"] == pytest.approx(0.1)
+    assert "<th>donors</th>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 # -- cells of other tools ----------------------------------------------------------------------------------------------
@@ -455,11 +480,12 @@ def test_an_adapter_is_judged_with_its_processor(script, split_dir, pipeline, ad
 
 def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, tmp_path):
     arguments = ["--pipeline", pipeline, "--lora_weights", adapter, "--output_dir", tmp_path, "--update_card"]
-    evaluate("--split_dir", split_dir, *arguments, *QUICK)
+    evaluate("--split_dir", split_dir, *arguments, "--privacy", *QUICK)
     record = json.loads((adapter / "metrics.json").read_text())
     assert record["source"] == f"pipeline {pipeline} with {adapter}" and record["warnings"] == []
     text = (adapter / "README.md").read_text(encoding="utf-8")
     assert f"| {report.format_value(row(record, 'w2')['value'])} |" in text
+    assert privacy.in_words(record["privacy"])[0] in text
     assert "](figures/umap-by-origin.png)" in text and (adapter / "figures" / "umap-by-origin.png").is_file()
 
 
