@@ -16,7 +16,7 @@ from scripts import TRAINING
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, finetuning
-from scrdit_diffusers.evaluation import baselines, model_card, report
+from scrdit_diffusers.evaluation import baselines, model_card, privacy, report
 
 # -- split -------------------------------------------------------------------------------------------------------------
 
@@ -93,6 +93,30 @@ def test_pipeline_of_the_train_part_gives_no_warning(record):
 def test_results_are_not_replaced_unasked(evaluate, split_dir, pipeline, evaluation):
     with pytest.raises(ValueError, match="--overwrite"):
         evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", evaluation)
+
+
+def test_attacks_stand_in_record_and_report(record, html):
+    found = record["privacy"]
+    assert [(row["unit"], row["attack"]) for row in found["rows"]] == [("cells", name) for name in privacy.ATTACK_NAMES]
+    assert found["cells"] == {"train": 96, "unseen": 64, "value": 96, "gaussian_copula": 96}
+    assert found["rows"][0]["value_std"] > 0 and found["donors"] is None
+    section = html[html.index("<h2>Privacy</h2>") : html.index("<h2>Figures</h2>")]
+    assert all(name in section for name in privacy.ATTACK_NAMES.values())
+    assert all(copy["cell"] in section for copy in found["rare_cells"]["closest"])
+
+
+def test_donors_of_a_split_by_donor_are_attacked(evaluate, split_dir, tmp_path):
+    arguments = ["--labels_key", KEY, "--split_by", "donor", "--split_dir", tmp_path]
+    evaluate("--dataset", split_dir / "cells.h5ad", *arguments)
+    train = ad.read_h5ad(tmp_path / "train.h5ad")
+    train.write_h5ad(tmp_path / "copies.h5ad")
+    arguments += ["--synthetic", tmp_path / "copies.h5ad", "--output_dir", tmp_path, "--privacy"]
+    evaluate(*arguments, *QUICK)
+    found = json.loads((tmp_path / "metrics.json").read_text())["privacy"]
+    row = next(row for row in found["rows"] if row["unit"] == "donors" and row["attack"] == "distance")
+    assert found["donors"] == {"train": 3, "unseen": 2} and set(row["scores"]) == set("01234")
+    assert row["value"] == 1 and row["value_place"] == pytest.approx(0.1)
+    assert "<th>donors</th>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 # -- cells of other tools ----------------------------------------------------------------------------------------------
@@ -291,11 +315,12 @@ def test_an_adapter_is_evaluated_with_its_processor(evaluate_script, split_dir, 
 
 def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, tmp_path):
     arguments = ["--pipeline", pipeline, "--lora_weights", adapter, "--output_dir", tmp_path, "--update_card"]
-    evaluate("--split_dir", split_dir, *arguments, *QUICK)
+    evaluate("--split_dir", split_dir, *arguments, "--privacy", *QUICK)
     record = json.loads((adapter / "metrics.json").read_text())
     assert record["source"] == f"pipeline {pipeline} with {adapter}" and record["warnings"] == []
     text = (adapter / "README.md").read_text(encoding="utf-8")
     assert f"| {report.format_value(row(record, 'w2')['value'])} |" in text
+    assert privacy.in_words(record["privacy"])[0] in text
     assert "](figures/umap-by-origin.png)" in text and (adapter / "figures" / "umap-by-origin.png").is_file()
 
 

@@ -39,7 +39,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
 from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.checks import check_label, get_matrix, label_categories
-from scrdit_diffusers.evaluation import baselines, compare, model_card
+from scrdit_diffusers.evaluation import baselines, compare, model_card, privacy
 from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
 from scrdit_diffusers.evaluation.report import STEP_METRICS, draw_figures, render_report
 from scrdit_diffusers.evaluation.space import get_values
@@ -87,6 +87,7 @@ class EvaluationArguments:
     steps_curve: list[int] = arg(
         [5, 10, 20, 50], "Further numbers of network calls at which quality is measured; 0 for none."
     )
+    privacy: bool = arg(False, "Also try to tell training cells from unseen ones; donors, too, with --split_by.")
     n_jobs: int = arg(-1, "Processes for the folds of the classifiers; -1 takes all cores.")
     output_dir: str = arg("evaluation", "Folder of metrics.json and report.html.")
     overwrite: bool = arg(False, "Replace the results in --output_dir.")
@@ -368,6 +369,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
         "seeds": [],
         "rows": [],
         "steps_curve": [],
+        "privacy": None,
     }
     return redact(record)
 
@@ -412,6 +414,36 @@ def measure_steps(evaluation: Evaluation, test: ad.AnnData) -> list[dict[str, An
     return [{"num_inference_steps": k} | curve[str(k)].to_dict() for k in steps]
 
 
+def measure_privacy(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]:
+    """Attack the training cells, and their donors if the cells were split by donor."""
+    args, rng = evaluation.args, np.random.default_rng(evaluation.args.seed)
+    cells = {name: read_cells(Path(args.split_dir) / f"{name}.h5ad") for name in PARTS}
+    sides = []
+    for names in (PARTS[:1], PARTS[1:]):
+        real = ad.concat([cells[name] for name in names], join="inner")
+        part = ad.concat([evaluation.parts[name] for name in names])
+        rows = np.sort(rng.permutation(part.n_obs)[: args.max_cells])
+        sides.append((real[rows].copy(), part[rows].copy()))
+    (real_train, train), (real_unseen, unseen) = sides
+    options: dict[str, Any] = {"value_space": evaluation.value_space, "labels_key": evaluation.labels_key}
+    if evaluation.labels_key:
+        options["label_cells"] = {label: numbers["train"] for label, numbers in evaluation.label_counts.items()}
+    if key := split.get("split_by"):
+        options["donors"] = tuple(real.obs[key].astype(str).to_numpy() for real in (real_train, real_unseen))
+    if pipe := evaluation.pipe:
+        losses = (
+            privacy.denoising_losses(pipe, real, args.layer, seed=args.seed) for real in (real_train, real_unseen)
+        )
+        options["losses"] = tuple(losses)
+    obs = pd.concat([train.obs, unseen.obs])  # labels of both alike, so that composition gives nothing away
+    obs = obs.iloc[rng.permutation(len(obs))[: train.n_obs]]
+    sets = {
+        "value": evaluation.generate(obs, args.seed, args.num_inference_steps),
+        "gaussian_copula": baselines.gaussian_copula(evaluation.parts["train"], obs, evaluation.labels_key, rng),
+    }
+    return privacy.audit(train, unseen, sets, **options, seed=args.seed)
+
+
 def main(args: EvaluationArguments) -> None:
     """Split the cells if needed, then evaluate if a pipeline or cells are given."""
     args = leave_out(args)
@@ -433,6 +465,7 @@ def main(args: EvaluationArguments) -> None:
 
     test, synthetic = compare_seeds(evaluation, record, save)
     record["steps_curve"] = measure_steps(evaluation, test)
+    record["privacy"] = measure_privacy(evaluation, split) if args.privacy else None
     figures = draw_figures(record, test, synthetic, evaluation.parts["train"], evaluation.value_space)
     save()
     if args.update_card:

@@ -27,6 +27,7 @@ from scrdit_diffusers.redaction import redact
 
 from .baselines import BASELINE_NAMES
 from .compare import METRIC_NAMES
+from .privacy import in_words
 from .report import ReportFigure, draw_steps_curve, format_value
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -168,6 +169,7 @@ def build_card(
         rare={k: [n for n, count in of.items() if count < RARE_LABEL_CELLS] for k, of in facts["labels"].items()},
         rare_cells=RARE_LABEL_CELLS,
         metrics=metrics,
+        privacy=in_words(metrics["privacy"]) if metrics and metrics.get("privacy") else [],
         columns=["generated", "other real cells", *(BASELINE_NAMES[name] for name in baselines), "aim met"],
         rows=shown,
         figures={figure: FIGURES[figure] for figure in figures if figure in FIGURES},

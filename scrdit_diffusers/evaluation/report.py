@@ -18,6 +18,7 @@ from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 from . import plotting
 from .baselines import BASELINE_NAMES
 from .compare import METRIC_NAMES
+from .privacy import ATTACK_NAMES, in_words
 
 TEMPLATES = jinja2.PackageLoader("scrdit_diffusers.evaluation", ".")
 
@@ -114,6 +115,7 @@ def render_report(record: dict[str, Any], figures: Sequence[ReportFigure]) -> st
         figure.savefig(buffer, dpi=110, bbox_inches="tight", facecolor="white")
         plt.close(figure)
         embedded.append((title, caption, base64.b64encode(buffer.getvalue()).decode()))
+    found = record.get("privacy")
     environment = jinja2.Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": format_value, "signs": format_signs}
     return environment.get_template("report.html.jinja").render(
@@ -123,6 +125,9 @@ def render_report(record: dict[str, Any], figures: Sequence[ReportFigure]) -> st
         by_label=by_label,
         baselines=baselines,
         figures=embedded,
+        privacy=found,
+        privacy_in_words=in_words(found) if found else [],
+        ATTACK_NAMES=ATTACK_NAMES,
         METRIC_NAMES=METRIC_NAMES,
         BASELINE_NAMES=BASELINE_NAMES,
         LABEL_METRICS=[metric for metric in LABEL_METRICS if metric in overall],
