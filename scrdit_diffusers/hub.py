@@ -232,7 +232,8 @@ class SafeModelMixin:
             model takes memory.
         """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
-            if (folder := _local_folder(pretrained_model_name_or_path, kwargs)) is not None:
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            if folder is not None and not kwargs.get("ignore_mismatched_sizes"):
                 check_weights(cls, folder, kwargs.get("variant"))
             return_info = kwargs.pop("output_loading_info", False)
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -458,7 +459,7 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         Raises
         ------
         ValueError
-            The processor beside the adapter has other genes or labels than the pipeline's; or the adapter is damaged, or
+            The processor beside the adapter has other genes or labels than the pipeline's, or the adapter is damaged or
             for another model.
         """
         source = pretrained_model_name_or_path_or_dict

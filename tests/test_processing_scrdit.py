@@ -368,7 +368,6 @@ LABELS = dict(condition_keys=["cell_type"], condition_categories=[["T", "B"]])
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-<<<<<<< HEAD
         (dict(var_names=["a", "a"]), r"^var_names .*\['a'\]"),
         (dict(mean=[0.0]), r"^mean .*\(1,\).* 2 var_names"),
         (dict(std=[1.0, 0.0]), "^mean and std "),
@@ -377,25 +376,15 @@ LABELS = dict(condition_keys=["cell_type"], condition_categories=[["T", "B"]])
         (dict(condition_keys=["cell_type"]), "^condition_keys and condition_categories "),
         (dict(value_space="cpm"), "value_space .*'cpm'"),
         (dict(log_library_sizes=[[1.0, 2.0]]), "^log_library_sizes .*composition"),
-=======
-        (dict(var_names=["a", "a"]), "var_names repeats 1 gene names"),
-        (dict(mean=[0.0]), r"mean has shape \(1,\), expected one entry for each of 2"),
-        (dict(std=[1.0, 0.0]), "std positive"),
-        (dict(mean=[np.nan, 0.0]), "must be finite"),
-        (dict(gene_ids=["ENSG1"]), r"gene_ids has shape \(1,\)"),
-        (dict(condition_keys=["cell_type"]), "condition_keys and condition_categories must have the same length"),
-        (dict(value_space="cpm"), "value_space must be one of"),
-        (dict(log_library_sizes=[[1.0, 2.0]]), "log_library_sizes must have one row for each of composition"),
         (LABELS | dict(composition=[[2, 5]]), "code 2"),
         (LABELS | dict(composition=[[-1, 5]]), "code -1"),
         (LABELS | dict(composition=[[0, 0]]), "composition"),
         (LABELS | dict(composition=[[5]]), "composition"),
-        (LABELS | dict(condition_categories=[["T", "T"]]), "repeats a label of 'cell_type'"),
-        (dict(composition=[[5], [5]], log_library_sizes=[[1.0], [1.0, 2.0]]), "one length"),
+        (LABELS | dict(condition_categories=[["T", "T"]]), "'cell_type'"),
+        (dict(composition=[[5], [5]], log_library_sizes=[[1.0], [1.0, 2.0]]), "log_library_sizes"),
         (dict(composition=[[5]], log_library_sizes=[[1e9]]), "log_library_sizes"),
         (dict(composition=[[5]], log_library_sizes=[[np.inf]]), "log_library_sizes"),
         (dict(zero_value=np.nan), "zero_value"),
->>>>>>> 637c070 (A damaged processor or adapter is refused with its file; a pipeline with an adapter is not saved)
     ],
 )
 def test_refuses_constructor_arguments(kwargs, message):
