@@ -104,6 +104,13 @@ def main() -> None:
         "loss.png": "the training loss should fall",
     }.items():
         print(f"  {name:16} {meaning}")
+    print(
+        "\nGo on with your own cells:\n"
+        "  scrdit train --dataset cells.h5ad --labels_key cell_type --output_dir my-model\n"
+        "  scrdit generate --pipeline my-model --num_cells 1000 --output new_cells.h5ad\n"
+        "or generate from the pipeline that comes with the repository: SCRDiTPipeline.from_pretrained"
+        '("hub_cards/scrdit-pbmc-zheng"). README.md has more.'
+    )
 
 
 def draw(real: ad.AnnData, synthetic: ad.AnnData, train: ad.AnnData, pipeline_folder: Path) -> None:

@@ -262,7 +262,8 @@ def provenance() -> dict[str, str | None]:
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        hardware = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+        threads = torch.get_num_threads()
+        hardware = f"{threads} thread{'s' if threads > 1 else ''} of a {platform.machine()} CPU"
     return {"commit": found or None, "hardware": hardware}
 
 
