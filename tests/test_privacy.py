@@ -1,6 +1,7 @@
 """Attacks on training cells and donors: copies are found, cells that give nothing away are not."""
 
 import itertools
+from collections import Counter
 
 import anndata as ad
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from diffusers import DDPMScheduler
 from scipy.spatial.distance import cdist
 from scipy.stats import gmean
+from scripts import load_script
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
+from transformers import HfArgumentParser
 
-from scrdit_diffusers import CellCollator, CellDataset, diffusion_loss
+from scrdit_diffusers import CellCollator, CellDataset, SCRDiTPipeline, SCRDiTProcessor, diffusion_loss
 from scrdit_diffusers.evaluation import privacy
 
 NUM_GENES = 60
@@ -220,3 +223,59 @@ def test_words_give_the_figures(audited):
     assert f"AUROC {cells['value']:.2f} ± {cells['value_std']:.2f}" in text
     assert f"in their place {cells['real']:.2f}" in text and "2 donors" in text
     assert "of 4" in text and "loss" not in text
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_script("benchmarks/privacy")
+
+
+def test_every_donor_is_in_and_out_equally_often(benchmark):
+    choices = benchmark.choose_donors(list("abcdefgh"), 6, seed=0)
+    assert len(choices) == 6 and all(len(choice) == 4 for choice in choices)
+    assert Counter(itertools.chain.from_iterable(choices)) == dict.fromkeys("abcdefgh", 3)
+
+
+@pytest.fixture
+def arguments(benchmark, adata, tmp_path):
+    adata.obs["donor"] = np.resize(list("abcd"), 60)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+
+    def arguments(*more):
+        words = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--num_train_cells", 20]
+        words += ["--num_unseen", 30, "--num_cells", 20, "--num_inference_steps", 2, "--output_dir", tmp_path, *more]
+        parser = HfArgumentParser(benchmark.PrivacyArguments)
+        return parser.parse_args_into_dataclasses(list(map(str, words)))[0]
+
+    return arguments
+
+
+def test_donors_give_equally_many_cells(benchmark, adata, arguments):
+    adata.obs_names = [f"cell{i}" for i in range(60)]
+    train, unseen = benchmark.divide(adata, arguments("--split_by", "donor"), ["a", "c"], 20)
+    assert train.obs["donor"].value_counts().to_dict() == {"a": 10, "c": 10}
+    assert set(unseen.obs["donor"]) == {"b", "d"} and unseen.n_obs == 30
+    train, unseen = benchmark.divide(adata, arguments(), None, 20)
+    assert train.n_obs == 20 and unseen.n_obs == 30 and not set(train.obs_names) & set(unseen.obs_names)
+
+
+def test_benchmark_trains_what_is_missing_and_prints_all(benchmark, adata, pipe, arguments, monkeypatch, capsys):
+    trained = []
+
+    def train(cells, output_dir, labels_key, **options):
+        trained.append((cells.n_obs, options["max_train_steps"], options.get("dropout")))
+        processor = SCRDiTProcessor.from_anndata(adata, ["cell_type", "batch"], flavor="all")
+        SCRDiTPipeline(pipe.transformer, pipe.scheduler, processor).save_pretrained(output_dir)
+
+    monkeypatch.setattr(benchmark.scrdit_diffusers, "train", train)
+    grid = ["--split_by", "donor", "--max_train_steps", 3, "--options", "", "dropout=0.1"]
+    benchmark.main(arguments(*grid[:4]))
+    assert trained == [(20, 3, None)] * 2
+    benchmark.main(arguments(*grid))
+    assert trained[2:] == [(20, 3, "0.1")] * 2
+    table = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| likelihood | 4 | ") for line in table) == 2
+    assert sum(line.startswith("| 20 | 3 | dropout=0.1 |") for line in table) == 4
