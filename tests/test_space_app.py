@@ -269,7 +269,7 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
         # Look.
         for tab, colors in (("UMAP", COLORS.values()), ("Marker genes", ())):
             page.get_by_role("tab", name=tab).click()
-            picture = page.locator("img:visible").first
+            picture = page.locator("img[src*='/file=']:visible")
             picture.wait_for()
             file = tmp_path / "picture.png"
             file.write_bytes(page.request.get(picture.get_attribute("src")).body())

@@ -126,13 +126,8 @@ def generate(
     if shares.strip() and not labels:
         raise ValueError(f"Shares are {shares!r}, but no labels are chosen that they could belong to.")
     shared = source.pipe
-    pipe = SCRDiTPipeline(
-        shared.transformer,
-        getattr(diffusers, f"{scheduler}Scheduler").from_config(shared.scheduler.config),
-        shared.processor,
-        decode_timestep=shared.config.decode_timestep,
-        min_timestep=shared.config.min_timestep,
-    )
+    scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(shared.scheduler.config)
+    pipe = SCRDiTPipeline(shared.transformer, scheduler, shared.processor)
     pipe.register_to_config(_name_or_path=source.name)  # what uns["scrdit"] says of the model
     pipe.set_progress_bar_config(disable=True)
     done = 0
