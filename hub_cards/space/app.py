@@ -126,13 +126,8 @@ def generate(
     if shares.strip() and not labels:
         raise ValueError(f"Shares are {shares!r}, but no labels are chosen that they could belong to.")
     shared = source.pipe
-    pipe = SCRDiTPipeline(
-        shared.transformer,
-        getattr(diffusers, f"{scheduler}Scheduler").from_config(shared.scheduler.config),
-        shared.processor,
-        decode_timestep=shared.config.decode_timestep,
-        min_timestep=shared.config.min_timestep,
-    )
+    scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(shared.scheduler.config)
+    pipe = SCRDiTPipeline(shared.transformer, scheduler, shared.processor)
     pipe.register_to_config(_name_or_path=source.name)  # what uns["scrdit"] says of the model
     pipe.set_progress_bar_config(disable=True)
     done = 0
@@ -208,7 +203,7 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
     def offer_labels(name: str) -> dict:
         source = sources[name]
         numbers = source.pipe.processor.label_counts.get(source.labels_key, {})
-        choices = [(f"{label} ({number:,} training cells)", label) for label, number in numbers.items()]
+        choices = [(f"{label} ({number:,})", label) for label, number in numbers.items()]
         return dict(
             choices=choices, value=[], label=source.labels_key or "labels", visible=source.labels_key is not None
         )
@@ -232,13 +227,16 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
             yield summary, *figures, tabulate(cells, source.labels_key), gr.DownloadButton(value=file, interactive=True)
 
     first = next(iter(sources))
+    picture = dict(format="png", show_label=False, interactive=False, buttons=["download", "fullscreen"])
     with gr.Blocks(title="Virtual single cells", delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 name = gr.Dropdown(list(sources), value=first, label="Pipeline", visible=len(sources) > 1)
                 labels = gr.Dropdown(
-                    **offer_labels(first), multiselect=True, info="None chosen: a mix as in the training cells."
+                    **offer_labels(first),
+                    multiselect=True,
+                    info="With their training cells. None chosen: all, as in training.",
                 )
                 shares = gr.Textbox("", label="Shares", info="Of the chosen ones: 70, 30. Empty: equal.")
                 with gr.Row():
@@ -257,15 +255,26 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
                 summary = gr.Markdown("Press **Generate**. 200 cells take about half a minute, figures included.")
                 with gr.Tabs():
                     with gr.Tab("UMAP"):
-                        umap = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+                        umap = gr.Image(**picture)
+                        gr.Markdown("Real and new cells, embedded together.")
                     with gr.Tab("Marker genes"):
-                        genes = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+                        genes = gr.Image(**picture)
+                        gr.Markdown("Genes that mark a label in the real cells. Labels without new cells have no dots.")
                     with gr.Tab("Counts"):
                         table = gr.Dataframe(show_label=False, interactive=False)
+                        gr.Markdown("The first cells and the genes with the largest means. The download has them all.")
                 gr.Markdown(CAVEAT)
         name.change(lambda name: (describe(name), gr.Dropdown(**offer_labels(name))), name, [about, labels])
         inputs = [name, labels, shares, num_cells, library_size, seed, scheduler, steps]
-        button.click(answer, inputs, [summary, umap, genes, table, download], concurrency_limit=2, api_name="generate")
+        shown = [umap, genes, table]
+        button.click(
+            answer,
+            inputs,
+            [summary, *shown, download],
+            show_progress_on=shown,
+            concurrency_limit=2,
+            api_name="generate",
+        )
     return page
 
 
