@@ -45,8 +45,8 @@ class SCRDiTPipelineOutput(BaseOutput):
     Parameters
     ----------
     adata
-        With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalized values.
-        Written besides: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
+        With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalized values. Other
+        fields: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
         and `obs["synthetic"]` (bool, True), `var["gene_ids"]` where known, and `uns["scrdit"]` (dict: model,
         scheduler, steps, guidance scale, seed, versions).
     samples
@@ -61,7 +61,7 @@ class SCRDiTPipelineOutput(BaseOutput):
 
 
 def count_entries(conditions: Any, obs: Any, library_size: Any, latents: Any) -> int:
-    """Count the cells that the arguments of a call list one by one; 1 where none does."""
+    """Count the cells that the arguments of a call list one by one; 1 if none does."""
     given = conditions.values() if isinstance(conditions, Mapping) else ()
     lists = [entries for entries in (*given, library_size) if np.ndim(entries) == 1]
     return next((len(rows) for rows in (obs, latents, *lists) if rows is not None), 1)
@@ -80,9 +80,9 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     processor
         Genes, value transform and labels.
     decode_timestep
-        Where denoising stops and counts are drawn from their posterior, for a transformer with a count head. `None`
-        takes that of the transformer's config. Where that is `None` too, cells are denoised to the end and the
-        transform inverted, which rounds in "counts" space.
+        For a transformer with a count head: where denoising stops and counts are drawn from their posterior. `None`
+        takes that of the transformer's config; if that is `None` too, cells are denoised to the end and the transform
+        inverted, which rounds in "counts" space.
     min_timestep
         Lowest timestep on which the transformer was trained; `None` takes that of its config.
 
@@ -135,7 +135,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """Timestep at which the running call is."""
+        """Current timestep of the running call."""
         return self._current_timestep
 
     @property
@@ -288,7 +288,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         obs: pd.DataFrame | None,
         generator: Generators,
     ) -> torch.Tensor:
-        """Codes (cells, K) of the labels: given ones, and the others drawn from the training composition."""
+        """Codes (cells, K) of given labels, and of others drawn from the training composition."""
         if obs is not None:
             conditions = {key: obs[key].tolist() for key in self.processor.condition_keys if key in obs}
         quantiles = draw_uniform((num_cells,), generator, torch.device("cpu"))
@@ -297,7 +297,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         return torch.from_numpy(codes)
 
     def _warn_of_rare_labels(self, codes: np.ndarray, conditions: Mapping[str, Any]) -> None:
-        """Warn of labels that were asked for and that few training cells have."""
+        """Warn of requested labels that few training cells have."""
         label_counts = self.processor.label_counts if self.processor.composition else {}
         for k, (key, numbers) in enumerate(label_counts.items()):
             names = self.processor.conditions[key]
@@ -317,7 +317,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         class_labels: torch.Tensor,
         generator: Generators,
     ) -> torch.Tensor | None:
-        """Library sizes (cells,): the given ones, or drawn from those of the training cells with the same labels."""
+        """Library sizes (cells,), given or drawn from those of training cells with the same labels."""
         if self.transformer.count_head is None:
             return None
         num_cells = len(class_labels)
@@ -328,7 +328,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         return torch.from_numpy(self.processor.sample_library_sizes(class_labels.numpy(), quantiles.numpy())).float()
 
     def _warn_of_library_sizes(self, library_size: np.ndarray) -> None:
-        """Warn of library sizes far from those of the training cells: the counts will not add up to them."""
+        """Warn of library sizes far from the training cells', to which the counts will not add up."""
         if not self.processor.log_library_sizes:
             return
         table = np.exp(np.asarray(self.processor.log_library_sizes))
@@ -384,17 +384,16 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             entries, else 1.
         conditions
             Labels by condition, such as `{"cell_type": "B"}`: one label for all cells, or a list with one per cell.
-            Conditions that are left out are drawn from the training composition, given those that are not.
+            Missing conditions are drawn from the training composition, conditional on the given ones.
         obs
-            Instead of `conditions`, a table with one row per new cell, such as the `obs` of real cells. Its columns
-            that are not conditions of the model are ignored.
+            Instead of `conditions`: one row per new cell, such as the `obs` of real cells. Columns that are not
+            conditions of the model are ignored.
         library_size
             Total count over the model's genes, one number for all cells or one per cell. `None` draws it from the
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
-            on average. For log-normalized values it is the total over all genes of the training data before they were
-            normalized.
+            on average. For log-normalized values, it is the total over all genes before normalization.
         num_inference_steps
-            Steps of the scheduler; where counts are drawn from the likelihood, calls of the network.
+            Steps of the scheduler or, if counts are drawn from their posterior, network calls.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
             off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off. Scales
@@ -403,26 +402,26 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
         decode
             "posterior" draws counts from their posterior at `decode_timestep`, "round" denoises to the end and rounds.
-            `None`: "posterior" where the pipeline has a `decode_timestep`.
+            `None`: "posterior" if the pipeline has a `decode_timestep`, else "round".
         decode_timestep
-            Replaces the pipeline's.
+            Replaces the pipeline's `decode_timestep`.
         generator
-            Makes the result reproducible: one for all, or a list with one per cell, which makes each cell
-            independent of the others and of `batch_size`. `None` draws a seed from PyTorch's global state.
+            Makes the result reproducible: one for all cells, or a list with one per cell, so that no cell depends on
+            the others or on `batch_size`. `None` draws a seed from PyTorch's global state.
         batch_size
-            Cells that are generated at a time; bounds the memory. With a single generator it also decides which noise
-            a cell gets, so that another `batch_size` gives other cells.
+            Cells generated at a time; bounds the memory. With a single generator, another `batch_size` gives other
+            cells.
         latents
-            Noise to start from instead of drawing it, shape (cells, G), standard normal.
+            Standard normal noise to start from, shape (cells, G); `None` draws it.
         output_type
-            "anndata"; "np" or "pt" for an array or tensor of values; "latent" for model space (the noisy cell from
-            which counts would be drawn, where they would).
+            "anndata"; "np" or "pt" for an array or tensor of values; "latent" for model space, where cells are still
+            noisy if counts would be drawn from them.
         return_dict
-            Return a [`SCRDiTPipelineOutput`] (default) or a tuple with its first field that is set.
+            Return a [`SCRDiTPipelineOutput`] (default) or a tuple of its first field that is set.
         callback_on_step_end
-            Called after each step as `callback(pipe, step, timestep, kwargs)`; may return changed tensors. It runs
-            for each batch of cells, and may set `pipe._interrupt = True`: cells that are not finished are then left
-            out (kept as they are for "latent").
+            Called after each step of each batch as `callback(pipe, step, timestep, kwargs)`; may return changed
+            tensors. It may set `pipe._interrupt = True`: unfinished cells are then left out (with "latent", kept as
+            they are).
         callback_on_step_end_tensor_inputs
             Names of the tensors in `kwargs`: "latents" (cells of the batch, G).
         attention_kwargs
@@ -550,10 +549,10 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         return decode_timestep
 
     def reset_state(self, num_steps: int, generator: Generators) -> None:
-        """Start caches and scheduler anew for a batch of cells: activations of other cells must not carry over."""
+        """Reset caches and scheduler for a batch of cells, so that nothing carries over from other cells."""
         HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks(recurse=True)
         self.scheduler.set_timesteps(num_steps, device=self._execution_device)
-        if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has a source of noise of its own
+        if hasattr(self.scheduler, "noise_sampler_seed"):  # DPM-Solver SDE has its own source of noise
             self.scheduler.noise_sampler_seed = draw_seeds(generator)
 
     def describe_run(
@@ -564,7 +563,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         decode_timestep: int | None,
         generator: Generators,
     ) -> dict[str, Any]:
-        """Say how cells were made, for `uns["scrdit"]`."""
+        """Describe how cells were made, for `uns["scrdit"]`."""
         seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
         exact = np.array(seeds, dtype=np.uint64)  # AnnData would write those from 2^63 on as floats
         return {
@@ -588,12 +587,12 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         output_type: str,
         provenance: Mapping[str, Any],
     ) -> SCRDiTPipelineOutput:
-        """Join the batches of cells into the output that was asked for."""
+        """Join the batches of cells into the requested output."""
         if output_type == "latent":
             latents = torch.cat(batches)  # (cells, G)
             return SCRDiTPipelineOutput(samples=latents, obs=self._make_obs(class_labels[: len(latents)]))
         values = sp.vstack([sp.csr_matrix((0, self.processor.num_genes), dtype=np.float32), *batches], format="csr")
-        num_cells = values.shape[0]  # fewer than were asked for after an interruption
+        num_cells = values.shape[0]  # fewer than requested after an interruption
         obs = self._make_obs(class_labels[:num_cells])
         empty = int((values.getnnz(axis=1) == 0).sum())
         if empty:
@@ -605,7 +604,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         return SCRDiTPipelineOutput(samples=torch.from_numpy(samples) if output_type == "pt" else samples, obs=obs)
 
     def _make_obs(self, class_labels: torch.Tensor) -> pd.DataFrame:
-        """Label names of new cells, whose names are counted."""
+        """Labels of new cells, which are named by number."""
         obs = self.processor.decode_labels(class_labels.numpy())
         obs.index = [f"synthetic_{i}" for i in range(len(obs))]
         return obs

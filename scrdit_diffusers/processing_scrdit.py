@@ -1,4 +1,4 @@
-"""Between AnnData values and model space: which genes, which transform, which labels. Saved with the pipeline."""
+"""Processor between AnnData and model space: genes, transform and labels. Saved with the pipeline."""
 
 import difflib
 import importlib
@@ -21,13 +21,13 @@ from .values import Counts, choose_value_kind
 
 logger = logging.getLogger(__name__)
 
-RARE_LABEL_CELLS = 30  # cells generated for labels with fewer training cells may be poor
+RARE_LABEL_CELLS = 30  # labels with fewer training cells may give poor cells
 MAX_LOG_LIBRARY_SIZE = 30  # e^30 = 10^13 counts
-ZERO_TOLERANCE = 1e-6  # what standardizing an exact zero and back may leave of it
+ZERO_TOLERANCE = 1e-6  # largest error of an exact zero after standardizing and back
 
 
 class SCRDiTProcessor(FeatureExtractionMixin):
-    r"""Maps the values of AnnData to the space in which the transformer works, and back.
+    r"""Maps values of AnnData to the space in which the transformer works (model space), and back.
 
     For a value v of gene g:
 
@@ -36,13 +36,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` k / d), with
       x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size over all genes of the data
       ("library_size") or over those of the model ("model_genes").
-    - The same with `value_step`, for values that are not scaled counts: the model sees k, which is 0 for an exact zero,
-      else how many steps v is above the gene's smallest value, plus 1: v = `value_min`_g + `value_step` (k - 1).
+    - The same with `value_step`, for values that are not scaled counts: the model sees the step k, 0 for an exact zero
+      and otherwise given by v = `value_min`_g + `value_step` (k - 1).
 
-    The inverse makes every value up to `zero_threshold` (log space) an exact zero. With `zero_negation` an exact zero
-    becomes `zero_value` before it is standardized, so that zeros lie far from the small positive values. Mean and
-    standard deviation are those of the training cells, after zero negation, the latter not below a floor, so that in
-    model space a gene has mean 0 and standard deviation 1, or less for a gene that few cells express.
+    The inverse turns values up to `zero_threshold` (log space) into exact zeros. With `zero_negation`, exact zeros
+    become `zero_value` before standardization, so that they lie far from small positive values. Mean and standard
+    deviation are those of the training cells after zero negation. Because of a floor on the latter, genes that
+    few cells express have one below 1 in model space.
 
     Usually built by [`SCRDiTProcessor.from_anndata`], and loaded with the pipeline.
 
@@ -60,30 +60,30 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Library size to which counts are scaled before log1p. `None`: values are taken as they are. Only for
         `value_space="log_normalized"`.
     zero_negation
-        Whether exact zeros are moved away from the small positive values.
+        Whether exact zeros are moved away from small positive values.
     zero_value
-        Where zero negation puts an exact zero (paper: -10), in the log space before standardization.
+        Value of exact zeros with zero negation (paper: -10), in the log space before standardization.
     zero_threshold
-        Values up to this one, in the log space, are exact zeros on the way back.
+        Values up to this one, in the log space, become exact zeros on the way back.
     gene_ids
-        Ensembl ids of the genes, shape (G,); `None` where unknown.
+        Ensembl ids of the genes, shape (G,); `None` if unknown.
     condition_keys
         The K columns of obs that condition the model, in the order of `class_labels`.
     condition_categories
         For each key its categories; the code of a category is its position.
     composition
-        Training cells by combination of categories, rows of K codes and a number of cells.
+        One row per combination of categories in the training cells: K codes and the number of cells.
     log_library_sizes
-        For a model of counts, for each row of `composition` quantiles of the log of its cells' library sizes, equally
-        spaced from 0 to 1: total counts over the G genes, or over all genes with `normalized_by="library_size"`.
+        For a model of counts: for each row of `composition`, equally spaced quantiles (0 to 1) of its cells' log
+        library sizes, over the G genes or, with `normalized_by="library_size"`, over all genes.
     normalized_by
-        "library_size" or "model_genes", see above; `None` where values are not scaled counts, or not modeled as such.
+        "library_size" or "model_genes", see above; `None` if the model does not see counts behind the values.
     normalized_to
         Library size to which the counts behind log-normalized values were scaled.
     value_step
-        Step in which other log-normalized values are counted; `None` where they are not.
+        Step in which other log-normalized values are counted; `None` if they are not.
     value_min
-        Smallest value of each gene, shape (G,), where values are counted in steps.
+        Smallest value of each gene, shape (G,), if values are counted in steps.
 
     Raises
     ------
@@ -184,7 +184,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         OSError
-            There is no such file, or what it holds makes no processor.
+            There is no such file, or its contents describe no processor.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -193,7 +193,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise DamagedFileError(f"{place} describes no {cls.__name__}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save the processor as `FeatureExtractionMixin.save_pretrained` does; errors of pushing say what to do."""
+        """Save the processor as `FeatureExtractionMixin.save_pretrained` does; errors of the upload say what to do."""
         folder = str(Path(save_directory))
         with explain_push(kwargs.get("repo_id") or folder) if push_to_hub else nullcontext():
             return super().save_pretrained(folder, push_to_hub, **kwargs)
@@ -232,11 +232,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         ValueError
-            Values, genes or labels that a model cannot be trained on; the message names the layer or column.
+            A model cannot be trained on the values, genes or labels; the message names the layer or column.
         TypeError
             An option is unknown.
         """
-        # Not at the top of the file: fitting needs scanpy's gene flavors, and the code on the Hub only transforms.
+        # Not at the top: fitting needs scanpy's gene flavors, and the code on the Hub only transforms.
         fitting = importlib.import_module("scrdit_diffusers.cells.fitting")
         return fitting.fit_anndata(adata, labels_key, layer, fitting.FitOptions(**options))[0]
 
@@ -247,19 +247,19 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
     @property
     def value_kind(self) -> Counts:
-        """What the values are and what the model sees of them."""
+        """Kind of the values, and what the model sees of them."""
         zero = self.zero_value if self.zero_negation else 0.0
         settings = (self.normalized_by, self.normalized_to, self.value_step, self.value_min)
         return choose_value_kind(self.value_space, self.target_sum, zero, *settings)
 
     @property
     def models_counts(self) -> bool:
-        """Whether the model sees counts: those that it is given, or those behind log-normalized values."""
+        """Whether the model sees counts, either the values themselves or those behind log-normalized values."""
         return self.value_kind.models_counts
 
     @property
     def num_classes(self) -> list[int]:
-        """Number of categories of each condition, as the transformer's config wants it."""
+        """Number of categories of each condition, for the transformer's config."""
         return [len(names) for names in self.condition_categories]
 
     @property
@@ -306,7 +306,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return positions
 
     def get_values(self, adata: ad.AnnData, layer: str | None = None) -> sp.csr_matrix:
-        """Take the model's genes out of an AnnData, checked and, with `target_sum`, log-normalized.
+        """Select the model's genes of an AnnData, check the values and, with `target_sum`, log-normalize them.
 
         Parameters
         ----------
@@ -328,12 +328,12 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return self.value_kind.data_values(matrix, self.gene_columns(adata.var_names))
 
     def get_counts(self, adata: ad.AnnData, layer: str | None = None) -> tuple[sp.csr_matrix, np.ndarray]:
-        """Take what a model of counts sees out of an AnnData: the counts behind the values, if need be.
+        """Select what a model of counts sees of an AnnData: its counts, or the counts behind its values.
 
         Parameters
         ----------
         adata
-            Cells, with at least the model's genes. Library sizes and counts are found from all of its genes.
+            Cells, with at least the model's genes. All genes serve to find library sizes and counts.
         layer
             Layer that holds the values; `None` takes X.
 
@@ -344,7 +344,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         ValueError
-            As [`get_values`]; or the model does not see counts, or there are none behind the values.
+            As [`get_values`]; or the model does not see counts, or the values have none behind them.
         """
         matrix = get_matrix(adata, layer, self.value_kind.expect_counts)
         self.value_kind.check_data(matrix, matrix_name(layer))
@@ -358,23 +358,23 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return counts, library_sizes
 
     def normalize(self, counts: sp.csr_matrix, library_sizes: np.ndarray | None = None) -> sp.csr_matrix:
-        """Turn counts of a model into values like those that it was trained on.
+        """Turn counts of a model into values like those of its training data.
 
         Parameters
         ----------
         counts
             CSR matrix, shape (cells, G).
         library_sizes
-            Shape (cells,); only needed with `normalized_by="library_size"`.
+            Shape (cells,); needed only with `normalized_by="library_size"`.
 
         Returns
         -------
-        CSR matrix of the same shape: log-normalized values, or `counts` where these are the values.
+        CSR matrix of the same shape: log-normalized values, or `counts` if the training data were counts.
         """
         return self.value_kind.restore(counts, library_sizes)
 
     def transform(self, values: np.ndarray | sp.spmatrix) -> np.ndarray:
-        """Values to model space.
+        """Transform values to model space.
 
         Parameters
         ----------
@@ -388,7 +388,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         ValueError
-            The number of genes is not G, or the model sees counts behind values and `values` are not these.
+            The number of genes is not G, or `values` are not the counts that the model sees.
         TypeError
             `values` is an AnnData.
         """
@@ -412,7 +412,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return dense
 
     def inverse_transform(self, samples: np.ndarray) -> np.ndarray:
-        """Model space to values.
+        """Transform model space back to values.
 
         Parameters
         ----------
@@ -421,7 +421,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
         Returns
         -------
-        Float32 array of the same shape: non-negative integers where the model sees counts, else values >= 0.
+        Float32 array of the same shape: non-negative integers if the model sees counts, else values >= 0.
 
         Raises
         ------
@@ -437,7 +437,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     # -- labels ----------------------------------------------------------------------------------------------------
 
     def encode_labels(self, obs: pd.DataFrame) -> np.ndarray:
-        """Codes of each cell's labels.
+        """Encode each cell's labels.
 
         Parameters
         ----------
@@ -460,7 +460,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), dtype=np.int64)
 
     def _encode(self, key: str, labels: pd.Series) -> np.ndarray:
-        """Codes (cells,) of one condition's labels."""
+        """Encode the labels of one condition as codes (cells,)."""
         names = self.conditions[key]
         if labels.isna().any():
             raise ValueError(f"{key!r} holds {int(labels.isna().sum())} NaN; give every cell a label or drop it.")
@@ -475,7 +475,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return codes
 
     def decode_labels(self, codes: np.ndarray) -> pd.DataFrame:
-        """Labels of codes (cells, K), as categoricals with the training categories."""
+        """Decode codes (cells, K) to labels, as categoricals with the training categories."""
         return pd.DataFrame(
             {
                 key: pd.Categorical.from_codes(codes[:, k], categories=pd.Index(names))
@@ -487,16 +487,16 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def sample_labels(
         self, num_cells: int, conditions: Mapping[str, str | Sequence[str]] | None, quantiles: np.ndarray
     ) -> np.ndarray:
-        """Labels for new cells: those that are given, the others drawn from the training composition given them.
+        """Labels for new cells: given ones, and the others drawn from the training composition conditional on them.
 
         Parameters
         ----------
         num_cells
             Number of cells.
         conditions
-            For some of the condition keys, one label for all cells or one per cell.
+            For any of the condition keys, one label for all cells or one per cell.
         quantiles
-            Uniform random numbers in [0, 1) that draw what is not given, shape (`num_cells`,).
+            Uniform random numbers in [0, 1) for drawing the others, shape (`num_cells`,).
 
         Returns
         -------
@@ -542,10 +542,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         return codes
 
     def sample_library_sizes(self, codes: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
-        """Library sizes for new cells: those of the training cells with the same labels, interpolated.
+        """Library sizes for new cells, interpolated from those of training cells with the same labels.
 
-        For a combination of labels that no training cell has, the quantiles are those of all cells, shifted by what
-        each of its labels shifts them.
+        For a combination of labels that no training cell has, quantiles are those of all cells plus the shift of each
+        of its labels.
 
         Parameters
         ----------

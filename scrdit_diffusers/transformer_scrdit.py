@@ -22,10 +22,10 @@ from torch import nn
 from .count_head import SCRDiTCountHead
 from .hub import SafeModelMixin
 
-CELLS_PER_COMPONENT = 20  # training cells for each principal component that cell tokens start from
+CELLS_PER_COMPONENT = 20  # training cells per principal component from which cell tokens start
 
 TABLES = ("log_dispersion", "log_base", "class_log_mean")  # of the count head
-TABLE_RATE = 10  # learning rate of these tables over that of the rest
+TABLE_RATE = 10  # learning rate of these tables, relative to the rest
 
 # Sizes by name. The paper's two models are those of scRDiT (arXiv 2404.06153): one projection shared by all patches
 # of 10 consecutive genes. Ours give each token of 100 genes projections of its own, hence ten times fewer tokens, and
@@ -51,14 +51,14 @@ class SCRDiTTransformerOutput(BaseOutput):
     Parameters
     ----------
     sample
-        The prediction, shape (B, G), in model space: noise, velocity or the clean cell, as the `prediction_type` of
-        the scheduler says.
+        The prediction, shape (B, G), in model space: noise, velocity or the clean cell, by the `prediction_type` of the
+        scheduler.
     count_log_mean
-        With a count head, log of the mean count of each gene that the rest of the cell predicts, shape (B, G);
-        [`CountPosterior.sample`] draws counts from it.
+        With a count head, log of the mean count of each gene as predicted from the rest of the cell, shape (B, G), for
+        [`CountPosterior.sample`].
     count_nll
-        With a count head and where `counts` were given, their negative log-likelihood, averaged over genes, shape (B,).
-        `sample` is then left out.
+        With a count head and given `counts`, their negative log-likelihood, averaged over genes, shape (B,). `sample`
+        is then `None`.
     """
 
     sample: torch.Tensor | None = None
@@ -191,22 +191,22 @@ class SCRDiTPerPatchLinear(nn.Module):
 class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""A diffusion transformer over the genes of a cell.
 
-    Genes are cut into N = ceil(G / P) tokens of P consecutive genes. The last token is filled up with zeros inside
-    `forward`; no result depends on the filling. Each block is modulated by c = timestep embedding + sum of the label
+    Genes are split into N = ceil(G / P) tokens of P consecutive genes; the last token is padded with zeros, on which no
+    result depends. Each block is modulated by c = timestep embedding + sum of the label
     embeddings (adaLN-Zero).
 
     Parameters
     ----------
     num_genes
-        Number of genes G. Any number: it need not be divisible by `patch_size`.
+        Number of genes G; need not be divisible by `patch_size`.
     patch_size
-        Genes per token P. Compute and memory of a cell go with ceil(G / P).
+        Genes per token P. Compute and memory of a cell grow with ceil(G / P).
     patch_embed_type
-        "per_patch": every token has input and output projections of its own, and learned positions.
+        "per_patch": every token has its own input and output projections, and a learned position.
         "shared": one projection for all tokens and fixed sine-cosine positions, as in the paper.
     num_cell_tokens
-        Number of tokens, besides the N, that read all genes and contribute to all. What varies along a whole cell is
-        weak in each patch; at high noise only such a sum over all genes shows it.
+        Number of additional tokens that read and write all genes. What varies across a whole cell is weak in each
+        patch, and at high noise only a sum over all genes shows it.
     num_layers
         Number of transformer blocks.
     num_attention_heads
@@ -222,9 +222,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Condition k has codes 0 ... `num_classes[k]` - 1, and `num_classes[k]` is its null entry (no label given),
         which classifier-free guidance uses.
     count_bins
-        `None`: the projection of the tokens is the prediction. Given (by [`count_bins`], for the counts of the training
-        cells), the projection is each gene's log mean count, and [`SCRDiTCountHead`] turns it and the noisy cell into
-        the posterior of the counts; `sample` is then the posterior mean of the clean cell.
+        `None`: the projection of the tokens is the prediction. Otherwise (from [`count_bins`] of the training cells)
+        the projection is added to each gene's log mean count; [`SCRDiTCountHead`] combines this with the noisy cell to
+        the posterior of the counts, whose mean, the clean cell, is the prediction.
     num_train_timesteps
         Number of diffusion timesteps T of the noise process; used by the count head.
     beta_schedule
@@ -254,7 +254,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SCRDiTTransformerBlock"]
     _repeated_blocks = ["SCRDiTTransformerBlock"]
-    _group_offload_block_modules = ["count_head"]  # which pipelines also call on its own
+    _group_offload_block_modules = ["count_head"]  # pipelines also call it on its own
     _skip_layerwise_casting_patterns = [
         "patch_embed",
         "pos_embed",
@@ -378,11 +378,11 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
     def enable_cache(self, config: Any) -> None:
         """Enable one of the caches of diffusers, as `CacheMixin.enable_cache` does.
 
-        The lite mode of TaylorSeer leaves the blocks out and extrapolates the last projection, of which there are two
-        here: that of the cell tokens would continue with zeros.
+        The lite mode of TaylorSeer skips the blocks and extrapolates the last projection. Here there are two, and
+        without the change below that of the cell tokens would give zeros.
         """
-        # FirstBlockCache, TaylorSeer and the like look blocks up in this table of diffusers. It is private: imported
-        # here, a change of it breaks caches and not the import of this package.
+        # FirstBlockCache, TaylorSeer and others look blocks up in this registry of diffusers. As it is private, it is
+        # imported here: changes to it can break caches, but not the import of this package.
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
         TransformerBlockRegistry.register(
@@ -399,9 +399,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         super().enable_cache(config)
 
     def initialize_weights(self) -> None:
-        """Set the weights from which training starts (adaLN-Zero: every block is the identity, the output is zero).
+        """Set the initial weights for training (adaLN-Zero: every block is the identity, the output is zero).
 
-        Loading, LoRA and caching compare outputs, so the constructor leaves PyTorch's non-zero defaults in place.
+        The constructor keeps PyTorch's non-zero defaults, because tests of loading, LoRA and caching compare outputs.
         [`~scrdit_diffusers.initialization.initialize_from_cells`] also sets what starts from the training cells.
         """
         # Linear layers and patch projections: Xavier uniform, zero bias.
@@ -432,7 +432,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
     def initialize_cell_tokens(self, values: torch.Tensor) -> None:
         """Let the cell tokens read the principal components of cells (cells, G) in model space.
 
-        One for every 20 cells at most: those after it are noise of these cells, which would be learned by heart.
+        There is at most one component per 20 cells; further ones are noise, which the model would memorize.
         """
         num_components = min(self.cell_embed.out_features, -(-len(values) // CELLS_PER_COMPONENT), *values.shape)
         _, _, components = torch.pca_lowrank(values.float(), num_components, niter=4)  # (G, components)
@@ -441,10 +441,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Group the parameters that are trained for an optimizer of `torch.optim`.
 
-        Tables of genes and labels or bins in the count head are numbers on a log scale that may have far to go: they
-        learn faster. They do not decay, nor do the log means, because decay pulls those of rare genes, far below zero,
-        up by half their counts. What is trained besides LoRA adapters shares its tensors with what is frozen, which
-        must not decay.
+        Tables by gene in the count head are on a log scale and may have far to go, so they learn faster. Neither they
+        nor the log means decay: decay toward zero would raise the counts of rare genes by half. What is trained besides
+        LoRA adapters does not decay either, because its tensors also have frozen entries.
 
         Parameters
         ----------
@@ -472,7 +471,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         return torch.tensor(self.config.num_classes or [], dtype=torch.long, device=self.device)
 
     def check_labels(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
-        """Bring labels into the shape (B, K); null codes where none are given."""
+        """Bring labels to shape (B, K); null codes if none are given."""
         num_conditions = len(self.class_embed)
         if class_labels is None:
             class_labels = self.null_labels.expand(batch_size, -1)  # (B, K)
@@ -496,7 +495,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
-        """Denoise a batch of cells once.
+        """Denoise a batch of cells in one network call.
 
         Parameters
         ----------
@@ -511,7 +510,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
             With a count head, total count of each cell over the G genes, shape (B,). `None`: that of a typical
             training cell.
         counts
-            With a count head, the cells' counts, shape (B, G): return their likelihood instead of the prediction.
+            With a count head, the cells' counts, shape (B, G), to get their likelihood instead of the prediction.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
         return_dict
@@ -519,8 +518,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
         Returns
         -------
-        The prediction (B, G); with a count head also the log mean counts (B, G). With `counts`, the latter and the
-        negative log-likelihoods (B,).
+        The prediction (B, G) and, with a count head, the log mean counts (B, G). With `counts`, the log mean counts and
+        the negative log-likelihoods (B,).
 
         Raises
         ------
@@ -583,7 +582,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         return output if return_dict else output.to_tuple()
 
     def flops_per_cell(self) -> int:
-        """Floating-point operations of denoising one cell once: two for each multiply-add of the matmuls."""
+        """Floating-point operations per cell and network call: two for each multiply-add of the matmuls."""
         n, p, c = self.num_patches, self.config.patch_size, self.config.num_cell_tokens
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         per_token = (

@@ -112,9 +112,9 @@ def test_no_credential_is_written_or_shown(run, dataset, tmp_path, monkeypatch, 
     train += ["--report_to", "tensorboard", "--card_data", tmp_path / "card.yaml", f"--hub_to={SECRET}"]
     run("train", *train, "--hub_tok", SECRET, "--hub-token", SECRET)
     run("generate", "--pipeline", pipeline, "--num_cells", 4, "--output", tmp_path / "cells.h5ad", "--device", "cpu")
-    judge = ["--split_dir", split, "--dataset", ADDRESS, "--pipeline", pipeline, "--output_dir", tmp_path / "judged"]
-    judge += ["--num_seeds", 1, "--n_jobs", 1, "--num_inference_steps", 2, "--baselines", "none", "--steps_curve", 0]
-    run("evaluate", *judge, "--update_card", "--min_label_cells", 10)
+    evaluate = ["--split_dir", split, "--dataset", ADDRESS, "--pipeline", pipeline, "--output_dir", tmp_path / "out"]
+    evaluate += ["--num_seeds", 1, "--n_jobs", 1, "--num_inference_steps", 2, "--baselines", "none", "--steps_curve", 0]
+    run("evaluate", *evaluate, "--update_card", "--min_label_cells", 10)
     for name, more in {
         "train": ["--output_dir", tmp_path / "other"],
         "evaluate": ["--split_dir", tmp_path / "no"],

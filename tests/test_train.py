@@ -1,6 +1,7 @@
 """The training script, run as a user runs it."""
 
 import json
+import re
 import sys
 
 import anndata as ad
@@ -29,6 +30,14 @@ def test_config_checkpoints_figures_and_logs_are_written(trained):
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert sorted(path.name for path in (trained / "samples").iterdir()) == ["step-4.png", "step-8.png"]
     assert list((trained / "logs").rglob("events.out*"))
+
+
+def test_the_config_names_commit_and_hardware(trained):
+    config = json.loads((trained / "train_config.json").read_text())
+    assert config["hardware"]
+    if config["commit"] is None:
+        pytest.skip("not a git checkout")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", config["commit"])
 
 
 def test_only_held_out_cells_give_a_validation_loss(train_here, trained, dataset, tmp_path):

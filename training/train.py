@@ -12,8 +12,10 @@ import logging
 import math
 import os
 import pickle
+import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -439,7 +441,7 @@ def save_pipeline(
     record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
     record |= {"num_processes": state.accelerator.num_processes, "command": redact(sys.argv)}
     record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
-    record |= model_card.provenance() | history
+    record |= provenance() | history
     (Path(folder) / "train_config.json").write_text(json.dumps(record, indent=2))
     about = settings.about() | {"model_id": repo_id or settings.hub_model_id}
     model_card.write_facts(pipe, record, about, folder)
@@ -450,6 +452,21 @@ def save_pipeline(
         command = shlex.join(["hf", "upload", repo_id, folder, *without])
         with hub.explain_push(repo_id, f"The pipeline is whole in {folder}; upload it by `{command}`."):
             hub.upload_pipeline(folder, repo_id, settings.hub_token)
+
+
+def provenance() -> dict[str, str | None]:
+    """Find the `commit` of the checkout (`None` outside of one) and the `hardware` of the run."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        threads = torch.get_num_threads()
+        hardware = f"{threads} thread{'s' if threads > 1 else ''} of a {platform.machine()} CPU"
+    return {"commit": found or None, "hardware": hardware}
 
 
 def mix_seeds(*seeds: int) -> int:

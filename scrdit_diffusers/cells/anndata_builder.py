@@ -1,7 +1,7 @@
-"""AnnData files as a `datasets` builder: read some rows at a time, written as memory-mapped Arrow to its cache.
+"""A `datasets` builder that converts AnnData files, some rows at a time, to memory-mapped Arrow in its cache.
 
-The cache of `datasets` gives the rest: a dataset is made once for each set of files and options, under a lock, in a
-folder that gets its name when it is whole, so that two processes at once or a kill half-way do no harm.
+The cache of `datasets` makes a dataset once per set of files and options, under a lock, in a folder that is named only
+when complete, so that concurrent processes and kills do no harm.
 """
 
 import json
@@ -36,7 +36,7 @@ from .moments import ROWS_PER_CHUNK
 logger = logging.getLogger(__name__)
 
 JOINS = ("inner", "outer")
-ROWS_OF_COLUMN = 2**20  # read of a column at a time
+ROWS_OF_COLUMN = 2**20  # of a column, read at a time
 VALUES_PER_CHUNK = 2**22  # read at a time, whatever the number of genes
 
 

@@ -45,9 +45,8 @@ class CellRows(torch.utils.data.Dataset):
 class BatchSampler(Sampler[list[int]]):
     """Positions of the cells in each batch of one process, without end.
 
-    The cells are a stream of epochs, each one a random order of all cells that is a function of seed and epoch. Joined
-    batches, those of all processes together, are consecutive slices of this stream, so each of them is full and one
-    may begin in an epoch and end in the next.
+    Epochs, each a random order of all cells by seed and epoch, form one stream. A joined batch, that of all processes
+    together, is the next slice of this stream: always full, possibly across the end of an epoch.
 
     Parameters
     ----------
@@ -62,7 +61,7 @@ class BatchSampler(Sampler[list[int]]):
     seed
         Makes the order reproducible.
     start
-        Number of the first batch. None of the cells before it is read.
+        Number of the first batch. Cells before it are not read.
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class CellStream(torch.utils.data.IterableDataset):
 
 
 class CellCollator:
-    """Turns rows of a dataset into tensors in model space; nothing else makes cells dense.
+    """Turns rows of a dataset into dense tensors in model space.
 
     Parameters
     ----------
@@ -180,8 +179,8 @@ class CellCollator:
 
         Returns
         -------
-        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and if asked for `counts` (B, G) and
-        `library_size` (B,) float32.
+        `values` (B, G) float32 in model space, `class_labels` (B, K) int64, and with `expect_counts` also `counts`
+        (B, G) and `library_size` (B,), float32.
         """
         matrix = rows_to_matrix(rows, self.num_vars, self.positions)
         values, library_size = self.processor.value_kind.model_values(matrix, self.columns)

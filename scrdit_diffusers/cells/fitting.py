@@ -42,7 +42,7 @@ from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
 logger = logging.getLogger(__name__)
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-FIT_VERSION = 1  # counted up when fitting changes, so that what was cached before is fitted again
+FIT_VERSION = 1  # increased when fitting changes, to invalidate earlier caches
 ROWS_PER_PART = 10**6  # of a dataset, whose parts are gone through separately to learn from them
 LIBRARY_SIZE_QUANTILES = 21
 STEPS_PER_STD = 15  # for log-normalized values that are not scaled counts, and are counted in steps
@@ -63,7 +63,7 @@ class FitOptions:
         See [`SCRDiTProcessor`].
     min_std
         Smallest standard deviation by which a gene is divided, in the log space. Divided by its own, a gene that few
-        cells express would reach tens of standard deviations and drown the others (figures in training/LOG.md). 0 gives
+        cells express would reach tens of standard deviations and drown the others (see training/LOG.md). 0 gives
         every gene the standard deviation 1.
     n_top_genes
         How many genes to keep; fewer are kept where fewer are expressed.

@@ -7,18 +7,15 @@ writes `FOLDER/README.md` anew from its `card.json`, its `metrics.json` and the 
 
 import argparse
 import json
-import platform
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib.pyplot as plt
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scrdit_diffusers.pipeline_scrdit import SCRDiTPipeline
@@ -250,21 +247,6 @@ def write_card_of(pipe: SCRDiTPipeline, folder: str | Path, repo_id: str, from_s
     facts["about"]["model_id"] = repo_id
     (folder / "card.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     write_card(folder)
-
-
-def provenance() -> dict[str, str | None]:
-    """Say on what a training runs: `commit` of the checkout (`None` outside of one) and `hardware`."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found = ""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        threads = torch.get_num_threads()
-        hardware = f"{threads} thread{'s' if threads > 1 else ''} of a {platform.machine()} CPU"
-    return {"commit": found or None, "hardware": hardware}
 
 
 if __name__ == "__main__":

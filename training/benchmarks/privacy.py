@@ -100,7 +100,7 @@ def divide(
 
 
 def measure(args: PrivacyArguments, folder: Path, train: ad.AnnData, unseen: ad.AnnData) -> dict[str, Any]:
-    """Attack the model in `folder`, and judge its cells."""
+    """Attack the model in `folder`, and evaluate its cells."""
     pipe = SCRDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     losses = tuple(privacy.denoising_losses(pipe, cells, seed=args.seed) for cells in (train, unseen))
