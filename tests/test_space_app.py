@@ -269,19 +269,11 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
         # Look.
         for tab, colors in (("UMAP", COLORS.values()), ("Marker genes", ())):
             page.get_by_role("tab", name=tab).click()
-<<<<<<< HEAD
-            picture = page.locator("img[src*='/file=']:visible")
-            picture.wait_for()
-            file = tmp_path / "picture.png"
-            file.write_bytes(page.request.get(picture.get_attribute("src")).body())
+            shown = page.locator("img[src*='/file=']:visible")
+            shown.wait_for()
+            file = tmp_path / "figure.png"
+            file.write_bytes(page.request.get(shown.get_attribute("src")).body())
             image = plt.imread(file)
-=======
-            image = page.locator("img:visible").first
-            image.wait_for()
-            file = tmp_path / "image.webp"
-            file.write_bytes(page.request.get(image.get_attribute("src")).body())
-            image = plt.imread(file) / 255
->>>>>>> words
             assert all(has_color(image, color) for color in colors) and image.std() > 0.05
         page.get_by_role("tab", name="Counts").click()
         page.get_by_text("synthetic_0").first.wait_for()
