@@ -13,6 +13,7 @@ from typing import Any
 import anndata as ad
 
 from .pipeline_scrdit import SCRDiTPipeline
+from .redaction import redact
 
 COMMANDS = ("train", "generate", "evaluate", "demo", "convert_checkpoint")
 USAGE = f"""usage: scrdit COMMAND [arguments]
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(script_path(rest[0]))
         return
     if command not in COMMANDS:
-        sys.exit(f"error: scrdit has the commands path and {', '.join(COMMANDS)}, got {' '.join(arguments)}.")
+        sys.exit(f"error: scrdit has the commands path and {', '.join(COMMANDS)}, got {' '.join(redact(arguments))}.")
     script = script_path(command)
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.parent))  # scripts import each other by name
@@ -109,6 +110,8 @@ def train(
     options = {"output_dir": output_dir, "labels_key": keys} | options
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        if token := options.pop("hub_token", None):
+            environment["HF_TOKEN"] = token  # in the command, others could see it
         if isinstance(adata, ad.AnnData):
             options["dataset"] = Path(folder) / "adata.h5ad"
             _write_used(adata, keys, options, options["dataset"])

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of its HTTP library
 from safetensors import SafetensorError
 
+from .atomic import LOCK_NAME, write_into
 from .stored_weights import DamagedFileError, check_adapter, check_scheduler_config, check_weights, read_json
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ def upload_pipeline(
         path_in_repo=subfolder,
         commit_message=commit_message,
         create_pr=create_pr,
-        ignore_patterns=["checkpoint-*", "checkpoint-*/*", f"{logging_dir}/*"],
+        ignore_patterns=["checkpoint-*", "checkpoint-*/*", f"{logging_dir}/*", LOCK_NAME],
     )
 
 
@@ -215,6 +217,17 @@ def _local_folder(source: str | Path, kwargs: Mapping[str, Any]) -> Path | None:
         return None
 
 
+def weights_last(folder: str | Path, variant: str | None = None) -> list[str]:
+    """Name the files of a pipeline folder that a new pipeline must not find: its index, then weights of a variant."""
+    part = r"(-\d{5}-of-\d{5})?"
+    name = rf"diffusion_pytorch_model{part}\.safetensors|diffusion_pytorch_model\.safetensors\.index\.json"
+    if variant:
+        name = rf"diffusion_pytorch_model\.{re.escape(variant)}{part}\.safetensors"
+        name += rf"|diffusion_pytorch_model\.safetensors\.index\.{re.escape(variant)}\.json"
+    weights = sorted(path for path in Path(folder).glob("transformer/*") if re.fullmatch(name, path.name))
+    return ["model_index.json", *(f"transformer/{path.name}" for path in weights)]
+
+
 class SafeModelMixin:
     """Mixin for models, listed before `ModelMixin`: safetensors only, and errors that say what to do."""
 
@@ -259,14 +272,26 @@ class SafeModelMixin:
         Raises
         ------
         ValueError
-            Weights are offloaded. Those that group offloading moved to disk would be saved as garbage.
+            Weights are offloaded, or an adapter is loaded. Those that group offloading moved to disk would be saved as
+            garbage, and those beside an adapter could not be loaded.
+        OSError
+            They cannot be written.
         """
         folder = saving_folder(save_directory, kwargs)
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
         if offloaded or getattr(self, "_weights_on_disk", False):
             raise ValueError("The weights are offloaded: save the model before that, or load it anew and save that.")
+        if any(".base_layer." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
+            raise ValueError(
+                "A LoRA adapter is loaded, and weights saved with it could not be loaded again. Fuse it into them by "
+                "pipe.fuse_lora(components=['transformer']) and pipe.unload_lora_weights(), or take it out by the "
+                "second alone; save_lora_weights() saves it."
+            )
         with explain_push(kwargs.get("repo_id") or folder) if kwargs.get("push_to_hub") else nullcontext():
-            super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+            try:
+                super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+            except SafetensorError as error:
+                raise OSError(f"Could not write the weights to {folder}: {error}") from error
         make_readable(folder)
 
     @functools.wraps(ModelMixin.enable_group_offload)
@@ -343,12 +368,12 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only.
+        """Save the pipeline as `DiffusionPipeline.save_pretrained` does, as safetensors only, whole or not at all.
 
         Parameters
         ----------
         save_directory
-            Folder to write.
+            Folder to write; a pipeline in it is replaced, other files stay.
         push_to_hub
             Also upload the folder, with a card if it has none; see [`SCRDiTPipeline.push_to_hub`].
         **kwargs
@@ -360,17 +385,13 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         ValueError
             `safe_serialization=False` was given, or a LoRA adapter is loaded, which would be lost.
         OSError
-            The upload failed; the folder is written.
+            The folder cannot be written, and stays as it was; or the upload failed, and it is written.
         """
         folder = saving_folder(save_directory, kwargs)
-        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
-            raise ValueError(
-                "A LoRA adapter is loaded: save it alone by save_lora_weights, or make it part of the weights by "
-                "fuse_lora() and unload_lora_weights() before you save the pipeline."
-            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
-        super().save_pretrained(folder, **kwargs)
+        with write_into(folder, weights_last(folder, kwargs.get("variant"))) as temporary:
+            super().save_pretrained(str(temporary), **kwargs)
         if push_to_hub:
             repo_id = options.pop("repo_id", Path(folder).name)
             with explain_push(repo_id, f"The pipeline is saved in {folder}."):

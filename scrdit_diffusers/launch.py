@@ -1,9 +1,11 @@
-"""Which device to use, how many processes were launched, and how to start more."""
+"""Which device to use, how many processes were launched, how to start more, and whether they were asked to stop."""
 
 import os
+import signal
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -65,3 +67,57 @@ def without_main_module() -> Iterator[None]:
         yield
     finally:
         main.update(kept)
+
+
+def watch_launcher() -> Callable[[], bool]:
+    """Give a function that tells whether the launcher that started this process, if one did, has ended since now."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    parent = os.getppid()
+    return lambda: bool(launched) and os.getppid() != parent
+
+
+@contextmanager
+def catch_signals() -> Iterator[Callable[[], int | None]]:
+    """Collect what asks to stop, instead of stopping in the middle of a step.
+
+    That is Ctrl-C, SIGTERM, the end of the terminal (SIGHUP, unless it is ignored as `nohup` has it), and the end of
+    `accelerate launch` or torchrun, which does not always stop what it has launched.
+
+    Yields
+    ------
+    A function that gives the number of the signal that came, SIGTERM for a launcher that is gone, or `None`.
+    """
+    came: list[int] = []
+    launcher_is_gone = watch_launcher()
+
+    def remember(number: int, frame: object) -> None:
+        came.append(number)
+        if number != signal.SIGINT and number != signal.SIGTERM:
+            silence_terminal()
+
+    def find() -> int | None:
+        if launcher_is_gone():
+            came.append(signal.SIGTERM)
+        return came[0] if came else None
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    if handlers.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:
+        del handlers[signal.SIGHUP]
+    for number in handlers:
+        signal.signal(number, remember)
+    try:
+        yield find
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def silence_terminal() -> None:
+    """Send what is printed nowhere, unless it goes to a file: the terminal, or the program that reads it, is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it is closed
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)

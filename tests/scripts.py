@@ -11,6 +11,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
+from scrdit_diffusers import atomic
+
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = REPOSITORY / "training"
 sys.path += [str(TRAINING), str(TRAINING / "benchmarks")]  # scripts import each other by name
@@ -46,6 +48,25 @@ def run(command, **kwargs):
 
 def train(dataset, output_dir, *arguments):
     return run([*LAUNCH, "--dataset", str(dataset), "--output_dir", str(output_dir), *TINY, *arguments])
+
+
+IN_BLOCK = """
+import os, runpy, sys
+functions = runpy.run_path({file!r})  # importing the whole package would take seconds
+with functions[{name!r}](*{arguments}) as found:
+    print("ready", flush=True)
+    sys.stdin.read()
+    {then}
+"""
+
+
+def start_in_block(name, *arguments, then="pass"):
+    """Start a process that is in the block of a function of atomic.py until its input is closed."""
+    arguments = [str(argument) for argument in arguments]
+    code = IN_BLOCK.format(file=atomic.__file__, name=name, arguments=arguments, then=then)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 def weights(output_dir, subfolder="transformer"):

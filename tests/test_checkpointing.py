@@ -1,5 +1,6 @@
 """Checkpoints of the training script: never half-written, and resumed to the same result."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -16,9 +17,9 @@ import checkpointing
 import pytest
 import torch
 from checkpointing import find_checkpoints
-from scripts import REPOSITORY, TINY, load_script, logged, run_main, weights
+from scripts import LAUNCH, REPOSITORY, TINY, load_script, logged, run_main, start_in_block, weights
 
-from scrdit_diffusers import atomic
+from scrdit_diffusers import SCRDiTPipeline, atomic
 
 LOGGED = ["--labels_key", "cell_type", "--max_train_steps", "24", "--report_to", "tensorboard"]
 LOGGED += ["--resume_from_checkpoint", "latest", "--validation_steps", "100"]
@@ -133,18 +134,19 @@ def test_runs_killed_at_any_moment_resume_to_the_same_result(
     assert_same_run(output_dir, uninterrupted)
 
 
-def train_on_a_full_disk(train_script, dataset, output_dir, message):
+def train_on_a_full_disk(train_script, dataset, output_dir, message, last_step):
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
 
-    def replace(source, target):  # from the second checkpoint on no file may be longer than 4 kB
+    def replace(source, target):  # after the checkpoint of this step no file may be longer than 4 kB
         os.rename(source, target)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        if str(target).endswith(f"checkpoint-{last_step}"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     checkpointing.os = SimpleNamespace(**vars(os) | {"replace": replace})
     try:
-        run_main(train_script, dataset, output_dir, "--validation_steps", "100")
+        run_main(train_script, dataset, output_dir, "--validation_steps", "100", "--overwrite_output_dir")
     except OSError as error:
         message.write_text(str(error))
 
@@ -152,11 +154,98 @@ def train_on_a_full_disk(train_script, dataset, output_dir, message):
 def test_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(train_here, dataset, tmp_path):
     pytest.importorskip("resource")
     message = tmp_path / "message"
-    assert finish(start(train_on_a_full_disk, dataset, tmp_path / "run", message)) == 0
+    assert finish(start(train_on_a_full_disk, dataset, tmp_path / "run", message, 3)) == 0
     assert re.search(r"Could not write .*checkpoint-6: .*checkpoint-3 is whole; make room", message.read_text())
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     train_here(dataset, tmp_path / "run", "--resume_from_checkpoint", "latest")
     assert (tmp_path / "run" / "model_index.json").exists()
+
+
+def read_pipeline(folder):
+    paths = [path for name in ("transformer", "processor", "scheduler", ".") for path in (folder / name).glob("*.*")]
+    return {path: path.read_bytes() for path in paths if path.is_file()}
+
+
+def test_full_disk_at_the_end_leaves_the_pipeline_before(train_here, trained, dataset, tmp_path):
+    pytest.importorskip("resource")
+    shutil.copytree(trained, tmp_path / "run")
+    before = read_pipeline(tmp_path / "run")
+    assert finish(start(train_on_a_full_disk, dataset, tmp_path / "run", tmp_path / "message", 8)) == 0
+    told = (tmp_path / "message").read_text()
+    assert re.search(r"Could not write the pipeline to .*checkpoint-8 is whole; make room", told)
+    assert read_pipeline(tmp_path / "run") == before
+    train_here(dataset, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert not SCRDiTPipeline.from_pretrained(tmp_path / "run").processor.conditions
+
+
+def overwrite_until_killed(train_script, moment, dataset, output_dir):
+    def replace(source, target):
+        if Path(target).parent.parent == output_dir and Path(target).name == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename(source, target)
+
+    atomic.os = SimpleNamespace(**vars(os) | {"replace": replace})
+    run_main(train_script, dataset, output_dir, "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("moment", ["preprocessor_config.json", "diffusion_pytorch_model.safetensors"])
+def test_no_pipeline_has_the_weights_of_one_run_and_the_labels_of_another(
+    train_here, trained, dataset, tmp_path, moment
+):
+    """Killed while a pipeline without labels takes the place of one with labels."""
+    output_dir = tmp_path / "model"
+    shutil.copytree(trained, output_dir)
+    (output_dir / "metrics.json").write_text(json.dumps({"of": "the run before"}))
+    assert finish(start(overwrite_until_killed, moment, dataset, output_dir)) == -signal.SIGKILL
+    with pytest.raises(OSError, match="--resume_from_checkpoint latest"):
+        SCRDiTPipeline.from_pretrained(output_dir)
+    train_here(dataset, output_dir, "--resume_from_checkpoint", "latest")
+    assert not SCRDiTPipeline.from_pretrained(output_dir).processor.conditions
+    assert {path.name for path in output_dir.iterdir() if path.is_dir()} == {
+        *("checkpoint-6", "checkpoint-8", "logs", "processor", "samples", "scheduler", "transformer")
+    }
+    assert not (output_dir / "metrics.json").exists()
+
+
+BAD = {"dataset": ["--dataset", "typo.h5ad"], "labels": ["--labels_key", "typo"], "model": ["--num_layers", "0"]}
+BAD |= {
+    "start": ["--pretrained_model_name_or_path", "typo/typo/typo"],
+    "hub": ["--push_to_hub", "--hub_model_id", "a b"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_nothing_is_overwritten_by_a_run_that_cannot_start(train_here, trained, dataset, tmp_path, name):
+    shutil.copytree(trained, tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, OSError)):
+        train_here(dataset, tmp_path / "model", "--overwrite_output_dir", *BAD[name])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resuming_what_is_to_be_overwritten_is_refused(train_here, trained, dataset, tmp_path):
+    shutil.copytree(trained, tmp_path / "model")
+    with pytest.raises(ValueError, match="--overwrite_output_dir .*--resume_from_checkpoint latest"):
+        train_here(dataset, tmp_path / "model", "--overwrite_output_dir", "--resume_from_checkpoint", "latest")
+    assert [path.name for path in find_checkpoints(tmp_path / "model")] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_folder_in_which_another_run_trains_is_refused(train_here, dataset, tmp_path):
+    other = start_in_block("lock_folder", tmp_path / "model", "")
+    with pytest.raises(ValueError, match="model is in use by another run, .*--output_dir"):
+        train_here(dataset, tmp_path / "model")
+    other.communicate()
+    assert not (tmp_path / "model").exists()
+
+
+def test_checkpoints_by_time_change_nothing(train_here, uninterrupted, dataset, tmp_path):
+    """One after each step, as each takes longer than is asked for."""
+    often = ["--checkpointing_steps", "1000", "--checkpointing_minutes", "1e-9", "--checkpoints_total_limit", "99"]
+    train_here(dataset, tmp_path / "often", *LOGGED, *often)
+    assert len(find_checkpoints(tmp_path / "often")) == 24
+    assert_same_run(tmp_path / "often", uninterrupted)
+    train_here(dataset, tmp_path / "never", *LOGGED, "--checkpointing_steps", "1000", "--checkpointing_minutes", "0")
+    assert len(find_checkpoints(tmp_path / "never")) == 1
 
 
 def test_the_averaged_model_of_a_checkpoint_has_the_count_head_of_the_pipeline(trained):
@@ -184,17 +273,20 @@ def test_resuming_with_other_data_is_refused(train_here, trained, dataset, tmp_p
         train_here(dataset, tmp_path, "--resume_from_checkpoint", "latest")
 
 
-def test_interrupt_saves_a_checkpoint(dataset, tmp_path):
-    command = [sys.executable, "training/train.py", "--dataset", str(dataset), "--output_dir", str(tmp_path), *TINY]
+@pytest.mark.parametrize("launch", [[sys.executable, "training/train.py"], LAUNCH], ids=["alone", "launched"])
+def test_interrupt_saves_a_checkpoint(dataset, tmp_path, launch):
+    """A launcher that is told to stop ends without what it has launched."""
+    command = [*launch, "--dataset", str(dataset), "--output_dir", str(tmp_path), *TINY]
     command += ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--validation_steps", "100000"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
     seen = b""
     while b"cells/s" not in seen:
         seen += os.read(process.stderr.fileno(), 4096)
         assert process.poll() is None, seen
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM if launch is LAUNCH else signal.SIGINT)
     stderr = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == (-signal.SIGTERM if launch is LAUNCH else 128 + signal.SIGINT)
     assert "--resume_from_checkpoint latest" in stderr
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 

@@ -60,6 +60,20 @@ def test_missing_columns_are_refused_before_the_script_starts(cells, tmp_path, m
         train(cells, tmp_path, **{name: "nowhere"})
 
 
+def test_a_token_stays_out_of_the_command(cells, monkeypatch):
+    seen = {}
+
+    def run_script(command, environment):
+        seen.update(command=command, token=environment["HF_TOKEN"])
+        raise InterruptedError
+
+    monkeypatch.setattr(commands, "_run_script", run_script)
+    with pytest.raises(InterruptedError):
+        commands.train(cells, hub_token="hf_notARealToken", seed=3)
+    assert seen["token"] == "hf_notARealToken" and "--seed" in seen["command"]
+    assert not any("hub_token" in word or "hf_notARealToken" in word for word in seen["command"])
+
+
 def test_keywords_become_flags():
     options = {"seed": 1, "labels_key": ["a", "b"], "genes": None, "use_ema": False, "layer": []}
     assert commands._flags(options) == ["--seed", "1", "--labels_key", "a", "b", "--use_ema", "False"]
@@ -71,8 +85,8 @@ def test_path_prints_where_a_script_is(capsys):
 
 
 def test_unknown_commands_are_refused():
-    with pytest.raises(SystemExit, match="trian"):
-        commands.main(["trian"])
+    with pytest.raises(SystemExit, match=r"trian --hub_token \*\*\*"):
+        commands.main(["trian", "--hub_token", "hf_notARealToken"])
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):

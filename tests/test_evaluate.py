@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from unittest.mock import Mock
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from evaluations import KEY, PARTS, QUICK, row
-from scripts import TRAINING
+from scripts import TRAINING, start_in_block
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, finetuning
@@ -117,6 +118,31 @@ def test_donors_of_a_split_by_donor_are_attacked(evaluate, split_dir, tmp_path):
     assert found["donors"] == {"train": 3, "unseen": 2} and set(row["scores"]) == set("01234")
     assert row["value"] == 1 and row["value_place"] == pytest.approx(0.1)
     assert "<th>donors</th>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_evaluation_needs_no_permission_to_be_repeated(
+    evaluate, evaluate_script, split_dir, pipeline, evaluation, tmp_path, monkeypatch
+):
+    """What was there before it is replaced at the first new result, not sooner."""
+    folder = tmp_path / "judged"
+    shutil.copytree(evaluation, folder)
+    arguments = ["--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", folder, *QUICK]
+    for name, kept in {"compare_seeds": True, "measure_steps": False}.items():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(evaluate_script, name, Mock(side_effect=KeyboardInterrupt))
+            evaluate(*arguments, "--overwrite")
+        assert (folder / "report.html").exists() == kept
+    assert len(json.loads((folder / "metrics.json").read_text())["seeds"]) == 1
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:  # so it is not refused
+        patch.setattr(evaluate_script, "compare_seeds", Mock(side_effect=KeyboardInterrupt))
+        evaluate(*arguments)
+
+
+def test_a_folder_in_which_another_evaluation_writes_is_refused(evaluate, split_dir, pipeline, tmp_path):
+    other = start_in_block("lock_folder", tmp_path / "judged", "")
+    with pytest.raises(ValueError, match="judged is in use by another run, .*--output_dir"):
+        evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", tmp_path / "judged")
+    other.communicate()
 
 
 # -- cells of other tools ----------------------------------------------------------------------------------------------

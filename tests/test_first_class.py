@@ -16,6 +16,7 @@ from diffusers import (
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_scheduler
 
@@ -130,6 +131,23 @@ def save_adapter(pipe, folder, seed, rank=2):
     pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
     pipe.unload_lora_weights()
     return folder
+
+
+def test_a_pipeline_is_not_saved_with_an_adapter(pipe, sample, tmp_path):
+    """It could not be loaded; fused and unloaded, it is."""
+    pipe.load_lora_weights(save_adapter(pipe, tmp_path, seed=0))
+    tuned = sample(output_type="pt")
+    for saved in (pipe, pipe.transformer):
+        with pytest.raises(ValueError, match="adapter is loaded"):
+            saved.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "model_index.json").exists()
+    pipe.fuse_lora(components=["transformer"])
+    with pytest.raises(ValueError, match="adapter is loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = SCRDiTPipeline.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(sample(loaded, output_type="pt"), tuned, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_fuse_and_unfuse(pipe, sample, tmp_path):
@@ -466,6 +484,44 @@ def test_variant_checkpoint(model, inputs, tmp_path):
         SCRDiTTransformer.from_pretrained(tmp_path)
     loaded = SCRDiTTransformer.from_pretrained(tmp_path, variant="ema")
     assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+
+
+@pytest.mark.parametrize(("before", "after"), [("10KB", "10GB"), ("10GB", "10KB"), ("10KB", "20KB")])
+@pytest.mark.parametrize("variant", [None, "ema"])
+def test_a_pipeline_replaces_one_of_other_shards(pipe, sample, tmp_path, before, after, variant):
+    """Nothing of the first one's weights is read, nor is a byte of them left; other variants and files stay."""
+    other = {None: "ema", "ema": None}[variant]
+    pipe.save_pretrained(tmp_path, variant=other)
+    pipe.save_pretrained(tmp_path, max_shard_size=before, variant=variant)
+    (tmp_path / "notes.txt").touch()
+    pipe = SCRDiTPipeline.from_pretrained(tmp_path, variant=variant)  # mapped into memory: the files that are replaced
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1.0)
+    expected = sample(pipe)
+    pipe.save_pretrained(tmp_path, max_shard_size=after, variant=variant)
+    assert torch.equal(sample(SCRDiTPipeline.from_pretrained(tmp_path, variant=variant)), expected)
+    assert not torch.equal(sample(SCRDiTPipeline.from_pretrained(tmp_path, variant=other)), expected)
+    pipe.save_pretrained(tmp_path / "fresh", max_shard_size=after, variant=variant)
+    mine = {path.name for path in (tmp_path / "transformer").iterdir() if (".ema" in path.name) == (variant == "ema")}
+    fresh = {path.name for path in (tmp_path / "fresh" / "transformer").iterdir()}
+    assert mine | {"config.json"} == fresh and (tmp_path / "notes.txt").exists()
+
+
+def test_a_pipeline_that_cannot_be_written_leaves_the_one_before(pipe, sample, tmp_path, monkeypatch):
+    expected = sample()
+    pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1.0)
+
+    def save(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    with pytest.raises(OSError, match="No space left"):
+        pipe.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert torch.equal(sample(SCRDiTPipeline.from_pretrained(tmp_path)), expected)
 
 
 def test_auto_model_of_a_subfolder(pipe, inputs, tmp_path):

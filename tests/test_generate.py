@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
-from scripts import load_script
+from scripts import load_script, start_in_block
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, default_scheduler
@@ -202,6 +202,46 @@ def test_killed_run_goes_on(generate, start, whole, tmp_path, capsys):
     generate(*arguments)
     assert f"{len(kept)} of 25 shards are there" in capsys.readouterr().out
     assert_same_cells(ad.read_h5ad(output), whole)
+
+
+def test_damaged_shards_are_named_and_made_again(generate, start, whole, tmp_path, caplog):
+    output = tmp_path / "cells.h5ad"
+    arguments = ["--num_cells", 50, "--shard_size", 2, "--output", output]
+    kill_after(start(*arguments), Path(f"{output}.parts"), 4)
+    cut, empty, overwritten, other = sorted(Path(f"{output}.parts").glob("shard-??????.h5ad"))[:4]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    empty.write_bytes(b"")
+    content = bytearray(overwritten.read_bytes())
+    content[-len(content) // 2 :] = bytes(-(-len(content) // 2))
+    overwritten.write_bytes(content)
+    other.write_bytes(next(Path(f"{output}.parts").glob("shard-000004.h5ad"), other).read_bytes())
+    generate(*arguments)
+    assert all(path.name in caplog.text for path in (cut, empty, overwritten))
+    assert_same_cells(ad.read_h5ad(output), whole)
+
+
+def test_a_shard_that_is_damaged_later_is_named(generate, script, tmp_path, monkeypatch):
+    def write(*arguments, original=script.write_shard):
+        original(*arguments)
+        arguments[-1].write_bytes(b"damaged")
+
+    monkeypatch.setattr(script, "write_shard", write)
+    arguments = ["--num_cells", 2, "--output", tmp_path / "cells.h5ad"]
+    with pytest.raises(OSError, match=r"shard-000000.h5ad is damaged .*again"):
+        generate(*arguments)
+    monkeypatch.undo()
+    generate(*arguments)
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").n_obs == 2
+
+
+def test_an_output_that_another_run_writes_is_refused(generate, tmp_path):
+    arguments = ["--num_cells", 2, "--output", tmp_path / "cells.h5ad"]
+    other = start_in_block("lock_folder", tmp_path / "cells.h5ad.parts", "")
+    with pytest.raises(ValueError, match="cells.h5ad.parts is in use by another run, .*--output"):
+        generate(*arguments)
+    other.communicate()
+    generate(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "pipeline"}
 
 
 def test_unfinished_run_of_other_arguments_is_not_mixed_in(generate, start, whole, tmp_path):

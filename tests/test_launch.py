@@ -1,17 +1,21 @@
-"""Devices and launched processes that would not do what was asked for."""
+"""Devices and launched processes that would not do what was asked for, and what asks to stop."""
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from scrdit_diffusers import launch
-from scrdit_diffusers.launch import check_device, check_processes
+from scrdit_diffusers.launch import catch_signals, check_device, check_processes
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -66,3 +70,70 @@ def test_processes_do_not_run_the_script_again(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py"), launch.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["[3]", "[3]"], done.stderr
+
+
+def wait_for(find_signal):
+    while find_signal() is None:
+        time.sleep(0.01)
+    return find_signal()
+
+
+def be_told(number, ignored):
+    """End with the number of the signal that is found."""
+    if ignored:
+        signal.signal(number, signal.SIG_IGN)
+    with catch_signals() as find_signal:
+        os.kill(os.getpid(), number)
+        os._exit(0 if ignored and find_signal() is None else wait_for(find_signal))
+
+
+def lose_the_terminal(*_):
+    """End with the signal that a process finds, and can still print after, whose terminal is closed."""
+    import pty
+
+    child, terminal = pty.fork()
+    if child:
+        assert os.read(terminal, 5) == b"ready"
+        os.close(terminal)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    with catch_signals() as find_signal:
+        os.write(2, b"ready")
+        number = wait_for(find_signal)
+        print("still there", file=sys.stderr, flush=True)
+        os._exit(number)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "ignored", "found"),
+    [
+        (be_told, "SIGINT", False, "SIGINT"),
+        (be_told, "SIGTERM", False, "SIGTERM"),
+        (be_told, "SIGHUP", False, "SIGHUP"),
+        (be_told, "SIGHUP", True, None),
+        (lose_the_terminal, "SIGHUP", False, "SIGHUP"),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "nohup", "closed terminal"],
+)
+def test_a_signal_is_found_and_does_not_end_the_process(function, name, ignored, found):
+    arguments = (getattr(signal, name), ignored)
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == (getattr(signal, found) if found else 0)
+
+
+@pytest.mark.parametrize(("variable", "found"), [("ACCELERATE_MIXED_PRECISION", signal.SIGTERM), ("OTHER", None)])
+def test_the_end_of_a_launcher_asks_to_stop_and_that_of_a_shell_does_not(monkeypatch, variable, found):
+    monkeypatch.setenv(variable, "no")
+    with catch_signals() as find_signal:
+        assert find_signal() is None
+        monkeypatch.setattr(launch.os, "getppid", lambda: 1)
+        assert find_signal() == found
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -159,6 +159,9 @@ class TrainingArguments:
     dataloader_num_workers: int = arg(0, "Processes that collate batches.", True)
     # checkpoints, validation, reports
     checkpointing_steps: int = arg(2000, "Steps between checkpoints.", True)
+    checkpointing_minutes: float = arg(
+        10.0, "Minutes after which a checkpoint is due as well; 0 for steps alone.", True
+    )
     checkpoints_total_limit: int | None = arg(2, "Number of checkpoints to keep.", True)
     resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.", True)
     validation_steps: int = arg(
@@ -234,6 +237,8 @@ def check_args(args: TrainingArguments) -> None:
     for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive, got {value}.")
+    if args.checkpointing_minutes < 0:
+        raise ValueError(f"--checkpointing_minutes must be at least 0, got {args.checkpointing_minutes}.")
     for name in ("val_fraction", "class_dropout_prob", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
@@ -250,7 +255,13 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError(
             f"--lora_rank {args.lora_rank} needs --pretrained_model_name_or_path: adapters change a trained model."
         )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise ValueError(
+            f"--overwrite_output_dir deletes what --resume_from_checkpoint {args.resume_from_checkpoint} continues: "
+            "give the second to go on with an earlier run, the first to start over."
+        )
     check_files(args)
+    check_output_dir(args)
 
 
 def check_posterior(args: TrainingArguments) -> None:
@@ -270,7 +281,7 @@ def check_posterior(args: TrainingArguments) -> None:
 
 
 def check_files(args: TrainingArguments) -> None:
-    """Raise ValueError for files that are missing or would be lost."""
+    """Raise ValueError for files that are missing or hold something else."""
     for name, content in (("genes", "one gene name per line"), ("card_data", "YAML or JSON")):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise ValueError(f"--{name} {path} is not a file; it should hold {content}.")
@@ -278,6 +289,10 @@ def check_files(args: TrainingArguments) -> None:
     if not isinstance(about, dict) or (unknown := about.keys() - set(model_card.ABOUT[1:])):
         wrong = sorted(unknown) if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"--card_data {args.card_data} may hold {model_card.ABOUT[1:]}, got {wrong}.")
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """Raise ValueError for an output folder whose earlier run would be lost."""
     used = find_checkpoints(args.output_dir) or (Path(args.output_dir) / "model_index.json").exists()
     if used and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
         raise ValueError(

@@ -4,12 +4,15 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -17,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from scrdit_diffusers import SCRDiTProcessor, SCRDiTTransformer, finetuning
+from scrdit_diffusers import SCRDiTProcessor, SCRDiTTransformer, finetuning, hub
 from scrdit_diffusers.atomic import delete_folder
 
 logger = logging.getLogger("train")
@@ -28,8 +31,12 @@ ADAM_BETA1 = 0.9
 
 def find_checkpoints(output_dir: str) -> list[Path]:
     """Complete checkpoints in a folder, oldest first (unfinished ones end in .tmp)."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(filter(is_checkpoint, Path(output_dir).glob("checkpoint-*")), key=lambda path: int(path.name[11:]))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, which ends in its step."""
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> Path | None:
@@ -40,9 +47,15 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> Path
             logger.warning(f"No checkpoint in {output_dir}: starting over.")
         return whole[-1] if whole else None
     path = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    if path and not (path / "transformer").is_dir():
+    if path and not (is_checkpoint(path) and (path / "transformer").is_dir()):
         raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint; {output_dir} has {whole}.")
     return path
+
+
+def write_model(model: SCRDiTTransformer, folder: Path) -> None:
+    """Write weights and configuration; adapters, too, which `model.save_pretrained` refuses."""
+    ModelMixin.save_pretrained(model, folder)
+    hub.make_readable(folder)
 
 
 class TrainingState:
@@ -76,6 +89,7 @@ class TrainingState:
         self.config = model.config
         self.step = 0
         self.losses: list[float] = []  # per batch since the last report
+        self.saved_at = time.monotonic()
         groups = model.parameter_groups(settings.learning_rate, settings.adam_weight_decay)
         betas, epsilon = (ADAM_BETA1, settings.adam_beta2), settings.adam_epsilon
         optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas, epsilon, fused=True)
@@ -93,6 +107,19 @@ class TrainingState:
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.settings.max_train_steps
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the last checkpoint, or the start, was long enough ago; the main process has the clock."""
+        minutes = self.settings.checkpointing_minutes
+        seconds = time.monotonic() - self.saved_at
+        return self.accelerator.is_main_process and bool(minutes) and seconds >= 60 * minutes
+
+    def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Whether any process wants to stop, and whether any wants a checkpoint; all of them call this."""
+        wishes = torch.tensor([stop, save], dtype=torch.int32, device=self.accelerator.device)
+        any_stop, any_save = self.accelerator.reduce(wishes, "sum").tolist()
+        return any_stop > 0, any_save > 0
 
     def update(self, loss: torch.Tensor) -> bool:
         """Add the gradient of a batch; after the last one of a step, step the optimizer. Return whether it did."""
@@ -146,7 +173,7 @@ class TrainingState:
         path = Path(settings.output_dir) / f"checkpoint-{self.step}"
         self.losses[:] = self.joined_losses()
         if accelerator.is_main_process:
-            for stray in [*path.parent.glob("checkpoint-*.tmp"), *path.parent.glob("checkpoint-*.deleted")]:
+            for stray in [*path.parent.glob("checkpoint-*.tmp"), *path.parent.glob("checkpoint-*.deleted-*")]:
                 shutil.rmtree(stray)
         accelerator.wait_for_everyone()
         try:
@@ -163,6 +190,7 @@ class TrainingState:
             os.replace(f"{path}.tmp", path)
             tqdm.write(f"Saved {path}")
             self._prune(path)
+        self.saved_at = time.monotonic()
 
     def resume(self, path: Path | None) -> None:
         """Continue from a checkpoint, if there is one.
@@ -189,11 +217,11 @@ class TrainingState:
             self.processor.save_pretrained(folder / "processor")
             (folder / "arguments.json").write_text(json.dumps(self.settings.record()))
             (folder / "losses.json").write_text(json.dumps(self.losses))
-            self.whole_model(averaged=False).save_pretrained(folder / "transformer")
+            write_model(self.whole_model(averaged=False), folder / "transformer")
             if self.ema is not None:  # EMAModel.save_pretrained would lose the buffers of the count head
                 averaged = self.whole_model()
                 averaged.register_to_config(**{k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"})
-                averaged.save_pretrained(folder / "transformer_ema")
+                write_model(averaged, folder / "transformer_ema")
         weights.clear()  # so that Accelerate does not save the model too
 
     def _load(self, models, input_dir) -> None:

@@ -1,5 +1,6 @@
 """Command-line arguments of the scripts, declared once as the fields of a dataclass, and how a script is run."""
 
+import argparse
 import logging
 import sys
 import traceback
@@ -13,11 +14,20 @@ from scrdit_diffusers.redaction import redact
 MAY_CHANGE = " (A resumed run may change it.)"
 
 
+class Join(argparse.Action):
+    """Join the values of a flag that is given several times; the first ones replace the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Add values to those of the namespace."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else before + values)
+
+
 def arg(default, help, may_change=False, **kwargs):
     """Declare a command-line argument: its default, its help, and whether a resumed run may change it."""
     metadata = {"help": help + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata | {"action": Join})
     return field(default=default, metadata=metadata)
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -37,7 +36,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
-from scrdit_diffusers.atomic import write_atomically
+from scrdit_diffusers.atomic import lock_folder, write_atomically, write_into
 from scrdit_diffusers.checks import check_label, get_matrix, label_categories
 from scrdit_diffusers.evaluation import baselines, compare, model_card, privacy
 from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
@@ -124,6 +123,11 @@ def check_args(args: EvaluationArguments) -> None:
         raise ValueError(f"--steps_curve {args.steps_curve} --baselines {args.baselines}: 0 and none stand alone.")
     if "scvi_prior" in args.baselines and not importlib.util.find_spec("scvi"):
         raise ValueError("--baselines scvi_prior needs scvi-tools: pip install scvi-tools")
+    check_output_dir(args)
+
+
+def check_output_dir(args: EvaluationArguments) -> None:
+    """Raise ValueError for results that would be lost; unfinished ones are replaced."""
     finished = (Path(args.output_dir) / "report.html").exists()  # metrics.json grows seed by seed, it comes last
     if (args.pipeline or args.synthetic) and finished and not args.overwrite:
         raise ValueError(f"{args.output_dir} holds results; give --overwrite to replace them, or another --output_dir.")
@@ -156,13 +160,11 @@ def make_split(args: EvaluationArguments) -> None:
         if len(part) < compare.MIN_CELLS:
             raise ValueError(f"{name} would have {len(part)} cells; at least {compare.MIN_CELLS} are needed.")
     folder = Path(args.split_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {name: getattr(args, name) for name in ("dataset", "labels_key", "layer", "split_by", "seed")}
-    (folder / "split.json").write_text(json.dumps(redact(record), indent=2))
-    for name, part in rows.items():
-        cells[part].copy().write_h5ad(folder / f"{name}.tmp.h5ad", compression="gzip")
-    for name in PARTS:
-        os.replace(folder / f"{name}.tmp.h5ad", folder / f"{name}.h5ad")
+    with write_into(folder) as temporary:
+        (temporary / "split.json").write_text(json.dumps(redact(record), indent=2))
+        for name, part in rows.items():
+            cells[part].copy().write_h5ad(temporary / f"{name}.h5ad", compression="gzip")
     print(f"Wrote {', '.join(f'{name}.h5ad ({len(part)} cells)' for name, part in rows.items())} to {folder}")
 
 
@@ -452,15 +454,22 @@ def main(args: EvaluationArguments) -> None:
     args = dataclasses.replace(args, layer=args.layer or split.get("layer"))
     if not args.pipeline and not args.synthetic:
         return print_next_commands(args, args.labels_key or split.get("labels_key"))
+    with lock_folder(args.output_dir, "Wait for it, or give another --output_dir."):
+        check_output_dir(args)  # as no other evaluation changes it any more
+        evaluate(args, split)
+
+
+def evaluate(args: EvaluationArguments, split: dict[str, Any]) -> None:
+    """Compare the generated with the real cells and write the results."""
     start, output_dir = time.time(), Path(args.output_dir)
     evaluation = Evaluation(args, split)
     for warning in evaluation.warnings:
         logger.warning(warning)
     record = make_record(evaluation, split)
-    output_dir.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         record["seconds"] = round(time.time() - start)
+        (output_dir / "report.html").unlink(missing_ok=True)  # of earlier metrics; the last file, so that none is begun
         write_text(output_dir / "metrics.json", json.dumps(record, indent=2, allow_nan=False))
 
     test, synthetic = compare_seeds(evaluation, record, save)

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,8 +35,8 @@ from tqdm.auto import tqdm
 
 import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
-from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.launch import check_device, check_processes
+from scrdit_diffusers.atomic import LOCK_NAME, lock_folder, remove, write_atomically
+from scrdit_diffusers.launch import check_device, check_processes, watch_launcher
 from scrdit_diffusers.redaction import redact
 
 logger = logging.getLogger("generate")
@@ -51,9 +52,7 @@ class GenerationArguments:
     output: str = arg("cells.h5ad", ".h5ad file or .zarr store to write.")
     num_cells: int | None = arg(None, "Number of cells; that of --obs if not given.")
     condition: list[str] = arg(
-        [],
-        "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition.",
-        action="extend",
+        [], "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition."
     )
     obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
     num_inference_steps: int = arg(25, "Steps of the scheduler.")
@@ -91,8 +90,7 @@ def check_args(args: GenerationArguments) -> None:
     output = Path(args.output)
     if output.suffix not in (".h5ad", ".zarr"):
         raise ValueError(f"--output must end in .h5ad or .zarr, got {output}.")
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"{output} exists; give --overwrite to replace it.")
+    check_output(args)
     if any("=" not in condition for condition in args.condition):
         raise ValueError(f"--condition takes key=value, got {args.condition}.")
     if len({condition.split("=", 1)[0] for condition in args.condition}) < len(args.condition):
@@ -108,6 +106,12 @@ def check_args(args: GenerationArguments) -> None:
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
     if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
+
+
+def check_output(args: GenerationArguments) -> None:
+    """Raise ValueError for an output that would be lost."""
+    if Path(args.output).exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists; give --overwrite to replace it.")
 
 
 def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
@@ -158,7 +162,7 @@ def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict)
 
 
 def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
-    """Make the folder of shards, or continue that of an interrupted run.
+    """Prepare the folder of shards, or continue that of an interrupted run.
 
     Raises
     ------
@@ -174,10 +178,42 @@ def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
                 f"{parts} holds an unfinished run with other arguments (then, now): {changed}. Give those to go on "
                 "with it, --overwrite to delete it, or another --output."
             )
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True, exist_ok=True)
+        for path in parts.iterdir():
+            if path.name != LOCK_NAME:
+                remove(path)
     with write_atomically(record) as temporary:
         temporary.write_text(json.dumps(run, indent=2))
+
+
+def read_shard(shard: Path, cells: range) -> ad.AnnData:
+    """Read the file of some of the cells; raise OSError if it is damaged or holds others."""
+    try:
+        adata = ad.read_h5ad(shard)
+    except Exception as error:  # whatever h5py and anndata make of damaged bytes
+        raise OSError(
+            f"{shard} is damaged ({' '.join(str(error).split())}); the same command makes it again."
+        ) from error
+    if list(adata.obs_names) != cell_names(cells):
+        raise OSError(
+            f"{shard} does not hold cells {cells.start} to {cells.stop - 1}; the same command makes it again."
+        )
+    return adata
+
+
+def remove_bad_shards(shards: list[Path], blocks: list[range]) -> None:
+    """Remove what an earlier run left damaged, and name it."""
+    for shard, cells in zip(shards, blocks, strict=True):
+        if shard.exists():
+            try:
+                read_shard(shard, cells)
+            except OSError as error:
+                logger.warning(error)
+                remove(shard)
+
+
+def cell_names(cells: range) -> list[str]:
+    """Name cells by their numbers."""
+    return [f"synthetic_{cell}" for cell in cells]
 
 
 def cell_generators(seed: int, cells: range) -> list[torch.Generator]:
@@ -204,7 +240,7 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
         generator=cell_generators(args.seed, cells),
         batch_size=args.batch_size,
     ).adata
-    adata.obs_names = [f"synthetic_{cell}" for cell in cells]
+    adata.obs_names = cell_names(cells)
     adata.uns["scrdit"]["seed"] = args.seed
     with write_atomically(path) as temporary:
         adata.write_h5ad(temporary, **COMPRESSION)
@@ -223,14 +259,14 @@ def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
         array[start:] = values.to_numpy()
 
 
-def join_shards(shards: list[Path], temporary: Path) -> None:
+def join_shards(shards: list[Path], blocks: list[range], temporary: Path) -> None:
     """Join the shards into one file or store, with one shard in memory at a time.
 
     `anndata.experimental.concat_on_disk` drops `uns` and compression, and opens all files at once.
     """
     if temporary.is_dir():  # left by a killed run
         shutil.rmtree(temporary)
-    adata = ad.read_h5ad(shards[0])
+    adata = read_shard(shards[0], blocks[0])
     matrices = {"X": adata.X} | {f"layers/{name}": layer for name, layer in adata.layers.items()}
     for matrix in matrices.values():
         matrix.indptr = matrix.indptr.astype(np.int64)  # the joined matrix may have more than 2^31 values
@@ -238,8 +274,8 @@ def join_shards(shards: list[Path], temporary: Path) -> None:
     group = zarr.open_group(temporary, mode="w", zarr_format=2) if is_zarr else h5py.File(temporary, "w")
     ad.io.write_elem(group, "/", adata, dataset_kwargs={} if is_zarr else COMPRESSION)
     ad.io.write_elem(group, "obs", adata.obs, dataset_kwargs={} if is_zarr else COMPRESSION | {"maxshape": (None,)})
-    for shard in shards[1:]:
-        adata = ad.read_h5ad(shard)
+    for shard, cells in zip(shards[1:], blocks[1:], strict=True):
+        adata = read_shard(shard, cells)
         append_obs(group["obs"], adata.obs)
         for name in matrices:
             ad.io.sparse_dataset(group[name]).append(adata.X if name == "X" else adata.layers[Path(name).name])
@@ -269,7 +305,6 @@ def main(args: GenerationArguments) -> None:
     """Generate shards, shared among the processes, then join them."""
     check_args(args)
     state = join_processes(args.device)
-    output, parts = Path(args.output), Path(f"{args.output}.parts")
     conditions = dict(condition.split("=", 1) for condition in args.condition) or None
     obs = read_obs(args.obs) if args.obs else None
     num_cells = len(obs) if args.num_cells is None and obs is not None else args.num_cells
@@ -277,13 +312,23 @@ def main(args: GenerationArguments) -> None:
 
     pipe = load_pipeline(args)
     check_request(pipe, args, request)
-    if state.is_main_process:
-        open_parts(parts, describe_run(pipe, args, request), args.overwrite)
-    state.wait_for_everyone()
-    pipe.to(args.device or state.device)
+    advice = "Wait for it, or give another --output."
+    with lock_folder(f"{args.output}.parts", advice) if state.is_main_process else nullcontext():
+        generate(pipe, args, request, state)
+    state.destroy_process_group()
 
+
+def generate(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, state: PartialState) -> None:
+    """Make the shards that are missing, each process its share of them, and join all."""
+    output, parts, num_cells = Path(args.output), Path(f"{args.output}.parts"), request["num_cells"]
     blocks = [range(start, min(start + args.shard_size, num_cells)) for start in range(0, num_cells, args.shard_size)]
     shards = [parts / f"shard-{number:06d}.h5ad" for number in range(len(blocks))]
+    if state.is_main_process:
+        check_output(args)  # as no other run changes it any more
+        open_parts(parts, describe_run(pipe, args, request), args.overwrite)
+        remove_bad_shards(shards, blocks)
+    state.wait_for_everyone()
+    pipe.to(args.device or state.device)
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
     state.wait_for_everyone()  # all must look before any writes
     if state.is_main_process and len(missing) < len(shards):
@@ -292,7 +337,10 @@ def main(args: GenerationArguments) -> None:
     done = num_cells - sum(len(blocks[number]) for number in missing)
     disable = len(blocks) == 1 or not state.is_main_process
     with tqdm(total=num_cells, initial=done, unit="cells", smoothing=0, disable=disable) as progress:
+        launcher_is_gone = watch_launcher()
         for number in missing[state.process_index :: state.num_processes]:
+            if launcher_is_gone():
+                raise InterruptedError("Stopped, as the launcher did; repeat the command to continue.")
             write_shard(pipe, args, request, blocks[number], shards[number])
             if state.is_main_process:  # shows the shards of all processes
                 names = set(os.listdir(parts))
@@ -301,11 +349,10 @@ def main(args: GenerationArguments) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         joined = parts / f"joined{output.suffix}"
-        join_shards(shards, joined)
+        join_shards(shards, blocks, joined)
         replace(joined, output)
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)  # another run may just ask for the lock
         print(f"Wrote {num_cells} cells x {pipe.processor.num_genes} genes to {output}")
-    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, diffusion_loss
+from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.evaluation import plotting
 
 matplotlib.use("Agg")
@@ -32,8 +33,12 @@ def draw_samples(pipe: SCRDiTPipeline, batch: Mapping[str, torch.Tensor], seed: 
     except ValueError as error:  # early in training, generated cells may be impossible to draw
         logger.warning(f"{path.name} could not be drawn: {error}")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+    except OSError as error:  # a full disk, say: training matters more
+        logger.warning(f"{path} could not be written: {error}")
     matplotlib.pyplot.close(figure)
 
 

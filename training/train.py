@@ -18,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args
+from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args, check_output_dir
 from checkpointing import TrainingState, find_checkpoint, find_checkpoints
 from cli import run
 from diffusers import DDPMScheduler
 from preview import draw_samples, validation_loss
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 import scrdit_diffusers
@@ -55,10 +56,10 @@ from scrdit_diffusers import (
     hub,
     initialize_from_cells,
 )
-from scrdit_diffusers.atomic import delete_folder
+from scrdit_diffusers.atomic import LOCK_NAME, delete_folder, lock_folder, write_into
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.evaluation import model_card
-from scrdit_diffusers.launch import check_processes
+from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 from scrdit_diffusers.redaction import redact
@@ -98,6 +99,15 @@ def main(args: TrainingArguments) -> None:
     args = args.with_recipe()
     check_args(args)
     accelerator = start(args)
+    advice = "Wait for it, or give another --output_dir."
+    writes = accelerator.is_main_process and not args.dry_run
+    with lock_folder(args.output_dir, advice) if writes else nullcontext():
+        check_output_dir(args)  # as no other run changes it any more
+        prepare_and_train(args, accelerator, start_time)
+
+
+def prepare_and_train(args: TrainingArguments, accelerator: Accelerator, start_time: float) -> None:
+    """Open what the arguments name, train, and save the pipeline; a dry run stops before it writes."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     pretrained = load_pretrained(args)
     cells = open_cells(args, accelerator, pretrained)
@@ -113,19 +123,21 @@ def main(args: TrainingArguments) -> None:
     state.resume(checkpoint)
     first_step = state.step
     progress = tqdm(total=settings.max_train_steps, initial=state.step, disable=not accelerator.is_main_process)
-    with catch_signals() as signals:
-        stopped = train(state, cells, objective, progress, signals)
-    if stopped:
-        accelerator.end_training()
-        logger.warning(f"Stopped at step {state.step}; continue with --resume_from_checkpoint latest.")
-        sys.exit(128 + signals[0] if signals else 1)
+    with catch_signals() as find_signal:
+        stopped = train(state, cells, objective, progress, find_signal)
+        if stopped:
+            accelerator.end_training()
+            logger.warning(f"Stopped at step {state.step}; continue with --resume_from_checkpoint latest.")
+            sys.exit(128 + (find_signal() or signal.SIGTERM))
     if accelerator.is_main_process:
         history = {"seconds": round(time.time() - start_time), "resumed_from_step": first_step}
         save_pipeline(state, cells, objective, changes, history, repo_id)
     accelerator.end_training()
 
 
-def train(state: TrainingState, cells: Cells, objective: Objective, progress: tqdm, signals: list[int]) -> bool:
+def train(
+    state: TrainingState, cells: Cells, objective: Objective, progress: tqdm, find_signal: Callable[[], int | None]
+) -> bool:
     """Train until all steps are done or a signal arrives; return whether one did."""
     accelerator, settings = state.accelerator, state.settings
     accumulation = settings.gradient_accumulation_steps
@@ -157,10 +169,8 @@ def train(state: TrainingState, cells: Cells, objective: Objective, progress: tq
             state.save()
         if state.step % settings.validation_steps == 0 or state.finished:
             show_preview(state, cells, objective)
-        if signals:
-            accelerator.set_trigger()
-        stopped = accelerator.check_trigger()  # the processes agree on the step
-        if stopped or (state.step % settings.checkpointing_steps == 0 and not state.finished):
+        stopped, is_time = state.agree(find_signal() is not None, state.is_time)
+        if stopped or ((is_time or state.step % settings.checkpointing_steps == 0) and not state.finished):
             state.save()
     progress.close()
     return stopped
@@ -192,7 +202,7 @@ def draw_inputs(
 
 
 def start(args: TrainingArguments) -> Accelerator:
-    """Find the other processes, check arguments, set up logging and seeds, delete what will be overwritten."""
+    """Find the other processes, check arguments, set up logging and seeds."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -205,10 +215,6 @@ def start(args: TrainingArguments) -> Accelerator:
         raise ValueError(f"--report_to {args.report_to} is not installed.")
     if args.streaming and (accelerator.num_processes > 1 or args.dataloader_num_workers > 1):
         raise ValueError("--streaming is for one process with at most one data loader worker; else leave it out.")
-    if accelerator.is_main_process and args.overwrite_output_dir and not args.dry_run:
-        for path in find_checkpoints(args.output_dir):
-            delete_folder(path)
-    accelerator.wait_for_everyone()
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)
@@ -370,33 +376,21 @@ def report_plan(
 
 
 def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, checkpoint: Path | None) -> str | None:
-    """Make the output folder, the trackers and the repository on the Hub; return its id, if there is one."""
+    """Make the repository on the Hub, delete what is overwritten, start the trackers; return the id, if any."""
     if not accelerator.is_main_process:
         return None
     repo_id = None
     if settings.push_to_hub:  # before training, so that a wrong name or token costs nothing
         name = settings.hub_model_id or Path(settings.output_dir).name
         repo_id = hub.prepare_repository(name, settings.hub_private_repo, settings.hub_token)
-    os.makedirs(settings.output_dir, exist_ok=True)
+    if settings.overwrite_output_dir:
+        for path in find_checkpoints(settings.output_dir):
+            delete_folder(path)
     # A killed run may have logged steps that will be repeated.
     first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
     accelerator.init_trackers("scrdit", {k: str(v) for k, v in settings.record().items()}, tensorboard)
     return repo_id
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop, so that no step is cut off."""
-    signals: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: signals.append(number))
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def report_loss(state: TrainingState, progress: tqdm) -> None:
@@ -432,23 +426,32 @@ def save_pipeline(
 ) -> None:
     """Write the pipeline, train_config.json and the model card; upload them if requested."""
     settings, folder = state.settings, state.settings.output_dir
+    about = settings.about() | {"model_id": repo_id or settings.hub_model_id}
     pipe = SCRDiTPipeline(state.whole_model().cpu(), objective.scheduler, cells.processor, **objective.pipeline_config)
-    if settings.lora_rank:
-        finetuning.save_lora(pipe, folder, changes["adapter_only"])
-    else:
-        pipe.save_pretrained(folder)
     record = settings.record() | ({"finetuning": changes} if changes else {})
     record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
     record |= {"num_processes": state.accelerator.num_processes, "command": redact(sys.argv)}
     record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
     record |= provenance() | history
-    (Path(folder) / "train_config.json").write_text(json.dumps(record, indent=2))
-    about = settings.about() | {"model_id": repo_id or settings.hub_model_id}
-    model_card.write_facts(pipe, record, about, folder)
-    model_card.write_card(folder)
+    # What must not stay of an earlier pipeline in the folder, and of its evaluation, if saving is interrupted.
+    stale = [*hub.weights_last(folder), *model_card.EVALUATION_FILES]
+    try:
+        with write_into(folder, ["pytorch_lora_weights.safetensors", *stale]) as temporary:
+            if settings.lora_rank:
+                finetuning.save_lora(pipe, str(temporary), changes["adapter_only"])
+            else:
+                pipe.save_pretrained(temporary)
+            (temporary / "train_config.json").write_text(json.dumps(record, indent=2))
+            model_card.write_facts(pipe, record, about, temporary)
+            model_card.write_card(temporary, name=Path(folder).resolve().name)
+    except (OSError, SafetensorError) as error:
+        last = find_checkpoints(folder)[-1]
+        raise OSError(
+            f"Could not write the pipeline to {folder}: {error}. {last} is whole; make room, then resume."
+        ) from error
     logger.info(f"Saved the pipeline to {folder}")
     if repo_id:
-        without = ["--exclude", "checkpoint-*", "--exclude", "logs/*"]
+        without = ["--exclude", "checkpoint-*", "--exclude", "logs/*", "--exclude", LOCK_NAME]
         command = shlex.join(["hf", "upload", repo_id, folder, *without])
         with hub.explain_push(repo_id, f"The pipeline is whole in {folder}; upload it by `{command}`."):
             hub.upload_pipeline(folder, repo_id, settings.hub_token)

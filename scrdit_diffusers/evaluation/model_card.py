@@ -33,6 +33,8 @@ NOT_STATED = "not stated"
 ABOUT = ("model_id", "license", "dataset_accession", "dataset_license", "dataset_citation", "organism", "tissue")
 FIGURES = {"umap-by-origin": "UMAP by origin", "genes": "Genes", "quality-against-steps": "Quality against steps"}
 
+EVALUATION_FILES = ("metrics.json", *(f"figures/{name}.png" for name in FIGURES))  # of a folder with a card
+
 
 def describe_pipeline(
     pipe: SCRDiTPipeline, record: Mapping[str, Any] | None, about: Mapping[str, Any]
@@ -200,10 +202,11 @@ def write_facts(pipe: SCRDiTPipeline, record: Mapping[str, Any], about: Mapping[
     (Path(folder) / "card.json").write_text(text + "\n", encoding="utf-8")
 
 
-def write_card(folder: str | Path, template: str | Path | None = None) -> None:
+def write_card(folder: str | Path, template: str | Path | None = None, name: str | None = None) -> None:
     """Write `folder/README.md` from card.json and, if present, metrics.json and `figures`.
 
-    Quality against steps is drawn anew if metrics.json has it.
+    Quality against steps is drawn anew if metrics.json has it. `name` is for a model without an id; `None` takes the
+    name of the folder.
     """
     folder = Path(folder)
     facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
@@ -214,7 +217,7 @@ def write_card(folder: str | Path, template: str | Path | None = None) -> None:
         save_figures([curve], folder)
         plt.close(curve.figure)
     figures = [name for name in FIGURES if (folder / "figures" / f"{name}.png").is_file()]
-    build_card(facts, metrics, figures, folder.resolve().name, template).save(folder / "README.md")
+    build_card(facts, metrics, figures, name or folder.resolve().name, template).save(folder / "README.md")
 
 
 def write_card_of(pipe: SCRDiTPipeline, folder: str | Path, repo_id: str, from_scratch: bool = True) -> None:
