@@ -99,9 +99,8 @@ def main(args: TrainingArguments) -> None:
     args = args.with_recipe()
     check_args(args)
     accelerator = start(args)
-    advice = "Wait for it, or give another --output_dir."
     writes = accelerator.is_main_process and not args.dry_run
-    with lock_folder(args.output_dir, advice) if writes else nullcontext():
+    with lock_folder(args.output_dir, "Wait for it, or give another --output_dir.") if writes else nullcontext():
         check_output_dir(args)  # as no other run changes it any more
         prepare_and_train(args, accelerator, start_time)
 
