@@ -73,7 +73,7 @@ def test_nearness_is_the_log_ratio_of_mean_distances():
     rng = np.random.default_rng(0)
     candidates, generated, reference = (rng.normal(size=(n, 3)) for n in (20, 30, 40))
     expected = [gmean(np.sort(cdist(candidates, cells), axis=1)[:, :5], axis=1) for cells in (reference, generated)]
-    scores = privacy.nearness_scores(candidates, generated, reference, 5)
+    scores = privacy.nearness_scores(cdist(candidates, generated), cdist(candidates, reference), 5)
     np.testing.assert_allclose(scores, np.log(expected[0] / expected[1]), atol=1e-6)
 
 
@@ -88,7 +88,8 @@ def test_placements_are_the_auroc_with_ties():
 def test_standard_error_is_the_spread_over_draws():
     rng = np.random.default_rng(0)
     draws = [(rng.normal(0.3, 1, 60), rng.normal(0, 1, 90)) for _ in range(400)]
-    figures = pd.DataFrame([privacy._cells_auroc([pair]) for pair in draws])
+    scores = [np.concatenate(pair)[None, None] for pair in draws]
+    figures = pd.DataFrame([privacy._cells_auroc(score, 60, np.zeros(90, int)) for score in scores])
     assert figures["std"].mean() == pytest.approx(figures["auroc"].std(), rel=0.1)
 
 
