@@ -35,32 +35,31 @@ TINY = 1e-9  # distance of a cell from its copy
 # -- scores of an attacker: one for each candidate, higher for cells that seem to have been trained on -----------------
 
 
-def nearness_scores(to_generated: np.ndarray, to_reference: np.ndarray, n_neighbors: int = 1) -> np.ndarray:
-    """Nearness to generated cells, calibrated by that to real ones: `log d(c, reference) - log d(c, generated)`.
+def mean_log_distance(distances: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """Mean log distance of candidates to their nearest cells.
 
-    d is the distance to the nearest cell, or the geometric mean of those to the n nearest. With more neighbors this is
-    the ratio of densities of DOMIAS, up to a factor and a constant, as the density around a cell goes with a negative
-    power of d.
+    That to real cells less that to generated cells is the score of an attack: nearness to generated cells, calibrated
+    by what is usual for such a cell. With many neighbors it is the ratio of densities of DOMIAS, up to a factor and a
+    constant, as the density around a cell goes with a negative power of the distance.
 
     Parameters
     ----------
-    to_generated, to_reference
-        Distances of the candidates to generated cells and to real ones that were not trained on, shapes (n, m) and
-        (n, r).
+    distances
+        Distances of n candidates to m cells, shape (n, m).
     n_neighbors
-        Number of neighbors; all cells where there are fewer.
+        Number of nearest cells; all where there are fewer.
 
     Returns
     -------
-    Scores, shape (n,).
+    Shape (n,).
 
     References
     ----------
     GAN-Leaks: Chen et al. 2020, arXiv 1909.03935, sections 4.2 and 4.5; DOMIAS: van Breugel et al. 2023,
     arXiv 2302.12580.
     """
-    of_generated, of_reference = (_log_distance(table, n_neighbors) for table in (to_generated, to_reference))
-    return of_reference - of_generated
+    last = min(n_neighbors, distances.shape[1])
+    return np.log(np.partition(distances, last - 1, axis=1)[:, :last] + TINY).mean(axis=1)
 
 
 def likelihood_scores(
@@ -223,7 +222,7 @@ def attack(
     ValueError
         A donor is on both sides, or there are fewer than two unseen donors.
     """
-    rng = np.random.default_rng(seed)
+    rng, num_train = np.random.default_rng(seed), train.shape[0]
     folds = rng.permutation(unseen.shape[0]) % NUM_FOLDS
     if donors is not None:
         if both := sorted(set(donors[0]) & set(donors[1])):
@@ -232,41 +231,13 @@ def attack(
         if len(names) < 2:
             raise ValueError(f"donors: unseen cells are of {len(names)} donor; at least 2 are needed.")
         folds = codes % (2 * NUM_FOLDS)
-    num_train, num_reference = train.shape[0], min((folds != fold).sum() for fold in np.unique(folds)) // 2
-    points = _points(sp.vstack([train, unseen]))  # all candidates
-    to_unseen = euclidean_distances(points, points[num_train:])
-    to_generated = {name: euclidean_distances(points, _points(cells)) for name, cells in generated.items()}
-    of_generated = {
-        (kind, name): _log_distance(table, n_neighbors)
-        for name, table in to_generated.items()
-        for kind, n_neighbors in NEIGHBORS.items()
-    }
-    found: dict[tuple[str, str], list[np.ndarray]] = {}  # by attack and set, for each halving: (folds, candidates)
-    for _ in range(NUM_HALVINGS):
-        scores: dict[tuple[str, str], list[np.ndarray]] = {}
-        for fold in np.unique(folds):
-            held = rng.permutation(np.flatnonzero(folds != fold))
-            reference, real = held[:num_reference], held[num_reference : 2 * num_reference]
-            for kind, n_neighbors in NEIGHBORS.items():
-                of_reference = _log_distance(to_unseen[:, reference], n_neighbors)
-                of_sets = {name: of_generated[kind, name] for name in generated}
-                of_sets |= {"real": _log_distance(to_unseen[:, real], n_neighbors)}
-                for name, of_set in of_sets.items():
-                    scores.setdefault((kind, name), []).append(of_reference - of_set)
-            if losses is not None:
-                pca = fit_pca(unseen[reference], NUM_COMPS, seed)
-                pcs = pca.transform(sp.vstack([train, unseen]))
-                of_cells, known = np.concatenate(losses), num_train + reference
-                of_model = likelihood_scores(of_cells, pcs, of_cells[known], pcs[known])
-                scores.setdefault(("likelihood", "value"), []).append(of_model)
-        for key, of_folds in scores.items():
-            found.setdefault(key, []).append(np.array(of_folds))
+    found = _score(train, unseen, generated, losses, folds, rng)
     rows = []
     for (kind, source), of_halvings in found.items():
         row: dict[str, Any] = {"attack": kind, "source": source}
-        rows.append(row | {"unit": "cells"} | _cells_auroc(np.array(of_halvings), num_train, folds))
+        rows.append(row | {"unit": "cells"} | _cells_auroc(of_halvings, num_train, folds))
         if donors is not None:
-            of_folds = np.mean(of_halvings, axis=0)  # (folds, candidates)
+            of_folds = of_halvings.mean(axis=0)  # (folds, candidates)
             members, others = of_folds[:, :num_train].mean(axis=0), of_folds[folds, np.arange(len(folds)) + num_train]
             means = [pd.Series(x).groupby(names).mean() for x, names in zip((members, others), donors, strict=True)]
             trained, unknown = ({str(name): float(x) for name, x in mean.items()} for mean in means)
@@ -432,10 +403,43 @@ def _points(log_values: sp.csr_matrix) -> np.ndarray:
     return normalize(log_values).toarray()
 
 
-def _log_distance(distances: np.ndarray, n_neighbors: int) -> np.ndarray:
-    """Mean log distance to the nearest cells of each row, shape (n,)."""
-    last = min(n_neighbors, distances.shape[1])
-    return np.log(np.partition(distances, last - 1, axis=1)[:, :last] + TINY).mean(axis=1)
+def _score(
+    train: sp.csr_matrix,
+    unseen: sp.csr_matrix,
+    generated: Mapping[str, sp.csr_matrix],
+    losses: tuple[np.ndarray, np.ndarray] | None,
+    folds: np.ndarray,
+    rng: np.random.Generator,
+) -> dict[tuple[str, str], np.ndarray]:
+    """Scores of the cells of `train` and `unseen` by attack and set, shape (halvings, folds, cells): see [`attack`]."""
+    num_train, num_reference = train.shape[0], min((folds != fold).sum() for fold in np.unique(folds)) // 2
+    points = _points(sp.vstack([train, unseen]))  # all candidates
+    to_unseen = euclidean_distances(points, points[num_train:])
+    of_generated = {}
+    for name, cells in generated.items():
+        table = euclidean_distances(points, _points(cells))
+        of_generated |= {(kind, name): mean_log_distance(table, number) for kind, number in NEIGHBORS.items()}
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for _ in range(NUM_HALVINGS):
+        scores: dict[tuple[str, str], list[np.ndarray]] = {}
+        for fold in np.unique(folds):
+            held = rng.permutation(np.flatnonzero(folds != fold))
+            reference, real = held[:num_reference], held[num_reference : 2 * num_reference]
+            for kind, n_neighbors in NEIGHBORS.items():
+                of_reference = mean_log_distance(to_unseen[:, reference], n_neighbors)
+                of_sets = {name: of_generated[kind, name] for name in generated}
+                of_sets |= {"real": mean_log_distance(to_unseen[:, real], n_neighbors)}
+                for name, of_set in of_sets.items():
+                    scores.setdefault((kind, name), []).append(of_reference - of_set)
+            if losses is not None:
+                pca = fit_pca(unseen[reference], NUM_COMPS, 0)
+                pcs = pca.transform(sp.vstack([train, unseen]))
+                of_cells, known = np.concatenate(losses), num_train + reference
+                of_model = likelihood_scores(of_cells, pcs, of_cells[known], pcs[known])
+                scores.setdefault(("likelihood", "value"), []).append(of_model)
+        for key, of_folds in scores.items():
+            found.setdefault(key, []).append(np.array(of_folds))
+    return {key: np.array(of_halvings) for key, of_halvings in found.items()}
 
 
 def _cells_auroc(scores: np.ndarray, num_train: int, folds: np.ndarray) -> dict[str, float]:
