@@ -32,7 +32,7 @@ NUM_COMPS = 20  # principal components that tell what loss to expect of a cell
 TINY = 1e-9  # distance of a cell from its copy
 
 
-# -- scores of an attacker: one for each candidate, higher for cells that seem to have been trained on -----------------
+# -- what an attacker computes of each candidate -----------------------------------------------------------------------
 
 
 def mean_log_distance(distances: np.ndarray, n_neighbors: int) -> np.ndarray:
@@ -415,7 +415,7 @@ def _score(
     num_train, num_reference = train.shape[0], min((folds != fold).sum() for fold in np.unique(folds)) // 2
     points = _points(sp.vstack([train, unseen]))  # all candidates
     to_unseen = euclidean_distances(points, points[num_train:])
-    of_generated = {}
+    of_generated: dict[tuple[str, str], np.ndarray] = {}
     for name, cells in generated.items():
         table = euclidean_distances(points, _points(cells))
         of_generated |= {(kind, name): mean_log_distance(table, number) for kind, number in NEIGHBORS.items()}
