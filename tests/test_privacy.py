@@ -246,7 +246,7 @@ def arguments(benchmark, adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
 
     def arguments(*more):
-        words = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--num_train_cells", 20]
+        words = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--num_train_cells", 12]
         words += ["--num_unseen", 30, "--num_cells", 20, "--num_inference_steps", 2, "--output_dir", tmp_path, *more]
         parser = HfArgumentParser(benchmark.PrivacyArguments)
         return parser.parse_args_into_dataclasses(list(map(str, words)))[0]
@@ -256,11 +256,14 @@ def arguments(benchmark, adata, tmp_path):
 
 def test_donors_give_equally_many_cells(benchmark, adata, arguments):
     adata.obs_names = [f"cell{i}" for i in range(60)]
-    train, unseen = benchmark.divide(adata, arguments("--split_by", "donor"), ["a", "c"], 20)
-    assert train.obs["donor"].value_counts().to_dict() == {"a": 10, "c": 10}
-    assert set(unseen.obs["donor"]) == {"b", "d"} and unseen.n_obs == 30
-    train, unseen = benchmark.divide(adata, arguments(), None, 20)
-    assert train.n_obs == 20 and unseen.n_obs == 30 and not set(train.obs_names) & set(unseen.obs_names)
+    parts = benchmark.divide(adata, arguments("--split_by", "donor"), ["a", "c"], 10)
+    assert parts["train"].obs["donor"].value_counts().to_dict() == {"a": 5, "c": 5}
+    assert parts["others"].obs["donor"].value_counts().to_dict() == {"a": 5, "c": 5}
+    assert set(parts["unseen"].obs["donor"]) == {"b", "d"} and parts["unseen"].n_obs == 30
+    assert not set(parts["train"].obs_names) & set(parts["others"].obs_names)
+    parts = benchmark.divide(adata, arguments(), None, 20)
+    assert parts["train"].n_obs == 20 and parts["unseen"].n_obs == 30
+    assert not set(parts["train"].obs_names) & set(parts["unseen"].obs_names)
 
 
 def test_benchmark_trains_what_is_missing_and_prints_all(benchmark, adata, pipe, arguments, monkeypatch, capsys):
@@ -274,9 +277,9 @@ def test_benchmark_trains_what_is_missing_and_prints_all(benchmark, adata, pipe,
     monkeypatch.setattr(benchmark.scrdit_diffusers, "train", train)
     grid = ["--split_by", "donor", "--max_train_steps", 3, "--options", "", "dropout=0.1"]
     benchmark.main(arguments(*grid[:4]))
-    assert trained == [(20, 3, None)] * 2
+    assert trained == [(12, 3, None)] * 2
     benchmark.main(arguments(*grid))
-    assert trained[2:] == [(20, 3, "0.1")] * 2
+    assert trained[2:] == [(12, 3, "0.1")] * 2
     table = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| likelihood | 4 | ") for line in table) == 2
-    assert sum(line.startswith("| 20 | 3 | dropout=0.1 |") for line in table) == 4
+    assert sum(line.startswith("| 12 | 3 | dropout=0.1 |") for line in table) == 4
