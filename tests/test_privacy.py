@@ -144,7 +144,7 @@ def test_losses_are_those_of_training(request, fixture, adata):
     losses = privacy.denoising_losses(pipe, adata, num_draws=2, seed=3)
     counts = pipe.transformer.count_head is not None
     data = CellDataset.from_anndata(adata, obs_columns=["cell_type", "batch"])
-    batch = CellCollator(pipe.processor, data.var, counts=counts)(
+    batch = CellCollator(pipe.processor, data.var, expect_counts=counts)(
         data.sample(60, ["cell_type", "batch"], np.random.default_rng(0))
     )
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
