@@ -10,7 +10,6 @@ import pytest
 import scipy.sparse as sp
 import torch
 from diffusers import DDPMScheduler
-from scipy.spatial.distance import cdist
 from scipy.stats import gmean
 from scripts import load_script
 from sklearn.decomposition import PCA
@@ -69,12 +68,13 @@ def test_a_copy_of_every_cell_tells_nothing(cells):
     assert abs(table.loc[("distance", "value"), "auroc"] - 0.5) < 3 * table.loc[("distance", "value"), "std"]
 
 
-def test_nearness_is_the_log_ratio_of_mean_distances():
-    rng = np.random.default_rng(0)
-    candidates, generated, reference = (rng.normal(size=(n, 3)) for n in (20, 30, 40))
-    expected = [gmean(np.sort(cdist(candidates, cells), axis=1)[:, :5], axis=1) for cells in (reference, generated)]
-    scores = privacy.nearness_scores(candidates, generated, reference, 5)
-    np.testing.assert_allclose(scores, np.log(expected[0] / expected[1]), atol=1e-6)
+def test_distances_to_neighbors_are_averaged_in_logs():
+    distances = np.random.default_rng(0).uniform(size=(20, 30))
+    nearest = np.sort(distances, axis=1)
+    np.testing.assert_allclose(
+        privacy.mean_log_distance(distances, 5), np.log(gmean(nearest[:, :5], axis=1)), atol=1e-6
+    )
+    np.testing.assert_allclose(privacy.mean_log_distance(distances, 99), np.log(gmean(nearest, axis=1)), atol=1e-6)
 
 
 def test_placements_are_the_auroc_with_ties():
@@ -88,7 +88,8 @@ def test_placements_are_the_auroc_with_ties():
 def test_standard_error_is_the_spread_over_draws():
     rng = np.random.default_rng(0)
     draws = [(rng.normal(0.3, 1, 60), rng.normal(0, 1, 90)) for _ in range(400)]
-    figures = pd.DataFrame([privacy._cells_auroc([pair]) for pair in draws])
+    scores = [np.concatenate(pair)[None, None] for pair in draws]
+    figures = pd.DataFrame([privacy._cells_auroc(score, 60, np.zeros(90, int)) for score in scores])
     assert figures["std"].mean() == pytest.approx(figures["auroc"].std(), rel=0.1)
 
 
@@ -143,7 +144,7 @@ def test_losses_are_those_of_training(request, fixture, adata):
     losses = privacy.denoising_losses(pipe, adata, num_draws=2, seed=3)
     counts = pipe.transformer.count_head is not None
     data = CellDataset.from_anndata(adata, obs_columns=["cell_type", "batch"])
-    batch = CellCollator(pipe.processor, data.var, counts=counts)(
+    batch = CellCollator(pipe.processor, data.var, expect_counts=counts)(
         data.sample(60, ["cell_type", "batch"], np.random.default_rng(0))
     )
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -245,7 +246,7 @@ def arguments(benchmark, adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
 
     def arguments(*more):
-        words = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--num_train_cells", 20]
+        words = ["--dataset", tmp_path / "cells.h5ad", "--labels_key", "cell_type", "--num_train_cells", 12]
         words += ["--num_unseen", 30, "--num_cells", 20, "--num_inference_steps", 2, "--output_dir", tmp_path, *more]
         parser = HfArgumentParser(benchmark.PrivacyArguments)
         return parser.parse_args_into_dataclasses(list(map(str, words)))[0]
@@ -255,11 +256,14 @@ def arguments(benchmark, adata, tmp_path):
 
 def test_donors_give_equally_many_cells(benchmark, adata, arguments):
     adata.obs_names = [f"cell{i}" for i in range(60)]
-    train, unseen = benchmark.divide(adata, arguments("--split_by", "donor"), ["a", "c"], 20)
-    assert train.obs["donor"].value_counts().to_dict() == {"a": 10, "c": 10}
-    assert set(unseen.obs["donor"]) == {"b", "d"} and unseen.n_obs == 30
-    train, unseen = benchmark.divide(adata, arguments(), None, 20)
-    assert train.n_obs == 20 and unseen.n_obs == 30 and not set(train.obs_names) & set(unseen.obs_names)
+    parts = benchmark.divide(adata, arguments("--split_by", "donor"), ["a", "c"], 10)
+    assert parts["train"].obs["donor"].value_counts().to_dict() == {"a": 5, "c": 5}
+    assert parts["others"].obs["donor"].value_counts().to_dict() == {"a": 5, "c": 5}
+    assert set(parts["unseen"].obs["donor"]) == {"b", "d"} and parts["unseen"].n_obs == 30
+    assert not set(parts["train"].obs_names) & set(parts["others"].obs_names)
+    parts = benchmark.divide(adata, arguments(), None, 20)
+    assert parts["train"].n_obs == 20 and parts["unseen"].n_obs == 30
+    assert not set(parts["train"].obs_names) & set(parts["unseen"].obs_names)
 
 
 def test_benchmark_trains_what_is_missing_and_prints_all(benchmark, adata, pipe, arguments, monkeypatch, capsys):
@@ -273,9 +277,9 @@ def test_benchmark_trains_what_is_missing_and_prints_all(benchmark, adata, pipe,
     monkeypatch.setattr(benchmark.scrdit_diffusers, "train", train)
     grid = ["--split_by", "donor", "--max_train_steps", 3, "--options", "", "dropout=0.1"]
     benchmark.main(arguments(*grid[:4]))
-    assert trained == [(20, 3, None)] * 2
+    assert trained == [(12, 3, None)] * 2
     benchmark.main(arguments(*grid))
-    assert trained[2:] == [(20, 3, "0.1")] * 2
+    assert trained[2:] == [(12, 3, "0.1")] * 2
     table = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| likelihood | 4 | ") for line in table) == 2
-    assert sum(line.startswith("| 20 | 3 | dropout=0.1 |") for line in table) == 4
+    assert sum(line.startswith("| 12 | 3 | dropout=0.1 |") for line in table) == 4

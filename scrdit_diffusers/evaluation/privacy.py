@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from scipy.stats import mannwhitneyu, rankdata
 from sklearn.linear_model import Ridge
-from sklearn.neighbors import NearestNeighbors
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.preprocessing import normalize
 
 from scrdit_diffusers.objective import diffusion_loss
@@ -27,40 +27,39 @@ ATTACK_NAMES = {
 }
 NEIGHBORS = {"distance": 1, "density": 10}
 NUM_FOLDS = 5  # of the unseen cells, where donors do not make the folds
+NUM_HALVINGS = 5  # which half of the other unseen cells is the reference matters more than the draw of the cells
 NUM_COMPS = 20  # principal components that tell what loss to expect of a cell
 TINY = 1e-9  # distance of a cell from its copy
 
 
-# -- scores of an attacker: one for each candidate, higher for cells that seem to have been trained on -----------------
+# -- what an attacker computes of each candidate -----------------------------------------------------------------------
 
 
-def nearness_scores(
-    candidates: np.ndarray, generated: np.ndarray, reference: np.ndarray, n_neighbors: int = 1
-) -> np.ndarray:
-    """Nearness to generated cells, calibrated by that to real ones: `log d(c, reference) - log d(c, generated)`.
+def mean_log_distance(distances: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """Mean log distance of candidates to their nearest cells.
 
-    d is the distance to the nearest cell, or the geometric mean of those to the n nearest. With more neighbors this is
-    the ratio of densities of DOMIAS, up to a factor and a constant, as the density around a cell goes with a negative
-    power of d.
+    That to real cells less that to generated cells is the score of an attack: nearness to generated cells, calibrated
+    by what is usual for such a cell. With many neighbors it is the ratio of densities of DOMIAS, up to a factor and a
+    constant, as the density around a cell goes with a negative power of the distance.
 
     Parameters
     ----------
-    candidates, generated, reference
-        Cells, shapes (n, D), (m, D) and (r, D); no reference cell was trained on.
+    distances
+        Distances of n candidates to m cells, shape (n, m).
     n_neighbors
-        n; all cells where there are fewer.
+        Number of nearest cells; all where there are fewer.
 
     Returns
     -------
-    Scores, shape (n,).
+    Shape (n,).
 
     References
     ----------
     GAN-Leaks: Chen et al. 2020, arXiv 1909.03935, sections 4.2 and 4.5; DOMIAS: van Breugel et al. 2023,
     arXiv 2302.12580.
     """
-    logs = [np.log(_distances(candidates, cells, n_neighbors) + TINY).mean(axis=1) for cells in (reference, generated)]
-    return logs[0] - logs[1]
+    last = min(n_neighbors, distances.shape[1])
+    return np.log(np.partition(distances, last - 1, axis=1)[:, :last] + TINY).mean(axis=1)
 
 
 def likelihood_scores(
@@ -194,10 +193,10 @@ def attack(
     """Attack training cells, and their donors, with every kind of score.
 
     The unseen cells are divided into folds: by donor, or at random. In turn the cells of a fold are the candidates that
-    were not trained on, and the other unseen cells are halved: the attacker's reference, and real cells that stand in
-    place of the generated ones ("real"). So no candidate, and none of its donor, is ever in the reference, and "real"
-    is expected at 0.5. Distances are those of all genes, cells scaled to length 1: principal components would leave out
-    what is peculiar to a cell. Those of the reference only tell what loss to expect of a cell.
+    were not trained on, and the other unseen cells are halved, five times: the attacker's reference, and real cells
+    that stand in place of the generated ones ("real"). So no candidate, and none of its donor, is ever in the
+    reference, and "real" is expected at 0.5. Distances are those of all genes, cells scaled to length 1: principal
+    components would leave out what is peculiar to a cell. Those of the reference only tell what loss to expect of it.
 
     Parameters
     ----------
@@ -223,7 +222,7 @@ def attack(
     ValueError
         A donor is on both sides, or there are fewer than two unseen donors.
     """
-    rng = np.random.default_rng(seed)
+    rng, num_train = np.random.default_rng(seed), train.shape[0]
     folds = rng.permutation(unseen.shape[0]) % NUM_FOLDS
     if donors is not None:
         if both := sorted(set(donors[0]) & set(donors[1])):
@@ -232,37 +231,18 @@ def attack(
         if len(names) < 2:
             raise ValueError(f"donors: unseen cells are of {len(names)} donor; at least 2 are needed.")
         folds = codes % (2 * NUM_FOLDS)
-    num_reference = min((folds != fold).sum() for fold in range(folds.max() + 1)) // 2
-    points = {name: _points(cells) for name, cells in generated.items()}
-    train_points, unseen_points = _points(train), _points(unseen)
-    found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
-    for fold in range(folds.max() + 1):
-        own, held = np.flatnonzero(folds == fold), rng.permutation(np.flatnonzero(folds != fold))
-        reference, real = held[:num_reference], held[num_reference : 2 * num_reference]
-        candidates = np.concatenate([train_points, unseen_points[own]])
-        scores = {}
-        for name, cells in (points | {"real": unseen_points[real]}).items():
-            for kind, n_neighbors in NEIGHBORS.items():
-                scores[kind, name] = nearness_scores(candidates, cells, unseen_points[reference], n_neighbors)
-        if losses is not None:
-            pca = fit_pca(unseen[reference], NUM_COMPS, seed)
-            pcs = [pca.transform(cells) for cells in (sp.vstack([train, unseen[own]]), unseen[reference])]
-            of_candidates = np.concatenate([losses[0], losses[1][own]])
-            scores["likelihood", "value"] = likelihood_scores(of_candidates, pcs[0], losses[1][reference], pcs[1])
-        for key, score in scores.items():
-            found.setdefault(key, []).append((score[: train.shape[0]], score[train.shape[0] :]))
+    found = _score(train, unseen, generated, losses, folds, rng)
     rows = []
-    for (kind, source), of_folds in found.items():
+    for (kind, source), of_halvings in found.items():
         row: dict[str, Any] = {"attack": kind, "source": source}
-        rows.append(row | {"unit": "cells"} | _cells_auroc(of_folds))
+        rows.append(row | {"unit": "cells"} | _cells_auroc(of_halvings, num_train, folds))
         if donors is not None:
-            members = np.mean([members for members, _ in of_folds], axis=0)
-            others = np.concatenate([others for _, others in of_folds])
-            order = np.argsort(folds, kind="stable")
-            trained: pd.Series = pd.Series(members).groupby(donors[0]).mean()
-            unknown: pd.Series = pd.Series(others).groupby(donors[1][order]).mean()
-            figures = donor_auroc(list(map(float, trained)), list(map(float, unknown)))
-            rows.append(row | {"unit": "donors", "scores": (trained.to_dict() | unknown.to_dict())} | figures)
+            of_folds = of_halvings.mean(axis=0)  # (folds, candidates)
+            members, others = of_folds[:, :num_train].mean(axis=0), of_folds[folds, np.arange(len(folds)) + num_train]
+            means = [pd.Series(x).groupby(names).mean() for x, names in zip((members, others), donors, strict=True)]
+            trained, unknown = ({str(name): float(x) for name, x in mean.items()} for mean in means)
+            figures = donor_auroc(list(trained.values()), list(unknown.values()))
+            rows.append(row | {"unit": "donors", "scores": trained | unknown} | figures)
     return pd.DataFrame(rows).sort_values("unit", kind="stable", ignore_index=True)
 
 
@@ -301,19 +281,20 @@ def closest_copies(
     drawn = np.sort(rng.permutation(unseen.shape[0])[:n])
     generated_points = _points(generated[rng.permutation(generated.shape[0])[:n]])
     parts = [_points(train), _points(unseen)]
-    to_unseen = [_distances(points, parts[1][drawn])[:, 0] for points in parts]
-    to_unseen[1][drawn] = _distances(parts[1][drawn], parts[1][drawn], 2)[:, 1]  # a cell is not its own neighbor
+    tables = [euclidean_distances(points, parts[1][drawn]) for points in parts]
+    tables[1][drawn, np.arange(n)] = np.inf  # a cell is not its own neighbor
     ratios, rare = [], []
-    for points, distances, names in zip(parts, to_unseen, labels, strict=True):
-        ratios.append(_distances(points, generated_points)[:, 0] / (distances + TINY))
+    for points, table, names in zip(parts, tables, labels, strict=True):
+        distances = table.min(axis=1)
+        ratios.append(euclidean_distances(points, generated_points).min(axis=1) / (distances + TINY))
         rare_label = np.array([label_cells[name] < RARE_LABEL_CELLS for name in names])
         rare.append(rare_label | (distances >= np.quantile(distances, 0.9)))
     by_chance = np.sort(ratios[1][rare[1]])
     cells = np.flatnonzero(rare[0])
-    table = pd.DataFrame({"cell": cells, "label": labels[0][cells], "ratio": ratios[0][cells]})
-    table["label_cells"] = [label_cells[name] for name in table["label"]]
-    table["place"] = np.searchsorted(by_chance, table["ratio"], side="right") / len(by_chance)
-    return table.sort_values("ratio", ignore_index=True)
+    copies = pd.DataFrame({"cell": cells, "label": labels[0][cells], "ratio": ratios[0][cells]})
+    copies["label_cells"] = [label_cells[name] for name in copies["label"]]
+    copies["place"] = np.searchsorted(by_chance, copies["ratio"], side="right") / len(by_chance)
+    return copies.sort_values("ratio", ignore_index=True)
 
 
 def audit(
@@ -422,15 +403,65 @@ def _points(log_values: sp.csr_matrix) -> np.ndarray:
     return normalize(log_values).toarray()
 
 
-def _distances(query: np.ndarray, cells: np.ndarray, n_neighbors: int = 1) -> np.ndarray:
-    """Distances of each query to its nearest cells, in their order, shape (queries, neighbors)."""
-    search = NearestNeighbors(n_neighbors=min(n_neighbors, len(cells)), algorithm="brute").fit(cells)
-    return search.kneighbors(query)[0]
+def _score(
+    train: sp.csr_matrix,
+    unseen: sp.csr_matrix,
+    generated: Mapping[str, sp.csr_matrix],
+    losses: tuple[np.ndarray, np.ndarray] | None,
+    folds: np.ndarray,
+    rng: np.random.Generator,
+) -> dict[tuple[str, str], np.ndarray]:
+    """Scores of the cells of `train` and `unseen` by attack and set, shape (halvings, folds, cells): see [`attack`]."""
+    num_train, num_reference = train.shape[0], min((folds != fold).sum() for fold in np.unique(folds)) // 2
+    points = _points(sp.vstack([train, unseen]))  # all candidates
+    to_unseen = euclidean_distances(points, points[num_train:])
+    of_generated: dict[tuple[str, str], np.ndarray] = {}
+    for name, cells in generated.items():
+        table = euclidean_distances(points, _points(cells))
+        of_generated |= {(kind, name): mean_log_distance(table, number) for kind, number in NEIGHBORS.items()}
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for _ in range(NUM_HALVINGS):
+        scores: dict[tuple[str, str], list[np.ndarray]] = {}
+        for fold in np.unique(folds):
+            held = rng.permutation(np.flatnonzero(folds != fold))
+            reference, real = held[:num_reference], held[num_reference : 2 * num_reference]
+            for kind, n_neighbors in NEIGHBORS.items():
+                of_reference = mean_log_distance(to_unseen[:, reference], n_neighbors)
+                of_sets = {name: of_generated[kind, name] for name in generated}
+                of_sets |= {"real": mean_log_distance(to_unseen[:, real], n_neighbors)}
+                for name, of_set in of_sets.items():
+                    scores.setdefault((kind, name), []).append(of_reference - of_set)
+            if losses is not None:
+                pca = fit_pca(unseen[reference], NUM_COMPS, 0)
+                pcs = pca.transform(sp.vstack([train, unseen]))
+                of_cells, known = np.concatenate(losses), num_train + reference
+                of_model = likelihood_scores(of_cells, pcs, of_cells[known], pcs[known])
+                scores.setdefault(("likelihood", "value"), []).append(of_model)
+        for key, of_folds in scores.items():
+            found.setdefault(key, []).append(np.array(of_folds))
+    return {key: np.array(of_halvings) for key, of_halvings in found.items()}
 
 
-def _cells_auroc(of_folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """AUROC of cells and its standard error from the scores of members and others in each fold."""
-    parts = [placements(members, others) for members, others in of_folds]
-    of_members, of_others = np.mean([part[0] for part in parts], axis=0), np.concatenate([part[1] for part in parts])
-    error = np.sqrt(of_members.var(ddof=1) / len(of_members) + of_others.var(ddof=1) / len(of_others))
-    return {"auroc": float(of_others.mean()), "std": float(error)}
+def _cells_auroc(scores: np.ndarray, num_train: int, folds: np.ndarray) -> dict[str, float]:
+    """AUROC of cells and its standard error: that of drawing the cells, and that of halving.
+
+    Parameters
+    ----------
+    scores
+        Shape (halvings, folds, candidates), training cells first; others count in the fold of their own only.
+    num_train
+        Number of training cells.
+    folds
+        Fold of each other candidate.
+    """
+    of_members = np.empty((len(scores), scores.shape[1], num_train))
+    of_others = np.empty((len(scores), len(folds)))
+    for halving, of_folds in enumerate(scores):
+        for fold, score in enumerate(of_folds):
+            own = folds == fold
+            of_members[halving, fold], of_others[halving, own] = placements(score[:num_train], score[num_train:][own])
+    drawn = [of_members.mean(axis=(0, 1)), of_others.mean(axis=0)]
+    variance = sum(x.var(ddof=1) / len(x) for x in drawn)
+    if len(scores) > 1:
+        variance += of_others.mean(axis=1).var(ddof=1) / len(scores)
+    return {"auroc": float(of_others.mean()), "std": float(np.sqrt(variance))}

@@ -43,6 +43,7 @@ QUALITY = {
     "w2": "W2",
     "gene_gene_r": "gene-gene r",
 }
+SETS = ("value", "gaussian_copula", "real", "others")
 
 
 @dataclass
@@ -79,32 +80,34 @@ def choose_donors(donors: Sequence[str], num_choices: int, seed: int) -> list[li
 
 def divide(
     cells: ad.AnnData, args: PrivacyArguments, trained: Sequence[str] | None, num_train: int
-) -> tuple[ad.AnnData, ad.AnnData]:
-    """Draw training cells, and unseen ones of the same labels; with donors, equally many of each."""
+) -> dict[str, ad.AnnData]:
+    """Draw training cells and unseen ones of the same labels, equally many of each donor.
+
+    With donors also draw as many others of the donors that are trained on: what a faithful generator would give.
+    """
     order = np.random.default_rng(args.seed).permutation(cells.n_obs)
     if trained is None:
-        rows = order[args.num_unseen :][:num_train], order[: args.num_unseen]
+        rows = {"train": order[args.num_unseen :][:num_train], "unseen": order[: args.num_unseen]}
     else:
-        of_donor = {
-            name: order[donor == name]
-            for donor in [cells.obs[args.split_by].astype(str).to_numpy()[order]]
-            for name in np.unique(donor)
-        }
-        sides = [[name for name in of_donor if (name in trained) == side] for side in (True, False)]
-        rows = tuple(
-            np.concatenate([of_donor[name][: total // len(side)] for name in side])
-            for side, total in zip(sides, (num_train, args.num_unseen), strict=True)
-        )
-    train, unseen = (cells[np.sort(part)].copy() for part in rows)
-    return train, unseen[unseen.obs[args.labels_key].isin(train.obs[args.labels_key])].copy()
+        donor = cells.obs[args.split_by].astype(str).to_numpy()[order]
+        own, other = [[name for name in np.unique(donor) if (name in trained) == side] for side in (True, False)]
+        drawn = {"train": (own, 0, num_train), "unseen": (other, 0, args.num_unseen), "others": (own, 1, num_train)}
+        rows = {}
+        for part, (names, before, total) in drawn.items():
+            number = total // len(names)
+            rows[part] = np.concatenate([order[donor == name][before * number :][:number] for name in names])
+    parts = {name: cells[np.sort(part)].copy() for name, part in rows.items()}
+    known = parts["train"].obs[args.labels_key]
+    return {name: part[part.obs[args.labels_key].isin(known)].copy() for name, part in parts.items()}
 
 
-def measure(args: PrivacyArguments, folder: Path, train: ad.AnnData, unseen: ad.AnnData) -> dict[str, Any]:
+def measure(args: PrivacyArguments, folder: Path, parts: Mapping[str, ad.AnnData]) -> dict[str, Any]:
     """Attack the model in `folder`, and evaluate its cells."""
     pipe = SCRDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    losses = tuple(privacy.denoising_losses(pipe, cells, seed=args.seed) for cells in (train, unseen))
-    train, unseen = (cells[:, pipe.processor.var_names].copy() for cells in (train, unseen))
+    losses = tuple(privacy.denoising_losses(pipe, parts[name], seed=args.seed) for name in ("train", "unseen"))
+    parts = {name: part[:, pipe.processor.var_names].copy() for name, part in parts.items()}
+    train, unseen = parts["train"], parts["unseen"]
     rng = np.random.default_rng(args.seed)
     obs = pd.concat([train.obs, unseen.obs])
     obs = obs.iloc[rng.choice(len(obs), args.num_cells)].reset_index(drop=True)
@@ -115,6 +118,7 @@ def measure(args: PrivacyArguments, folder: Path, train: ad.AnnData, unseen: ad.
     }
     donors = None
     if args.split_by:
+        sets["others"] = parts["others"]
         donors = tuple(cells.obs[args.split_by].astype(str).to_numpy() for cells in (train, unseen))
     found = privacy.audit(train, unseen, sets, labels_key=args.labels_key, losses=losses, donors=donors, seed=args.seed)
     test, control = unseen[::2].copy(), unseen[1::2].copy()
@@ -140,7 +144,7 @@ def runs(args: PrivacyArguments, cells: ad.AnnData) -> Iterator[dict[str, Any]]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format AUROCs of model, copula and real cells, and the quality of model, copula and real cells."""
+    """Format AUROCs of model, copula, real cells and other cells of the donors; of the quality real cells come last."""
     kinds = list(privacy.ATTACK_NAMES)
     units = ["cells", "donors"] if rows[0]["donors"] else ["cells"]
     titles = ["cells", "steps", "options", *(f"{unit}: {kind}" for unit in units for kind in kinds)]
@@ -150,9 +154,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         line = [str(row["privacy"]["cells"]["train"]), str(row["steps"]), row["options"]]
         for unit, kind in itertools.product(units, kinds):
             entry = figures[unit, kind]
-            line.append(
-                " / ".join(f"{entry[name]:.3f}" for name in ("value", "gaussian_copula", "real") if name in entry)
-            )
+            line.append(" / ".join(f"{entry[name]:.3f}" for name in SETS if name in entry))
         line.append(f"{row['privacy']['rare_cells']['copied']:.3f}")
         for metric in QUALITY:
             line.append(
@@ -189,13 +191,13 @@ def main(args: PrivacyArguments) -> None:
         if any(all(row[name] == value for name, value in run.items()) for row in record["rows"]):
             continue
         model = folder / "-".join(map(str, [*(run["donors"] or []), run["train_cells"], run["steps"], run["options"]]))
-        train, unseen = divide(cells, args, run["donors"], run["train_cells"])
+        parts = divide(cells, args, run["donors"], run["train_cells"])
         options = dict(option.split("=") for option in run["options"].split(",") if option)
         options |= {"max_train_steps": run["steps"], "n_top_genes": args.n_top_genes, "seed": args.seed}
         options |= {"report_to": "none", "validation_steps": 10**6, "overwrite_output_dir": True}
         if not (model / "model_index.json").exists():
-            scrdit_diffusers.train(train, model, args.labels_key, **options)
-        record["rows"].append(run | measure(args, model, train, unseen))
+            scrdit_diffusers.train(parts["train"], model, args.labels_key, **options)
+        record["rows"].append(run | measure(args, model, parts))
         record.save()
         print(format_table(record["rows"][-1:]), flush=True)
     print(format_table(record["rows"]))
