@@ -246,7 +246,7 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
         driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
     ):
         page = browser.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.goto(page_address)
         page.get_by_text("not measurements").wait_for()
 
@@ -276,7 +276,7 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
             image = plt.imread(file)
             assert all(has_color(image, color) for color in colors) and image.std() > 0.05
         page.get_by_role("tab", name="Counts").click()
-        page.get_by_text("synthetic_0").first.wait_for()
+        page.locator("text=synthetic_0 >> visible=true").first.wait_for()
 
         # Download.
         with page.expect_download() as download:
