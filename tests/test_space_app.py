@@ -1,6 +1,7 @@
 """The Space in hub_cards/space: what its button does, without a browser and in one."""
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -30,12 +31,16 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FORM = dict(labels=[], shares="", num_cells=6, library_size="", seed=0, scheduler="UniPCMultistep", num_steps=4)
 
 
-@pytest.fixture(scope="module")
-def app():
-    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def app():
+    return load(SPACE / "app.py")
 
 
 @pytest.fixture
@@ -207,6 +212,31 @@ def test_real_cells_beside_the_app_are_counts_of_the_labels_of_their_card():
     assert file.stat().st_size < 1e6
 
 
+PROCESSOR = SPACE.parent / "scrdit-pbmc-zheng" / "processor" / "preprocessor_config.json"
+
+
+@pytest.mark.skipif(not PROCESSOR.is_file(), reason="this checkout has no weights")
+def test_real_cells_beside_the_app_have_the_genes_of_their_pipeline():
+    real = ad.read_h5ad(SPACE / "reference" / "scrdit-pbmc-zheng.h5ad")
+    assert list(real.var_names) == json.loads(PROCESSOR.read_text(encoding="utf-8"))["var_names"]
+
+
+def test_a_reference_has_the_genes_and_labels_of_its_pipeline(app, count_pipe, adata, tmp_path, monkeypatch):
+    copy = shutil.copytree(SPACE, tmp_path / "space")
+    count_pipe.save_pretrained(tmp_path / "tiny")
+    adata[:, ::-1].copy().write_h5ad(tmp_path / "cells.h5ad")
+    script = load(copy / "make_reference.py")
+    monkeypatch.setattr(script, "MAX_CELLS", 20)
+    arguments = ["--cells", tmp_path / "cells.h5ad", "--pipeline", tmp_path / "tiny", "--about", "made for a test"]
+    monkeypatch.setattr(sys, "argv", ["make_reference.py", *map(str, arguments)])
+    script.main()
+    monkeypatch.setattr(app, "HERE", copy)
+    real = app.load_sources(str(tmp_path / "tiny"))["tiny"].real
+    assert real.n_obs == 20 and real.uns["about"] == "made for a test"
+    assert list(real.var_names) == count_pipe.processor.var_names and list(real.obs) == ["cell_type", "batch"]
+    assert (real.X != adata[real.obs_names].X).nnz == 0
+
+
 @pytest.fixture
 def page_address(count_pipe, adata, tmp_path):
     """The Space, run as a Space: a folder by itself, two pipelines, real cells of the first one."""
@@ -246,7 +276,7 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
         driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
     ):
         page = browser.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.goto(page_address)
         page.get_by_text("not measurements").wait_for()
 
@@ -276,7 +306,7 @@ def test_a_visitor_generates_looks_and_downloads(page_address, count_pipe, tmp_p
             image = plt.imread(file)
             assert all(has_color(image, color) for color in colors) and image.std() > 0.05
         page.get_by_role("tab", name="Counts").click()
-        page.get_by_text("synthetic_0").first.wait_for()
+        page.locator("text=synthetic_0 >> visible=true").first.wait_for()
 
         # Download.
         with page.expect_download() as download:

@@ -236,7 +236,7 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
                 labels = gr.Dropdown(
                     **offer_labels(first),
                     multiselect=True,
-                    info="With their training cells. None chosen: all, as in training.",
+                    info="In brackets: training cells. Empty: all, in these shares.",
                 )
                 shares = gr.Textbox("", label="Shares", info="Of the chosen ones: 70, 30. Empty: equal.")
                 with gr.Row():
