@@ -39,6 +39,9 @@ test: $(INSTALLED) $(SPACE)  ## run the tests
 quick: lint  ## check style and types, and run the tests that need no training (under 90 seconds)
 	$(BIN)/python -m pytest -q -m 'not slow and not training'
 
+fuzz: $(INSTALLED)  ## try thousands of random cells and damaged files instead of some (hours)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q --timeout 0 tests/test_properties.py
+
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -173,6 +173,10 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
         raise OSError(
             f"The safetensors file of {source} is damaged or of another kind ({error}): download or save it again."
         ) from error
+    except ValueError as error:
+        if isinstance(source, dict) or str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
     except (AttributeError, KeyError, NotImplementedError, RecursionError, TypeError) as error:
         raise OSError(
             f"Nothing can be made of {source} with these arguments ({type(error).__name__}: {error}): one of its JSON "
