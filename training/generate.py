@@ -53,7 +53,6 @@ class GenerationArguments:
     condition: list[str] = arg(
         [],
         "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition.",
-        action="extend",
     )
     obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
     num_inference_steps: int = arg(25, "Steps of the scheduler.")
