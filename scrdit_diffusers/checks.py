@@ -2,7 +2,9 @@
 
 import difflib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -11,13 +13,29 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"\d+(\.0)?")  # a gene name that is a position
 MAX_COUNT = 2**24  # float32, AnnData's usual dtype, holds integers exactly up to here
+
+
+def native(values: np.ndarray) -> np.ndarray:
+    """Numbers as SciPy and Arrow can hold them: of this machine's byte order, not of half or extended precision."""
+    dtype = {"e": np.float32, "g": np.float64}.get(values.dtype.char, values.dtype.newbyteorder("="))
+    return values.astype(dtype, copy=False)
+
+
+def as_csr(matrix: Any) -> sp.csr_matrix:
+    """Cells x genes as a CSR matrix, see [`native`]; its values are those of `matrix`, shared where possible."""
+    if hasattr(matrix, "compute"):  # of dask
+        matrix = matrix.compute()
+    if sp.issparse(matrix):
+        return sp.csr_matrix(matrix.astype(native(np.empty(0, matrix.dtype)).dtype, copy=False))
+    return sp.csr_matrix(native(np.asarray(matrix)))
 
 
 def looks_like_counts(matrix: np.ndarray | sp.spmatrix) -> bool:
     """Whether all values of a matrix are finite, non-negative integers (and not all are zero)."""
     data = np.asarray(matrix.data if sp.issparse(matrix) else matrix)
-    if data.size == 0 or not np.issubdtype(data.dtype, np.number) or not np.isfinite(data).all():
+    if data.size == 0 or data.dtype.kind not in "iuf" or not np.isfinite(data).all():
         return False
     return bool(data.min() >= 0 and data.max() > 0 and np.array_equal(data, np.rint(data)))
 
@@ -37,10 +55,14 @@ def check_values(matrix: sp.csr_matrix, name: str, expect_counts: bool, hint: st
         Where the right values may be; ends the message.
     """
     data = matrix.data
+    if data.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds values of type {data.dtype}, expected real numbers; take their real part.")
     if not np.isfinite(data).all():
         raise ValueError(
             f"{name} holds {np.sum(~np.isfinite(data))} NaN or infinite values; fill or drop them first.{hint}"
         )
+    if data.size and data.max() > np.finfo(np.float32).max:
+        raise ValueError(f"{name} holds {data.max():g}, more than float32 holds; fill or drop such values first.{hint}")
     if data.size and data.min() < 0:
         raise ValueError(
             f"{name} holds negative values (smallest {data.min():g}), as scaled data do; give unscaled values.{hint}"
@@ -79,7 +101,13 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ValueError(f"{name} is empty; name the layer that holds the values.")
-    matrix = sp.csr_matrix(matrix)
+    if np.ma.is_masked(matrix):
+        raise ValueError(f"{name} is a masked array with masked values; fill them first.")
+    matrix = as_csr(matrix)
+    try:
+        matrix.check_format()  # before a wrong index makes SciPy read elsewhere in memory
+    except ValueError as error:
+        raise ValueError(f"{name} is no valid sparse matrix: {error}. Build it again.") from error
     if not matrix.has_canonical_format:  # an entry may be stored as several to add up
         matrix = matrix.copy()
         matrix.sum_duplicates()
@@ -119,6 +147,44 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
         raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
 
 
+def check_spellings(key: str, labels: Mapping[str, Iterable[str]]) -> None:
+    """Raise ValueError for a label that is spelled in two ways, such as "1" and "01", or True and 1.
+
+    Parameters
+    ----------
+    key
+        Column of obs.
+    labels
+        The different labels of each source, such as a file. Two labels of the same source are never one.
+    """
+    spellings: dict[str | float, dict[str, str]] = {}
+    texts = {source: set(of_source) for source, of_source in labels.items()}
+    for source, of_source in texts.items():
+        for text in of_source:
+            spellings.setdefault(_meaning(text), {}).setdefault(text, source)
+    for same in spellings.values():
+        if len(same) > 1 and not any(len(of_source & same.keys()) > 1 for of_source in texts.values()):
+            by_source = sorted((source, text) for text, source in same.items())
+            found = " and ".join(f"{text!r} in {source}" for source, text in by_source)
+            raise ValueError(f"obs[{key!r}] holds {found}, which look like one label; spell it in one way.")
+
+
+def label_text(value: Any) -> str:
+    """Write a label as text; a number without decimals is an integer, as other files may hold it."""
+    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
+
+
+def _meaning(text: str) -> str | float:
+    """Find the number that a label stands for, however it is spelled; else it is the label itself."""
+    lower = text.strip().lower()
+    if lower in ("true", "false"):
+        return float(lower == "true")
+    try:
+        return float(lower) if np.isfinite(float(lower)) else text
+    except ValueError:
+        return text
+
+
 def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:
     """List the categories that occur in a column of obs, in the order of the categorical, else sorted.
 
@@ -147,7 +213,11 @@ def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) 
         raise ValueError(
             f"obs[{key!r}] has {len(names)} different values in {num_cells} cells: it is not a categorical label."
         )
-    return [str(name) for name in names]
+    by_type: dict[str, list[str]] = {}
+    for name in names:
+        by_type.setdefault(type(name).__name__, []).append(str(name))
+    check_spellings(key, by_type)
+    return list(dict.fromkeys(str(name) for name in names))
 
 
 def find_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: np.ndarray | None = None) -> np.ndarray:

@@ -6,6 +6,7 @@ the known genes. A new label starts as the known label that fits its cells best.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,15 @@ import torch
 from diffusers import DDPMScheduler
 
 from .cells.moments import CellMoments
+from .checks import NUMBER, check_spellings
 from .count_head import LABEL_TABLES
 from .initialization import count_bins, initialize_from_cells
 from .objective import diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
+
+logger = logging.getLogger(__name__)
 
 # Weights with a row for each gene, as views with the genes first.
 GENE_ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -105,6 +109,11 @@ def check_common_genes(pretrained: Sequence[str], genes: Sequence[str]) -> None:
             f"No gene is common: the pretrained model has names such as {list(pretrained[:3])}, the data "
             f"{[str(gene) for gene in genes[:3]]}. Rename adata.var_names, or train from scratch."
         )
+    if all(NUMBER.fullmatch(gene) for gene in pretrained):
+        logger.warning(
+            "The genes of the pretrained model are called by numbers such as %s: are they those of the data?",
+            pretrained[0],
+        )
 
 
 def arrange_genes(pretrained: Sequence[str], genes: Sequence[str]) -> list[str]:
@@ -146,7 +155,8 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     Raises
     ------
     ValueError
-        Either processor has a `value_step`: its values are not log1p of scaled counts.
+        Either processor has a `value_step`: its values are not log1p of scaled counts. Or the new cells spell a known
+        label differently.
     """
     if pretrained.value_step is not None or fitted.value_step is not None:
         raise ValueError("Values that are not log1p of scaled counts have steps of their own: train from scratch.")
@@ -154,6 +164,7 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
     categories = []
     composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)
     for k, (key, names) in enumerate(fitted.conditions.items()):
+        check_spellings(key, {"the new cells": names, "the pretrained model": before.get(key, [])})
         known = [name for name in before.get(key, []) if keep_labels or name in names]
         categories.append(known + [name for name in names if name not in known])
         composition[:, k] = pd.Index(categories[k]).get_indexer(pd.Index(names))[composition[:, k]]

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
+import os
 import re
 import shutil
 import time
@@ -18,15 +20,15 @@ import pytest
 import scipy.sparse as sp
 from cell_files import assert_same_cells, write
 
-from scrdit_diffusers import CellDataset
-from scrdit_diffusers.cells import anndata_builder
-from scrdit_diffusers.cells.anndata_builder import CellFile
+from scrdit_diffusers import CellDataset, SCRDiTProcessor, fit_dataset
+from scrdit_diffusers.cells import anndata_builder, cell_file, fitting
+from scrdit_diffusers.cells.cell_file import CellFile
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 @pytest.mark.parametrize("convert", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
 def test_open_is_the_file(adata, tmp_path, monkeypatch, suffix, convert):
-    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(cell_file, "ROWS_PER_CHUNK", 7)
     expected = adata.copy()
     adata.X = convert(adata.X)
     dataset = CellDataset.open(write(adata, tmp_path / f"cells{suffix}"), cache_dir=tmp_path / "cache")
@@ -51,12 +53,12 @@ def test_open_reads_no_more_than_a_chunk(adata, tmp_path, monkeypatch):
     read = []
     matrix = CellFile.matrix
     monkeypatch.setattr(CellFile, "matrix", lambda self, layer, rows: read.append(rows) or matrix(self, layer, rows))
-    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 25)
+    monkeypatch.setattr(cell_file, "ROWS_PER_CHUNK", 25)
     path = write(adata, tmp_path / "cells.h5ad")
     CellDataset.open(path, cache_dir=tmp_path / "cache")
     assert read == [slice(0, 25), slice(25, 50), slice(50, 60)]
     read.clear()
-    monkeypatch.setattr(anndata_builder, "VALUES_PER_CHUNK", 300)
+    monkeypatch.setattr(cell_file, "VALUES_PER_CHUNK", 300)
     dataset = CellDataset.open(path, cache_dir=tmp_path / "other")
     sizes = [adata.X[rows].nnz for rows in read]
     assert [rows.start for rows in read] == [0, *(rows.stop for rows in read[:-1])] and read[-1].stop == 60
@@ -84,6 +86,23 @@ def test_a_changed_file_is_converted_again(adata, tmp_path):
     assert set(dataset.to_anndata().X.data) == {7}
 
 
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_converted_again(adata, tmp_path, suffix, in_place):
+    """As `cp -p`, `rsync -t` and `touch -r` do."""
+    path, other = write(adata, tmp_path / f"cells{suffix}"), tmp_path / f"other{suffix}"
+    times = {part: part.stat().st_mtime_ns for part in (path, *path.rglob("*"))}
+    CellDataset.open(path, cache_dir=tmp_path / "cache")
+    adata.X.data[:] = np.random.default_rng(0).permutation(adata.X.data)
+    write(adata, path if in_place else other)
+    if not in_place:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        other.rename(path)
+    for part, time_of_change in times.items():
+        os.utime(part, ns=(time_of_change, time_of_change))
+    assert_same_cells(CellDataset.open(path, cache_dir=tmp_path / "cache").to_anndata(), adata)
+
+
 def convert_slowly(path, cache, seconds_per_chunk, sender):
     chunks = CellFile.chunks
 
@@ -93,7 +112,7 @@ def convert_slowly(path, cache, seconds_per_chunk, sender):
             sender.send("converting")
             time.sleep(seconds_per_chunk)
 
-    anndata_builder.ROWS_PER_CHUNK, CellFile.chunks = 10, slow_chunks
+    cell_file.ROWS_PER_CHUNK, CellFile.chunks = 10, slow_chunks
     sender.send(len(CellDataset.open(path, cache_dir=cache)))
 
 
@@ -168,6 +187,86 @@ def test_files_are_joined_as_anndata_joins_them(adata, two_files, tmp_path, join
     assert f"{two_files[0]}: 20 genes, {lacking}" in caplog.text
 
 
+@pytest.mark.parametrize("names", [np.arange(23), np.arange(1, 24), np.arange(23.0), np.arange(23)[::-1] * 7])
+@pytest.mark.parametrize("join", ["inner", "outer"])
+def test_genes_called_by_numbers_are_not_joined(adata, tmp_path, names, join):
+    """They are positions, and mean other genes in another file."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for file, order in (("a", np.arange(23)), ("b", np.arange(23)[::-1])):
+        part = adata[:, order].copy()
+        part.var_names = names.astype(str)
+        write(part, folder / f"{file}.h5ad")
+    with pytest.raises(ValueError, match=r"a\.h5ad .*numbers.*gene_key"):
+        CellDataset.open(folder, join=join, cache_dir=tmp_path / "cache")
+    both = CellDataset.open(folder, join=join, gene_key="gene_ids", cache_dir=tmp_path / "cache").to_anndata()
+    assert list(both.var["gene_ids"]) == list(adata.var["gene_ids"])
+    assert np.array_equal(both.X.toarray(), np.tile(adata.X.toarray(), (2, 1)))
+    alone = CellDataset.open(folder / "a.h5ad", cache_dir=tmp_path / "cache")
+    assert list(alone.var.index) == list(names.astype(str))
+
+
+# How labels 0, 1 and 2 may be stored.
+CODES = {
+    "text": lambda codes: codes.astype(str),
+    "categories of text": lambda codes: pd.Categorical(codes.astype(str)),
+    "integers": lambda codes: codes,
+    "categories of integers": lambda codes: pd.Categorical(codes),
+    "nullable integers": lambda codes: pd.array(codes, dtype="Int64"),
+    "floats": lambda codes: codes.astype(float),
+    "single floats": lambda codes: codes.astype(np.float32),
+    "categories of floats": lambda codes: pd.Categorical(codes.astype(float)),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CODES, 2)))
+def test_numbers_as_labels_are_those_of_other_files(adata, tmp_path, first, second):
+    codes = np.arange(60) % 3
+    for file, kind, rows in (("a", first, slice(0, 30)), ("b", second, slice(30, 60))):
+        part = adata[rows].copy()
+        part.obs["label"] = CODES[kind](codes[rows])
+        write(part, tmp_path / f"{file}.h5ad")
+    cells = CellDataset.open(tmp_path, obs_columns=["label"], labels_key=["label"], cache_dir=tmp_path / "cache")
+    labels = cells.labels(["label"])["label"]
+    assert labels.astype(float).tolist() == codes.tolist() and len(labels.cat.categories) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([True, False], [1, 0]),
+        ([True, False], ["true", "false"]),
+        ([True, False], ["TRUE", "FALSE"]),
+        (["1", "2"], ["1.0", "2.0"]),
+        (["01", "02"], [1, 2]),
+        (["True", "False"], [1.0, 0.0]),
+    ],
+)
+def test_labels_that_files_spell_differently_are_refused(adata, tmp_path, first, second):
+    for file, names in (("a", first), ("b", second)):
+        part = adata[:30].copy()
+        part.obs["label"] = np.array(names)[np.arange(30) % 2]
+        write(part, tmp_path / f"{file}.h5ad")
+    with pytest.raises(ValueError, match=r"'label'.*a\.h5ad.*b\.h5ad"):
+        CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
+
+
+def test_truth_is_one_label_as_text_and_as_boolean(adata, tmp_path):
+    for file, names in (("a", [True, False]), ("b", ["True", "False"])):
+        part = adata[:30].copy()
+        part.obs["label"] = np.array(names)[np.arange(30) % 2]
+        write(part, tmp_path / f"{file}.h5ad")
+    cells = CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
+    assert cells.labels(["label"])["label"].tolist() == ["True", "False"] * 30
+
+
+def test_files_that_macos_leaves_behind_are_not_cells(adata, tmp_path):
+    write(adata, tmp_path / "cells.h5ad")
+    (tmp_path / "._cells.h5ad").write_bytes(b"Mac OS X")
+    for source in (tmp_path, f"{tmp_path}/*.h5ad", list(tmp_path.glob("*.h5ad"))):
+        assert len(CellDataset.open(source, cache_dir=tmp_path / "cache")) == 60
+
+
 def test_missing_labels_are_refused_before_anything_is_converted(adata, tmp_path, monkeypatch):
     adata.obs.loc[adata.obs_names[3:5], "cell_type"] = np.nan
     path = write(adata, tmp_path / "cells.h5ad")
@@ -207,7 +306,7 @@ def test_open_refuses(two_files, tmp_path, kwargs, message):
 
 
 def write_error(folder, num_proc):
-    anndata_builder.ROWS_PER_CHUNK = 10
+    cell_file.ROWS_PER_CHUNK = 10
     CellFile.check = lambda *args: None  # which sees the first cells only
     try:
         CellDataset.open(folder, cache_dir=folder / "cache", num_proc=num_proc)
@@ -250,7 +349,7 @@ def peak_memory(adata, path, cache) -> int:
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     """Neither values nor obs nor indptr are read as a whole; 30 times the cells may not take half as much again."""
-    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 1000)
+    monkeypatch.setattr(cell_file, "ROWS_PER_CHUNK", 1000)
     rng = np.random.default_rng(0)
     peaks = []
     for num_cells in (1000, 1000, 30_000):  # the first one imports what the others need
@@ -263,7 +362,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_columns_with_missing_values_are_read_in_parts(adata, tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(anndata_builder, "ROWS_PER_CHUNK", 25)
+    monkeypatch.setattr(cell_file, "ROWS_PER_CHUNK", 25)
     missing = np.arange(60) % 7 == 3
     adata.obs["number"] = pd.array(np.arange(60), dtype="Int64")
     adata.obs["flag"] = pd.array(np.arange(60) % 2 == 0, dtype="boolean")
@@ -342,12 +441,12 @@ def lose_chunk(path: Path) -> None:
     ("name", "damage", "message"),
     [
         ("b.h5ad", shorten, r"b\.h5ad .*\.zarr .*eof = \d+"),
-        ("b.h5ad", overwrite_values, r"b\.h5ad [^:]*: .*\(filter "),
-        ("b.h5ad", drop_rows, r"b\.h5ad: X .*\(59, 23\).*\(60, 23\)"),
-        ("b.h5ad", drop_values, r"b\.h5ad: X .*indptr"),
+        ("b.h5ad", overwrite_values, r"b\.h5ad: adata\.X .*\(filter "),
+        ("b.h5ad", drop_rows, r"b\.h5ad: adata\.X .*\(59, 23\).*\(60, 23\)"),
+        ("b.h5ad", drop_values, r"b\.h5ad: adata\.X .*indptr"),
         ("b.h5ad", stop_writing, r"b\.h5ad .*AnnData: .* var\."),
         ("b.h5ad", make_obs_an_array, r"^obs .*b\.h5ad .*anndata 0\.7"),
-        ("b.zarr", lose_chunk, r"b\.zarr: 1 .* X "),
+        ("b.zarr", lose_chunk, r"b\.zarr: adata\.X .*1 "),
     ],
 )
 def test_a_damaged_file_among_others_is_named(adata, tmp_path, name, damage, message):
@@ -401,13 +500,42 @@ def test_a_disk_that_is_full_while_converting(adata, tmp_path, monkeypatch):
     assert len(CellDataset.open(path, cache_dir=tmp_path / "cache")) == 60
 
 
-def test_a_cache_of_another_user(adata, tmp_path, monkeypatch):
-    """As root may write everywhere, the refusal is that of the lock."""
+@pytest.fixture
+def may_not_write(tmp_path, monkeypatch):
+    """Make the cache one of another user; as root may write everywhere, the refusal is that of the locks."""
+    lock = datasets.builder.FileLock
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+    def refuse(path, *args):
+        if Path(path).is_relative_to(tmp_path / "cache"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return lock(path, *args)
 
+    def refuse_all():
+        monkeypatch.setattr(datasets.builder, "FileLock", refuse)
+        monkeypatch.setattr(fitting, "FileLock", refuse)
+
+    return refuse_all
+
+
+def test_a_cache_of_another_user(adata, tmp_path, may_not_write):
     path = write(adata, tmp_path / "cells.h5ad")
-    monkeypatch.setattr(datasets.builder, "FileLock", refuse)
+    may_not_write()
     with pytest.raises(OSError, match=r"/cache: \[Errno 13\].* HF_DATASETS_CACHE"):
         CellDataset.open(path, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_whole_cache_of_another_user_is_read(adata, tmp_path, monkeypatch, may_not_write, learned):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(adata[:30].copy(), tmp_path / "a.h5ad")
+    write(adata[30:].copy(), tmp_path / "b.h5ad")
+    opened = CellDataset.open(tmp_path)
+    if learned:
+        fit_dataset(opened.rows, opened.var, "cell_type", flavor="all")
+    may_not_write()
+    again = CellDataset.open(tmp_path)
+    assert_same_cells(again.to_anndata(), adata)
+    assert again.rows.features == opened.rows.features
+    processor, _ = fit_dataset(again.rows, again.var, "cell_type", flavor="all")
+    expected = SCRDiTProcessor.from_anndata(adata, "cell_type", flavor="all")
+    np.testing.assert_allclose(processor.mean, expected.mean)

@@ -64,6 +64,18 @@ def test_a_stream_serves_full_batches_and_each_cell_once_per_epoch(numbered):
     assert served(numbered) == batches != served(numbered, seed=1)
 
 
+@pytest.mark.parametrize("num_cells", [1, 3, 15, 17])
+def test_a_stream_of_few_cells_serves_full_batches(numbered, num_cells):
+    """Each batch holds the cells as often as they go into it, give or take one time."""
+    stream = CellStream(numbered.to_iterable_dataset(3).take(num_cells), num_cells, 16, ["number"], block_size=25)
+    batches = [
+        rows["number"].to_pylist() for rows in first_batches(torch.utils.data.DataLoader(stream, batch_size=None), 5)
+    ]
+    assert {len(batch) for batch in batches} == {16}
+    epochs = np.concatenate(batches)[: 80 // num_cells * num_cells].reshape(-1, num_cells)
+    assert all(sorted(epoch) == list(range(num_cells)) for epoch in epochs)
+
+
 @pytest.mark.parametrize("start", [1, 3, 4, 9])
 def test_a_stream_from_a_later_batch_on_is_the_same(numbered, start):
     assert served(numbered, 4, start=start) == served(numbered)[start : start + 4]

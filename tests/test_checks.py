@@ -1,11 +1,12 @@
 """Checks of AnnData, genes, labels and values: every refusal."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 from scrdit_diffusers import SCRDiTProcessor
-from scrdit_diffusers.checks import looks_like_counts
+from scrdit_diffusers.checks import get_matrix, label_categories, looks_like_counts
 
 SEEDS = range(5)
 
@@ -133,6 +134,53 @@ def test_refuses_training_data(adata, change, kwargs, message):
     change(adata)
     with pytest.raises(ValueError, match=message):
         SCRDiTProcessor.from_anndata(adata, **kwargs)
+
+
+MEMORY = {
+    "half precision": lambda x: x.astype(np.float16),
+    "extended precision": lambda x: x.astype(np.longdouble),
+    "big-endian": lambda x: x.astype(">f4"),
+    "CSR array": sp.csr_array,
+    "integers": lambda x: x.astype(np.uint16),
+    "masked array without masked values": lambda x: np.ma.masked_array(x, mask=False),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_values_in_memory_are_those_of_any_type(adata, kind):
+    values = adata.X.toarray()
+    adata.layers["other"] = MEMORY[kind](values)
+    matrix = get_matrix(adata, "other", expect_counts=True)
+    assert matrix.dtype.isnative and np.array_equal(matrix.toarray(), values)
+
+
+def test_values_that_are_not_real_are_refused(adata):
+    masked = np.ma.masked_array(adata.X.toarray(), mask=np.eye(60, 23))
+    far = adata.X.copy()
+    far.indices[5] = 23
+    for values, message in (
+        (adata.X * 1j, "complex64.* real"),
+        (masked, "masked"),
+        (adata.X.astype(np.float64) * 1e300, "float32"),
+    ):
+        adata.layers["other"] = values
+        with pytest.raises(ValueError, match=rf"layers\['other'\].*{message}"):
+            get_matrix(adata, "other", expect_counts=False)
+    adata.X = far
+    with pytest.raises(ValueError, match=r"adata\.X.* indices"):
+        get_matrix(adata, None, expect_counts=True)
+
+
+def test_labels_of_two_types_are_one_or_refused():
+    """As where tables with numbers and text were put together."""
+    text = pd.Series(["1", "2", "1"], dtype=object)
+    assert label_categories(pd.DataFrame({"label": pd.concat([text, pd.Series([1, 2], dtype=object)])}), "label") == [
+        "1",
+        "2",
+    ]
+    for other in ([1.0, 2.0], [True, "a"], ["b", True]):
+        with pytest.raises(ValueError, match="'label'.*look like one label"):
+            label_categories(pd.DataFrame({"label": pd.concat([text, pd.Series(other, dtype=object)])}), "label")
 
 
 def test_refuses_a_single_cell(adata):

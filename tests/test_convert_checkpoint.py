@@ -250,7 +250,7 @@ def test_files_that_are_no_checkpoint_are_refused(run, tmp_path, content, messag
 
 def test_wrong_number_of_genes_is_refused(run, tmp_path):
     torch.save(plain().state_dict(), tmp_path / "published.pt")
-    (tmp_path / "genes.txt").write_text("A B C")
+    (tmp_path / "genes.txt").write_text("A\nB\nC")
     with pytest.raises(ValueError, match="--genes .* 3 .* 40"):
         run(
             "--checkpoint", tmp_path / "published.pt", "--genes", tmp_path / "genes.txt", "--output_dir", tmp_path / "p"

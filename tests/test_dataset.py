@@ -10,8 +10,8 @@ import scipy.sparse as sp
 from cell_files import assert_same_cells, write
 
 from scrdit_diffusers import CellCollator, CellDataset, SCRDiTProcessor, fit_dataset, read_cells, split_cells
+from scrdit_diffusers.cells import cell_file, fitting
 from scrdit_diffusers.cells import dataset as dataset_module
-from scrdit_diffusers.cells import fitting
 from scrdit_diffusers.cells.layout import rows_to_matrix, token_positions
 
 # -- AnnData to rows and back ------------------------------------------------------------------------------------------
@@ -78,6 +78,22 @@ def test_refuses_obs_columns_with_names_of_value_columns(adata, key):
     adata.obs[key] = 1
     with pytest.raises(ValueError, match=key):
         CellDataset.from_anndata(adata)
+
+
+def test_columns_of_mixed_types_are_saved_as_text(adata, tmp_path):
+    adata.obs["batch"] = pd.Series([1] * 30 + ["two"] * 20 + [None] * 10, index=adata.obs_names, dtype=object)
+    adata.obs["doublet"] = pd.Series([True] * 30 + [np.nan] * 30, index=adata.obs_names, dtype=object)
+    adata.obs["markers"] = [["a", "b"]] * 60
+    adata.var["chromosome"] = pd.Series([1.0, 2] * 11 + ["X"], index=adata.var_names, dtype=object)
+    adata.var["note"] = pd.Series([None] * 22 + ["odd"], index=adata.var_names, dtype=object)
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    cells = read_cells(tmp_path / "cells")
+    assert np.array_equal(cells.X.toarray(), adata.X.toarray())
+    assert cells.obs["batch"].tolist()[:50] == ["1"] * 30 + ["two"] * 20 and cells.obs["batch"].isna().sum() == 10
+    assert cells.obs["doublet"].tolist()[:30] == [True] * 30 and cells.obs["doublet"].isna().sum() == 30
+    assert [list(names) for names in cells.obs["markers"]] == [["a", "b"]] * 60
+    assert cells.var["chromosome"].tolist() == ["1", "2"] * 11 + ["X"]
+    assert cells.var["note"].isna().tolist() == [True] * 22 + [False]
 
 
 def test_refuses_values_that_are_no_expression(adata):
@@ -203,9 +219,57 @@ def test_tokens_become_genes(adata, tahoe, tmp_path, streaming):
     dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
     assert list(dataset.var.index) == list(adata.var_names)
     rows = pa.concat_tables(dataset.iterate(11, ["genes", "expressions"]))
-    assert np.array_equal(
-        rows_to_matrix(rows, len(dataset.var), token_positions(dataset.var)).toarray(), adata.X.toarray()
-    )
+    positions = token_positions(dataset.var, dataset.token_key)
+    assert np.array_equal(rows_to_matrix(rows, len(dataset.var), positions).toarray(), adata.X.toarray())
+
+
+def test_tokens_are_known_as_such_once_saved(adata, tahoe, tmp_path):
+    CellDataset.open(tahoe, cache_dir=tmp_path / "cache").save(tmp_path / "saved")
+    again = read_cells(tmp_path / "saved")
+    assert np.array_equal(again.X.toarray(), adata.X.toarray()) and "token_id" in again.var
+
+
+USER_COLUMNS = [
+    *("token_id", "gene_symbol", "genes", "expressions", "var_names", "_index", "index", "__index_level_0__"),
+    *("cell_id", "gene_metadata", "values", "class_labels", "counts", "library_size"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr", "", ".stream"])
+def test_no_column_of_a_user_changes_what_is_read(adata, tmp_path, monkeypatch, suffix):
+    """Whatever it is called: tokens of a tokenizer, say, are no positions."""
+    monkeypatch.setattr(cell_file, "ROWS_PER_CHUNK", 25)
+    plain = SCRDiTProcessor.from_anndata(adata, "cell_type", flavor="all", gene_ids_key="gene_ids")
+    expected = adata.copy()
+    for i, key in enumerate(USER_COLUMNS):
+        if key != "_index" or suffix not in (".h5ad", ".zarr"):  # which anndata does not write
+            adata.var[key] = np.random.default_rng(i).permutation(23)
+            if key not in ("genes", "expressions"):
+                adata.obs[key] = np.random.default_rng(i).permutation(60)
+    path = tmp_path / f"cells{suffix}"
+    if suffix in (".h5ad", ".zarr"):
+        write(adata, path)
+    else:
+        CellDataset.from_anndata(adata).save(path)
+    dataset = CellDataset.open(path, streaming=suffix == ".stream", cache_dir=tmp_path / "cache")
+    options = dict(flavor="all", gene_ids_key="gene_ids", token_key=dataset.token_key)
+    processor, _ = fit_dataset(dataset.rows, dataset.var, "cell_type", **options)
+    assert processor.to_json_string() == plain.to_json_string()
+    rows = next(dataset.iterate(60, ["genes", "expressions", "cell_type"]))
+    collate = CellCollator(processor, dataset.var, expect_counts=True, token_key=dataset.token_key)
+    assert np.array_equal(collate(rows)["counts"].numpy(), expected.X.toarray())
+    if suffix != ".stream":
+        again = dataset.to_anndata()
+        assert list(again.var_names) == list(adata.var_names)
+        pd.testing.assert_frame_equal(again.var, adata.var, check_names=False)
+        pd.testing.assert_frame_equal(again.obs.astype(str), adata.obs.reset_index(drop=True).rename(str).astype(str))
+
+
+def test_rows_of_genes_that_the_vocabulary_lacks_are_refused(adata, tmp_path):
+    CellDataset.from_anndata(adata).save(tmp_path / "cells")
+    pd.read_parquet(tmp_path / "cells" / "var.parquet").iloc[:20].to_parquet(tmp_path / "cells" / "var.parquet")
+    with pytest.raises(ValueError, match="vocabulary of 20 genes"):
+        read_cells(tmp_path / "cells")
 
 
 def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
@@ -217,7 +281,7 @@ def test_genes_of_tokens_may_be_named_by_ensembl_id(adata, tahoe, tmp_path):
 def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(fitting, "ROWS_PER_UPDATE", 13)
     dataset = CellDataset.open(tahoe, streaming=streaming, cache_dir=tmp_path / "cache")
-    processor, _ = fit_dataset(dataset.rows, dataset.var, ["drug", "plate"], flavor="all")
+    processor, _ = fit_dataset(dataset.rows, dataset.var, ["drug", "plate"], token_key="token_id", flavor="all")
     adata.obs = adata.obs.rename(columns={"cell_type": "drug", "batch": "plate"}).astype({"drug": str})
     expected = SCRDiTProcessor.from_anndata(adata, ["drug", "plate"], flavor="all")
     assert processor.composition == expected.composition
@@ -225,14 +289,14 @@ def test_a_processor_learned_from_tokens_is_that_of_the_cells(adata, tahoe, tmp_
     assert processor.gene_ids == expected.gene_ids
     np.testing.assert_allclose(processor.mean, expected.mean)
     rows = next(dataset.iterate(60, ["genes", "expressions", "drug", "plate"]))
-    values = CellCollator(processor, dataset.var, expect_counts=True)(rows)["counts"]
+    values = CellCollator(processor, dataset.var, True, dataset.token_key)(rows)["counts"]
     assert np.array_equal(values.numpy(), adata.X.toarray())
 
 
 def test_an_unknown_token_is_refused(tahoe, tmp_path):
     dataset = CellDataset.open(tahoe, cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"^\d+ .* tokens .*\bvar .* \d+"):
-        CellDataset(dataset.rows, dataset.var.iloc[:-3]).to_anndata()
+        CellDataset(dataset.rows, dataset.var.iloc[:-3], dataset.token_key).to_anndata()
 
 
 def test_integer_expressions_are_read():
@@ -264,7 +328,7 @@ def test_saving_fails_without_a_trace_and_replaces_what_was_there(adata, tmp_pat
     CellDataset.from_anndata(adata).save(tmp_path / "cells")
     other = adata[:20].copy()
     with monkeypatch.context() as context:
-        context.setattr(pd.DataFrame, "to_parquet", lambda *args: pytest.fail("no room"))
+        context.setattr(pq, "write_table", lambda *args: pytest.fail("no room"))
         with pytest.raises(pytest.fail.Exception):
             CellDataset.from_anndata(other).save(tmp_path / "cells")
     assert_same_cells(read_cells(tmp_path / "cells"), adata)

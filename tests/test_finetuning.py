@@ -1,5 +1,6 @@
 """Fine-tuning: which weights are kept for other genes and labels, LoRA, and the training script that uses both."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -115,6 +116,20 @@ def test_known_genes_and_labels_keep_their_statistics_and_order(pipe):
     assert np.array_equal(processor.mean, np.append(before.mean[:20], fitted.mean[20:]))
     assert np.array_equal(processor.std, np.append(before.std[:20], fitted.std[20:]))
     assert processor.conditions == {"cell_type": ["B", "Mono"], "batch": ["b1"]}
+
+
+def test_a_known_label_that_is_spelled_differently_is_refused(pipe):
+    known = pipe.processor
+    fitted = copy.deepcopy(known)
+    known.condition_categories[0] = ["1.0", "2.0", "3.0"]
+    fitted.condition_categories[0] = ["1", "2", "3"]
+    with pytest.raises(ValueError, match="the new cells and .* the pretrained model"):
+        finetuning.adapt_processor(known, fitted)
+
+
+def test_pretrained_genes_called_by_numbers_are_doubted(caplog):
+    finetuning.check_common_genes(["1", "2"], ["2", "3"])
+    assert "numbers such as 1" in caplog.text
 
 
 def test_composition_counts_the_new_cells_by_name(pipe):

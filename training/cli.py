@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import Field, field
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -14,21 +15,35 @@ from scrdit_diffusers.redaction import redact
 MAY_CHANGE = " (A resumed run may change it.)"
 
 
-class Join(argparse.Action):
-    """Join the values of a flag that is given several times; the first ones replace the default."""
+class StoreOnce(argparse.Action):
+    """Stores the value of a flag; a flag that comes again joins its list, or is refused with another value."""
+
+    given = None
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Add values to those of the namespace."""
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else before + values)
+        """Take in what follows a flag."""
+        if isinstance(values, list):
+            values = [*(self.given or []), *values]
+        elif self.given not in (None, values):
+            raise argparse.ArgumentError(self, f"given twice, as {self.given} and as {values}; keep one.")
+        self.given = values
+        setattr(namespace, self.dest, values)
 
 
 def arg(default, help, may_change=False, **kwargs):
     """Declare a command-line argument: its default, its help, and whether a resumed run may change it."""
     metadata = {"help": help + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata | {"action": Join})
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class Parser(HfArgumentParser):
+    """An argument for each field of a dataclass, see [`StoreOnce`]."""
+
+    def add_argument(self, *flags, **options):
+        """Add one argument."""
+        return super().add_argument(*flags, **{"action": StoreOnce} | options)
 
 
 def may_change(argument: Field) -> bool:
@@ -41,7 +56,7 @@ def parse(arguments_class):
 
     `sys.argv` is left without credentials: trackers record it, too.
     """
-    parser = HfArgumentParser(arguments_class)
+    parser = Parser(arguments_class)
     parser.error = lambda message: type(parser).error(parser, redact(message))
     arguments = parser.parse_args_into_dataclasses()[0]
     sys.argv[:] = redact(sys.argv)
@@ -66,3 +81,9 @@ def run(main: Callable, arguments_class: type, expected: tuple[type[Exception], 
         main(parse(arguments_class))
     except expected as error:
         sys.exit(f"error: {redact(str(error))}")
+
+
+def read_genes(path):
+    """Read a text file with one gene name per line; a name may hold blanks."""
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]

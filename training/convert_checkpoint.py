@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cli import arg, parse
+from cli import arg, parse, read_genes
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
 from scrdit_diffusers.atomic import write_atomically
@@ -240,7 +240,7 @@ def main(args: ConversionArguments) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(output) as temporary:
         if args.checkpoint:
-            genes = Path(args.genes).read_text().split() if args.genes else None
+            genes = read_genes(args.genes) if args.genes else None
             model = convert_to_transformer(read_checkpoint(args.checkpoint), args.num_attention_heads)
             options = (genes, args.target_sum, args.zero_negation, args.zero_value)
             processor = make_processor(model.config.num_genes, *options)

@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args, check_output_dir
 from checkpointing import TrainingState, find_checkpoint, find_checkpoints
-from cli import run
+from cli import read_genes, run
 from diffusers import DDPMScheduler
 from preview import draw_samples, validation_loss
 from safetensors import SafetensorError
@@ -241,6 +241,7 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
         args.dataset,
         layer=args.layer,
         expect_counts=args.value_space == "counts" or args.target_sum is not None,
+        obs_columns=args.labels_key,
         labels_key=args.labels_key,
         join=args.join,
         gene_key=args.gene_key,
@@ -250,7 +251,7 @@ def open_cells(args: TrainingArguments, accelerator: Accelerator, pretrained: SC
     train, val = dataset.split(args.labels_key, args.val_fraction, args.seed)
     processor, statistics = fit_processor(args, train, pretrained)
     num_train = int(statistics.num_cells.sum())
-    collate = CellCollator(processor, dataset.var, expect_counts=args.decode == "posterior")
+    collate = CellCollator(processor, dataset.var, args.decode == "posterior", dataset.token_key)
     rng = np.random.default_rng(args.seed)
     start_cells = collate(train.sample(MAX_START_CELLS, args.labels_key, rng))
     shown = val.sample(args.num_validation_cells, args.labels_key, rng)
@@ -281,8 +282,8 @@ def fit_processor(
     options = {name: getattr(args, name) for name in names}
     options |= {"n_top_genes": args.n_top_genes or default_num_genes(pretrained)}
     options |= {"name": str(args.dataset), "num_proc": args.preprocessing_num_workers}
-    options |= {"recover_counts": args.decode == "posterior"}
-    genes = Path(args.genes).read_text().split() if args.genes else None
+    options |= {"recover_counts": args.decode == "posterior", "token_key": train.token_key}
+    genes = read_genes(args.genes) if args.genes else None
     if pretrained is None:
         return fit_dataset(train.rows, train.var, args.labels_key, genes=genes, **options)
     known = pretrained.processor.var_names

@@ -161,9 +161,13 @@ class CellCollator:
         Gene vocabulary of the dataset.
     expect_counts
         Also give counts and library sizes, for a model with a count head.
+    token_key
+        That of the dataset, see [`CellDataset`].
     """
 
-    def __init__(self, processor: SCRDiTProcessor, var: pd.DataFrame, expect_counts: bool = False):
+    def __init__(
+        self, processor: SCRDiTProcessor, var: pd.DataFrame, expect_counts: bool = False, token_key: str | None = None
+    ):
         if expect_counts and not processor.models_counts:
             raise ValueError(
                 'expect_counts=True needs a processor whose model sees counts (value_space="counts" or recover_counts).'
@@ -171,7 +175,7 @@ class CellCollator:
         self.processor = processor
         self.expect_counts = expect_counts
         self.num_vars = len(var)
-        self.positions = token_positions(var)
+        self.positions = token_positions(var, token_key)
         self.columns = processor.gene_columns([str(gene) for gene in var.index])
 
     def __call__(self, rows: pa.Table) -> dict[str, torch.Tensor]:

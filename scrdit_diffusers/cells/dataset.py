@@ -6,7 +6,8 @@ memory except what is called AnnData, and only [`CellCollator`] makes values den
 """
 
 import glob
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,13 +17,15 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi, hf_hub_download
 
 from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.checks import check_label, get_matrix, label_categories
+from scrdit_diffusers.checks import check_label, get_matrix, label_categories, label_text
 from scrdit_diffusers.hub import explain_push
 
 from .anndata_builder import check_files, convert_files
+from .cell_file import READ_ERRORS, CellFile
 from .layout import (
     VALUE_COLUMNS,
     LabelNames,
@@ -39,6 +42,7 @@ from .layout import (
 from .moments import ROWS_PER_CHUNK
 
 ANNDATA_SUFFIXES = (".h5ad", ".zarr")
+TOKEN_KEY = b"scrdit_token_key"  # in the metadata of var.parquet: the column of tokens that `genes` holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,9 @@ class CellDataset:
     rows
         One row per cell: `genes`, `expressions` and the columns of obs, categoricals as `ClassLabel`.
     var
-        Gene vocabulary: `genes` holds positions in it, or its column `token_id` if it has one.
+        Gene vocabulary.
+    token_key
+        Column of var with the tokens that `genes` holds; `None` where `genes` holds positions in var.
 
     Examples
     --------
@@ -65,6 +71,7 @@ class CellDataset:
 
     rows: datasets.Dataset | datasets.IterableDataset
     var: pd.DataFrame
+    token_key: str | None = None
 
     @classmethod
     def open(
@@ -91,14 +98,14 @@ class CellDataset:
         source
             A `.h5ad` file, a `.zarr` store, a folder or glob pattern or list of them; a folder written by [`save`]; or
             a dataset of the same layout, as a local folder or on the Hub. Its vocabulary is `var.parquet`, or the
-            configuration `gene_metadata` with `gene_symbol`, `ensembl_id` and `token_id`.
+            configuration `gene_metadata` with `gene_symbol`, `ensembl_id` and, for rows of tokens, `token_id`.
         layer
             Of AnnData files: layer that holds the values; `None` takes X.
         expect_counts
             Of AnnData files: refuse values that are not counts; those of the first cells of each file are checked
             before anything is converted.
         obs_columns
-            Of AnnData files: columns of obs to keep; `None` keeps those that all files have.
+            Of AnnData files: columns of obs to keep; `None` keeps those that all files have and that can be read.
         labels_key
             Of AnnData files: columns of obs that each file must have.
         join
@@ -128,7 +135,7 @@ class CellDataset:
         OSError
             The cache cannot be written, or has no room.
         """
-        files = find_files(source) if isinstance(source, str | Path) else [Path(path) for path in source]
+        files = find_files(source) if isinstance(source, str | Path) else _visible(map(Path, source))
         for path in files:
             if not path.exists() or path.suffix not in ANNDATA_SUFFIXES:
                 raise FileNotFoundError(f"{path} does not exist, or is neither a .h5ad file nor a .zarr store.")
@@ -136,8 +143,8 @@ class CellDataset:
             return cls(*_load(str(source), gene_key, streaming, name, num_proc, cache_dir))
         if streaming:
             raise ValueError("streaming is for datasets; AnnData files are memory-mapped once converted.")
-        check_files(files, layer, expect_counts, obs_columns, labels_key)
-        return cls(*convert_files(files, layer, expect_counts, obs_columns, join, gene_key, num_proc, cache_dir))
+        columns = check_files(files, layer, expect_counts, obs_columns, labels_key)
+        return cls(*convert_files(files, layer, expect_counts, columns, join, gene_key, num_proc, cache_dir))
 
     @classmethod
     def from_anndata(
@@ -268,7 +275,8 @@ class CellDataset:
         rows = LabelNames(self._stored.features)(self._stored.with_format("arrow")[:])
         obs = rows_to_obs(rows, [key for key in rows.column_names if key not in VALUE_COLUMNS])
         obs.index = obs.index.astype(str)
-        return ad.AnnData(rows_to_matrix(rows, len(self.var), token_positions(self.var)), obs=obs, var=self.var)
+        positions = token_positions(self.var, self.token_key)
+        return ad.AnnData(rows_to_matrix(rows, len(self.var), positions), obs=obs, var=self.var)
 
     def save(self, folder: str | Path) -> None:
         """Write the cells and their gene vocabulary as a folder for [`open`] and [`read_cells`].
@@ -281,7 +289,20 @@ class CellDataset:
         rows = self._stored
         with write_atomically(folder) as temporary:
             rows.save_to_disk(str(temporary))
-            self.var.rename_axis("var_names").to_parquet(temporary / "var.parquet")
+            pq.write_table(self._vocabulary(), temporary / "var.parquet")
+
+    def _vocabulary(self) -> pa.Table:
+        """Genes as `var.parquet` stores them; a note in its metadata names the column of tokens."""
+        index = "var_names"
+        while index in self.var:  # a column of the user's
+            index = f"_{index}"
+        var = self.var.rename_axis(index)
+        for key in var.select_dtypes("object"):
+            if column_type(var[key]) == datasets.Value("string"):  # also where types are mixed
+                var[key] = var[key].map(label_text, na_action="ignore")
+        vocabulary = pa.Table.from_pandas(var)
+        note = {} if self.token_key is None else {TOKEN_KEY: self.token_key.encode()}
+        return vocabulary.replace_schema_metadata(vocabulary.schema.metadata | note)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | bool | None = None) -> None:
         """Publish the cells as a dataset on the Hub, with their gene vocabulary, for [`open`] and [`read_cells`].
@@ -300,11 +321,12 @@ class CellDataset:
         OSError
             The Hub refused, or cannot be reached; the message says what to do.
         """
-        vocabulary = self.var.rename_axis("var_names").to_parquet()
+        vocabulary = io.BytesIO()
+        pq.write_table(self._vocabulary(), vocabulary)
         with explain_push(repo_id):
             self.rows.push_to_hub(repo_id, private=private, token=token)
             HfApi(token=token).upload_file(
-                path_or_fileobj=vocabulary, path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
+                path_or_fileobj=vocabulary.getvalue(), path_in_repo="var.parquet", repo_id=repo_id, repo_type="dataset"
             )
 
 
@@ -329,11 +351,16 @@ def read_cells(source: str | Path) -> ad.AnnData:
         The file is of another kind.
     """
     path = Path(source)
-    if path.suffix == ".h5ad" and path.is_file():
-        return ad.read_h5ad(path)
-    if path.suffix == ".zarr" and path.is_dir():
-        return ad.read_zarr(path)
-    return CellDataset(*_load(str(source))).to_anndata()
+    if path.suffix not in ANNDATA_SUFFIXES or not path.exists():
+        return CellDataset(*_load(str(source))).to_anndata()
+    with CellFile(path) as file:
+        usable = list(file.usable_columns())
+    try:
+        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+    except READ_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {error} Copy or write the file again.") from error
+    adata.obs = adata.obs[[key for key in adata.obs if key in usable]]
+    return adata
 
 
 def split_cells(
@@ -382,10 +409,16 @@ def find_files(source: str | Path) -> list[Path]:
     if path.suffix in ANNDATA_SUFFIXES and path.exists():
         return [path]
     if path.is_dir():
-        return sorted(part for part in path.iterdir() if part.suffix in ANNDATA_SUFFIXES)
+        return sorted(part for part in _visible(path.iterdir()) if part.suffix in ANNDATA_SUFFIXES)
     if any(character in str(source) for character in "*?["):
-        return sorted(Path(name) for name in glob.glob(str(source)) if Path(name).suffix in ANNDATA_SUFFIXES)
+        found = _visible(map(Path, glob.glob(str(source))))
+        return sorted(path for path in found if path.suffix in ANNDATA_SUFFIXES)
     return []
+
+
+def _visible(paths: Iterable[Path]) -> list[Path]:
+    """Leave out the files that macOS puts beside others on foreign disks, such as `._cells.h5ad`."""
+    return [path for path in paths if not path.name.startswith("._")]
 
 
 def _load(
@@ -395,13 +428,13 @@ def _load(
     name: str | None = None,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, pd.DataFrame]:
-    """[`CellDataset.open`] for a folder or a dataset on the Hub."""
+) -> tuple[datasets.Dataset | datasets.IterableDataset, pd.DataFrame, str | None]:
+    """[`CellDataset.open`] for a folder or a dataset on the Hub: rows, genes and the column of tokens."""
     path = Path(source)
     if (path / "state.json").is_file() and (path / "var.parquet").is_file():
         rows = datasets.load_from_disk(source)
-        var = _index_genes(pd.read_parquet(path / "var.parquet"), gene_key)
-        return rows.to_iterable_dataset() if streaming else rows, var
+        var, token_key = _read_vocabulary(source)
+        return rows.to_iterable_dataset() if streaming else rows, _index_genes(var, gene_key), token_key
     if path.exists() and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
         raise ValueError(
             f"{path} is neither a .h5ad file, nor a .zarr store, nor a folder of them or one that CellDataset.save "
@@ -409,25 +442,31 @@ def _load(
         )
     if not path.exists() and (path.suffix in ANNDATA_SUFFIXES or len(path.parts) != 2):
         raise FileNotFoundError(f"{path} does not exist.")
-    var = _index_genes(_read_vocabulary(source), gene_key)
+    var, token_key = _read_vocabulary(source)
     options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
     cache = None if cache_dir is None else str(cache_dir)
     rows = datasets.load_dataset(source, name, split="train", cache_dir=cache, **options)
     missing = [key for key in VALUE_COLUMNS if rows.features is not None and key not in rows.features]
     if missing:
         raise ValueError(f"{source} has no columns {missing}, only {list(rows.features)}: it does not hold cells.")
-    return rows, var
+    return rows, _index_genes(var, gene_key), token_key
 
 
-def _read_vocabulary(source: str) -> pd.DataFrame:
-    """Read the genes of a folder or of a dataset on the Hub."""
-    if (Path(source) / "var.parquet").is_file():
-        return pd.read_parquet(Path(source) / "var.parquet")
-    if "gene_metadata" in datasets.get_dataset_config_names(source):
-        return datasets.load_dataset(source, "gene_metadata", split="train").to_pandas()
-    if Path(source).exists():
-        raise ValueError(f"{source} has no gene vocabulary: neither var.parquet nor the configuration gene_metadata.")
-    return pd.read_parquet(hf_hub_download(source, "var.parquet", repo_type="dataset"))
+def _read_vocabulary(source: str) -> tuple[pd.DataFrame, str | None]:
+    """Read the genes of a folder or of a dataset on the Hub, and which of their columns holds tokens."""
+    path = Path(source) / "var.parquet"
+    if not path.is_file():
+        if "gene_metadata" in datasets.get_dataset_config_names(source):
+            var = datasets.load_dataset(source, "gene_metadata", split="train").to_pandas()
+            return var, "token_id" if "token_id" in var else None
+        if Path(source).exists():
+            raise ValueError(
+                f"{source} has no gene vocabulary: neither var.parquet nor the configuration gene_metadata."
+            )
+        path = Path(hf_hub_download(source, "var.parquet", repo_type="dataset"))
+    table = pq.read_table(path)
+    token_key = (table.schema.metadata or {}).get(TOKEN_KEY)
+    return table.to_pandas(), None if token_key is None else token_key.decode()
 
 
 def _index_genes(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:

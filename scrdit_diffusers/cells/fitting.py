@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +36,7 @@ from scrdit_diffusers.launch import without_main_module
 from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts, row_sums
 
+from .anndata_builder import READ_ONLY
 from .gene_selection import GeneSelection
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
@@ -389,6 +391,7 @@ def fit_dataset(
     labels_key: str | Sequence[str] = (),
     num_proc: int | None = None,
     name: str = "the data",
+    token_key: str | None = None,
     **options: Any,
 ) -> tuple[SCRDiTProcessor, CellMoments]:
     """Learn genes, transform and labels from a table, in two passes over it ("seurat_v3": three).
@@ -406,6 +409,10 @@ def fit_dataset(
         Column(s) that condition the model.
     num_proc
         Processes that go through a table on disk, each its share of parts of a million cells.
+    name
+        What to call the values in messages.
+    token_key
+        That of the dataset, see [`CellDataset`].
     **options
         As for [`SCRDiTProcessor.from_anndata`].
 
@@ -419,7 +426,7 @@ def fit_dataset(
         As [`SCRDiTProcessor.from_anndata`].
     """
     labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key)
-    features, positions = table.features, token_positions(var)
+    features, positions = table.features, token_positions(var, token_key)
     if features is not None:
         for key in labels_key:
             check_label(pd.DataFrame(columns=[key for key in features if key not in VALUE_COLUMNS]), key)
@@ -437,10 +444,17 @@ def fit_dataset(
 
     if isinstance(table, datasets.IterableDataset) or not table.cache_files:
         return fit()
-    key = Hasher.hash([table._fingerprint, var.to_csv(), labels_key, sorted(options.items()), FIT_VERSION])
+    key = Hasher.hash([table._fingerprint, var.to_csv(), token_key, labels_key, sorted(options.items()), FIT_VERSION])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "scrdit_processors" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with ExitStack() as stack:
+        if not folder.exists():
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(f"{folder}.lock"))
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                return fit()
         if not folder.exists():
             processor, statistics = fit()
             unfinished = Path(f"{folder}.incomplete")

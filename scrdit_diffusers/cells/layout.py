@@ -1,10 +1,11 @@
 """The layout of cells in a dataset, one row per cell: to Arrow, and back to SciPy and pandas.
 
 A row has `genes` (list of int32 positions in the gene vocabulary), `expressions` (list of float32) and the columns of
-obs, categoricals as `ClassLabel`. This is the layout of the large public collections. Where the vocabulary has a column
-`token_id`, as in tahoebio/Tahoe-100M, `genes` holds these tokens instead, and a row may begin with a special token.
+obs, categoricals as `ClassLabel`. This is the layout of the large public collections. Where these use tokens, as
+tahoebio/Tahoe-100M does, `genes` holds tokens instead, and a row may begin with a special token.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
+
+from scrdit_diffusers.checks import label_text
 
 VALUE_COLUMNS = ["genes", "expressions"]
 MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
@@ -34,7 +37,10 @@ def column_type(column: pd.Series) -> Any:
     """Type that a column of obs has in a dataset."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         return class_label([str(name) for name in column.cat.categories])
-    schema = pa.Schema.from_pandas(column.to_frame("column"), preserve_index=False)
+    try:
+        schema = pa.Schema.from_pandas(column.to_frame("column"), preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of mixed types, such as 1 and "X"
+        return datasets.Value("string")
     return datasets.Features.from_arrow_schema(schema.remove_metadata())["column"]
 
 
@@ -47,6 +53,20 @@ def check_obs_columns(columns: Sequence[str]) -> None:
         )
 
 
+def whole_number(name: str) -> str:
+    """Write a label such as 1.0 as the integer 1, which other files may hold; any other label stays as it is."""
+    return name[:-2] if re.fullmatch(r"-?\d+\.0", name) else name
+
+
+def join_labels(names_of_files: Sequence[Sequence[str]]) -> list[str]:
+    """Labels of a column of several files, in the order of occurrence; 1 stands for 1.0 unless a file has both."""
+    joined = list(dict.fromkeys(name for names in names_of_files for name in names))
+    distinct = {name for names in names_of_files for name in names if whole_number(name) in set(names) - {name}}
+    return [
+        name for name in joined if whole_number(name) == name or name in distinct or whole_number(name) not in joined
+    ]
+
+
 def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str, pa.Array]:
     """Columns of obs as a dataset stores them."""
     columns: dict[str, pa.Array] = {}
@@ -55,12 +75,16 @@ def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str
         if isinstance(feature, datasets.ClassLabel):
             names = pd.Index(feature.names)
             categories = pd.Categorical(column)
-            codes = np.append(names.get_indexer(categories.categories.astype(str)), -1)[categories.codes]
+            found = categories.categories.astype(str)
+            of_category = names.get_indexer(found)
+            of_category = np.where(of_category < 0, names.get_indexer(found.map(whole_number)), of_category)
+            codes = np.append(of_category, -1)[categories.codes]
             columns[key] = pa.array(codes, pa.int64(), mask=codes < 0)
-        elif feature.dtype == "string":
-            columns[key] = pa.array(column.astype(object).map(str, na_action="ignore"), pa.string(), from_pandas=True)
+        elif feature == datasets.Value("string"):
+            texts = column.astype(object).map(label_text, na_action="ignore")
+            columns[key] = pa.array(texts, pa.string(), from_pandas=True)
         else:
-            columns[key] = pa.array(column, feature.pa_type, from_pandas=True)
+            columns[key] = pa.array(column, features.arrow_schema.field(key).type, from_pandas=True)
     return columns
 
 
@@ -79,11 +103,11 @@ def dataset_features(columns: dict[str, Any]) -> datasets.Features:
     return datasets.Features(values | columns)
 
 
-def token_positions(var: pd.DataFrame) -> np.ndarray | None:
-    """Position in the vocabulary of each token, -1 for others; `None` where `genes` holds positions."""
-    if "token_id" not in var:
+def token_positions(var: pd.DataFrame, token_key: str | None) -> np.ndarray | None:
+    """Position in the vocabulary of each token of a column of var, -1 for others; `None` without such a column."""
+    if token_key is None:
         return None
-    tokens = var["token_id"].to_numpy()
+    tokens = var[token_key].to_numpy()
     positions = np.full(tokens.max() + 1, -1)
     positions[tokens] = np.arange(len(var))
     return positions
@@ -105,7 +129,7 @@ def rows_to_matrix(rows: pa.Table, num_vars: int, positions: np.ndarray | None =
     Raises
     ------
     ValueError
-        A token is not in the vocabulary.
+        A token or position is not in the vocabulary.
     """
     genes, expressions = rows["genes"].combine_chunks(), rows["expressions"].combine_chunks()
     indptr = np.concatenate([[0], np.cumsum(np.asarray(genes.value_lengths(), dtype=np.int64))])
@@ -122,6 +146,12 @@ def rows_to_matrix(rows: pa.Table, num_vars: int, positions: np.ndarray | None =
         if (indices < 0).any():
             tokens = np.asarray(genes.flatten())[~special][indices < 0]
             raise ValueError(f"{len(tokens)} values belong to tokens that var does not have, such as {tokens[0]}.")
+    if len(indices) and not 0 <= indices.min() <= indices.max() < num_vars:
+        wrong = indices[(indices < 0) | (indices >= num_vars)]
+        raise ValueError(
+            f"{len(wrong)} values belong to gene {wrong[0]} or others that the vocabulary of {num_vars} genes does not "
+            "have: these rows were saved with another var."
+        )
     return sp.csr_matrix((data, indices, indptr), shape=(rows.num_rows, num_vars))
 
 

@@ -116,7 +116,8 @@ def train_model(args: AblationArguments, name: str, cells: Path, labels: list[st
         str(args.num_train_epochs),
     ]
     command += ["--lr_warmup_steps", str(args.lr_warmup_steps), "--validation_steps", "1000000"]
-    command += ["--report_to", "none", "--seed", str(args.seed), *ROWS[name].split()]  # the last of two seeds counts
+    row = ROWS[name].split()
+    command += ["--report_to", "none", *row, *([] if "--seed" in row else ["--seed", str(args.seed)])]
     if name == PER_LABEL:
         runs = {label: ["--dataset", str(cells / f"train-{i}.h5ad")] for i, label in enumerate(labels)}
     else:
