@@ -190,61 +190,65 @@ class PageWarnings(logging.Handler):
         gr.Warning(html.escape(record.getMessage()))
 
 
-def build_page(sources: dict[str, Source]) -> gr.Blocks:
-    """Lay out the page, whose one job is `answer`."""
+def describe(source: Source) -> str:
+    """Say what a pipeline makes, and what real cells its figures show."""
+    seen = "There are no real cells of its dataset here: no figures are drawn."
+    if source.real is not None:
+        seen = f"The figures show {source.real.n_obs:,} real cells: {source.real.uns['about']}."
+    return f"**{source.name}** generates the counts of {source.pipe.processor.num_genes:,} genes. {seen}"
 
-    def describe(name: str) -> str:
-        source = sources[name]
-        seen = "There are no real cells of its dataset here: no figures are drawn."
+
+def offer_labels(source: Source) -> dict:
+    """Offer the labels of a pipeline with their numbers of training cells."""
+    key = source.labels_key
+    numbers = source.pipe.processor.label_counts.get(key, {})
+    choices = [(f"{label} ({number:,})", label) for label, number in numbers.items()]
+    return dict(choices=choices, value=[], label=key or "labels", visible=key is not None)
+
+
+def answer(source: Source, fields: tuple, progress: gr.Progress) -> Iterator[tuple]:
+    """Fill the page for a form: summary, figures, table and download."""
+    try:
+        cells = generate(source, *fields, on_progress=lambda share, text: progress(share, desc=text))
+    except (TypeError, ValueError) as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    made = cells.uns["scrdit"]
+    summary = f"**{cells.n_obs:,} cells** with seed {made['seed']}, "
+    summary += f"in {made['num_inference_steps']} steps of {made['scheduler']}."
+    with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the files when it asks for more
+        file = Path(folder) / f"{source.name}-seed-{made['seed']}.h5ad"
+        cells.write_h5ad(file, compression="gzip")
+        figures = [None, None]
         if source.real is not None:
-            seen = f"The figures show {source.real.n_obs:,} real cells: {source.real.uns['about']}."
-        return f"**{name}** generates the counts of {source.pipe.processor.num_genes:,} genes. {seen}"
+            progress(None, desc="Drawing the figures")
+            figures = draw_figures(source, cells, Path(folder))
+        yield summary, *figures, tabulate(cells, source.labels_key), gr.DownloadButton(value=file, interactive=True)
 
-    def offer_labels(name: str) -> dict:
-        source = sources[name]
-        numbers = source.pipe.processor.label_counts.get(source.labels_key, {})
-        choices = [(f"{label} ({number:,})", label) for label, number in numbers.items()]
-        return dict(
-            choices=choices, value=[], label=source.labels_key or "labels", visible=source.labels_key is not None
-        )
 
-    def answer(name: str, *fields: object, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-        source = sources[name]
-        try:
-            cells = generate(source, *fields, on_progress=lambda share, text: progress(share, desc=text))
-        except (TypeError, ValueError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
-        made = cells.uns["scrdit"]
-        summary = f"**{cells.n_obs:,} cells** with seed {made['seed']}, "
-        summary += f"in {made['num_inference_steps']} steps of {made['scheduler']}."
-        with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the files when it asks for more
-            file = Path(folder) / f"{name}-seed-{made['seed']}.h5ad"
-            cells.write_h5ad(file, compression="gzip")
-            figures = [None, None]
-            if source.real is not None:
-                progress(None, desc="Drawing the figures")
-                figures = draw_figures(source, cells, Path(folder))
-            yield summary, *figures, tabulate(cells, source.labels_key), gr.DownloadButton(value=file, interactive=True)
+def build_page(sources: dict[str, Source]) -> gr.Blocks:
+    """Lay out the page: a form on the left, what it gives on the right."""
 
-    first = next(iter(sources))
+    def on_choice(name: str) -> tuple:
+        return describe(sources[name]), gr.Dropdown(**offer_labels(sources[name]))
+
+    def on_click(name: str, *fields: object, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
+        yield from answer(sources[name], fields, progress)
+
+    first = next(iter(sources.values()))
     picture = dict(format="png", show_label=False, interactive=False, buttons=["download", "fullscreen"])
     with gr.Blocks(title="Virtual single cells", delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                name = gr.Dropdown(list(sources), value=first, label="Pipeline", visible=len(sources) > 1)
-                labels = gr.Dropdown(
-                    **offer_labels(first),
-                    multiselect=True,
-                    info="In brackets: training cells. Empty: all, in these shares.",
-                )
+                name = gr.Dropdown(list(sources), value=first.name, label="Pipeline", visible=len(sources) > 1)
+                hint = "In brackets: training cells. Empty: all, in these shares."
+                labels = gr.Dropdown(**offer_labels(first), multiselect=True, info=hint)
                 shares = gr.Textbox("", label="Shares", info="Of the chosen ones: 70, 30. Empty: equal.")
                 with gr.Row():
                     num_cells = gr.Number(200, label="Cells", min_width=100)
                     seed = gr.Number(0, label="Seed", min_width=100)
-                library_size = gr.Textbox(
-                    "", label="Counts per cell", info="Empty: as training cells of the same label."
-                )
+                hint = "Empty: as training cells of the same label."
+                library_size = gr.Textbox("", label="Counts per cell", info=hint)
                 with gr.Row():
                     scheduler = gr.Dropdown(SCHEDULERS, value=SCHEDULERS[0], label="Scheduler", min_width=180)
                     steps = gr.Number(25, label="Steps", min_width=80)
@@ -264,11 +268,11 @@ def build_page(sources: dict[str, Source]) -> gr.Blocks:
                         table = gr.Dataframe(show_label=False, interactive=False)
                         gr.Markdown("The first cells and the genes with the largest means. The download has them all.")
                 gr.Markdown(CAVEAT)
-        name.change(lambda name: (describe(name), gr.Dropdown(**offer_labels(name))), name, [about, labels])
+        name.change(on_choice, name, [about, labels])
         inputs = [name, labels, shares, num_cells, library_size, seed, scheduler, steps]
         shown = [umap, genes, table]
         button.click(
-            answer,
+            on_click,
             inputs,
             [summary, *shown, download],
             show_progress_on=shown,
