@@ -29,7 +29,10 @@ def read_cells(path: Path) -> None:
 def read_pipeline(path: Path) -> None:
     pipe = SCRDiTPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
-    pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    try:
+        pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    except ValueError as error:  # of numbers in the weights, which no header tells
+        raise ValueError(f"{path}: {error}" if "NaN" in str(error) else str(error)) from error
 
 
 def main(kind: str, folder: str, memory: str) -> None:
