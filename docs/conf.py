@@ -1,0 +1,88 @@
+"""Settings of the documentation; `make docs` builds it, with or without a network."""
+
+import re
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from docutils.utils.math.latex2mathml import tex2mathml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "scrdit_diffusers"
+author = "the scrdit_diffusers developers"
+version = release = installed_version("scrdit-diffusers")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+html_theme = "furo"
+html_title = "scrdit_diffusers"
+html_math_renderer = "mathml"
+copybutton_prompt_text = ">>> "
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = False
+napoleon_custom_sections = ["Returns", "Yields"]  # they hold sentences, without a type in the first line
+default_role = "code"  # `name` in a docstring
+
+
+def is_reachable(address: str) -> bool:
+    """Whether the inventory of another project can be read now."""
+    try:
+        urllib.request.urlopen(f"{address}objects.inv", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+OTHER_DOCS = {
+    "anndata": "https://anndata.readthedocs.io/en/stable/",
+    "matplotlib": "https://matplotlib.org/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "pandas": "https://pandas.pydata.org/docs/",
+    "python": "https://docs.python.org/3/",
+    "scipy": "https://docs.scipy.org/doc/scipy/",
+    "sklearn": "https://scikit-learn.org/stable/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+}
+with ThreadPoolExecutor() as pool:
+    reachable = list(pool.map(is_reachable, OTHER_DOCS.values()))
+intersphinx_mapping = {
+    name: (address, None) for (name, address), there in zip(OTHER_DOCS.items(), reachable, strict=True) if there
+}
+# Names of this package must resolve. Those of others do where their inventory was reached and has them.
+nitpick_ignore_regex = [("py:.*", r"(?!\.?scrdit_diffusers\b).*")]
+
+
+def convert_docstring(app, what, name, obj, options, lines):
+    """Turn what docstrings share with diffusers and Markdown into reStructuredText: links, and indented formulas."""
+    text = re.sub(r"\[`~?(?:[a-z_]+\.)*([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
+    text = re.sub(r"(?m)^( *)(\S.*\n\n)(?=\1 +\S)", r"\1\2\1::\n\n", text)
+    lines[:] = text.split("\n")
+
+
+def show_math(self, node):
+    """Write a formula as MathML, which browsers draw without a script from elsewhere."""
+    self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    raise __import__("docutils").nodes.SkipNode
+
+
+def setup(app):
+    """Register the two above."""
+    app.connect("autodoc-process-docstring", convert_docstring, priority=400)  # before napoleon
+    app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
