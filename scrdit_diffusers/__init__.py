@@ -6,6 +6,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import FeatureExtractionMixin
 
+from .augmentation import augment
 from .cells.batches import CellBatches, CellCollator
 from .cells.dataset import CellDataset, read_cells, split_cells
 from .cells.fitting import fit_dataset
@@ -14,6 +15,9 @@ from .count_head import SCRDiTCountHead
 from .initialization import count_bins, initialize_from_cells
 from .objective import FoldChangePrior, diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
+from .pipeline_scrdit_annotate import SCRDiTAnnotatePipeline
+from .pipeline_scrdit_denoise import SCRDiTDenoisePipeline
+from .pipeline_scrdit_simulate import SCRDiTSimulatePipeline, draw_effects
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
 from .schedulers import default_scheduler
@@ -26,14 +30,19 @@ __all__ = [
     "CellCollator",
     "CellDataset",
     "FoldChangePrior",
+    "SCRDiTAnnotatePipeline",
     "SCRDiTCountHead",
+    "SCRDiTDenoisePipeline",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
     "SCRDiTProcessor",
+    "SCRDiTSimulatePipeline",
     "SCRDiTTransformer",
+    "augment",
     "count_bins",
     "default_scheduler",
     "diffusion_loss",
+    "draw_effects",
     "fit_dataset",
     "initialize_from_cells",
     "push_remote_code",

@@ -101,20 +101,23 @@ class CountPosterior(NamedTuple):
         timestep
             Shape (B,); need not be integers.
         """
-        logits = self.logits(log_mean, noisy, timestep)
-        with torch.autocast(noisy.device.type, enabled=False):
-            means = [
-                torch.bmm(logit.softmax(dim=1).transpose(1, 2), group.value[..., None])[..., 0]  # (genes, B)
-                for logit, group in zip(logits, self.groups, strict=True)
-            ]
-        return self._unsort(torch.cat(means))
+        return self._expected([group.value for group in self.groups], log_mean, noisy, timestep)
+
+    def mean_count(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Posterior mean of the counts that `sample` draws, shape (B, G); parameters as in `mean`."""
+        return self._expected([group.mean_count for group in self.groups], log_mean, noisy, timestep)
 
     def nll(
-        self, counts: torch.Tensor, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+        self,
+        counts: torch.Tensor,
+        log_mean: torch.Tensor,
+        noisy: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood of counts (B, G), averaged over genes, shape (B,); the rest as in `mean`.
 
-        A count beyond a gene's last bin counts as in that bin.
+        A count beyond a gene's last bin counts as in that bin. Without `noisy` the likelihood is that of `log_mean`,
+        labels and library size alone, which a gene's own noisy value does not enter.
         """
         counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
@@ -151,12 +154,17 @@ class CountPosterior(NamedTuple):
             drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
         return self._unsort(torch.cat(drawn))
 
-    def logits(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
-        """Unnormalized log posterior of the bins, of shape (genes, bins, B) for each group of genes.
+    def logits(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Unnormalized log posterior of the bins, of shape (genes, bins, B) for each group of genes; see `nll`.
 
         Cells are the last axis, because a softmax over a short contiguous axis is slow.
         """
-        alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
+        if noisy is None or timestep is None:
+            noisy, alpha_bar = torch.zeros_like(log_mean), log_mean.new_zeros(len(log_mean), 1)  # (B, G), (B, 1)
+        else:
+            alpha_bar = self.alpha_bar(timestep)[:, None]  # (B, 1)
         log_odds = log_mean - torch.logaddexp(log_mean, self.log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
         quadratic = (-alpha_bar / (1 - alpha_bar) / 2).T  # (1, B)
@@ -178,6 +186,18 @@ class CountPosterior(NamedTuple):
         above = timestep.ceil().long()
         alpha_bar = torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[above], timestep - below)
         return alpha_bar.clamp(1e-8, 1 - 1e-5)
+
+    def _expected(
+        self, values: list[torch.Tensor], log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Posterior mean (B, G) of what bins stand for, given as (genes, bins) for each group of genes."""
+        logits = self.logits(log_mean, noisy, timestep)
+        with torch.autocast(noisy.device.type, enabled=False):
+            means = [
+                torch.bmm(logit.softmax(dim=1).transpose(1, 2), value[..., None])[..., 0]  # (genes, B)
+                for logit, value in zip(logits, values, strict=True)
+            ]
+        return self._unsort(torch.cat(means))
 
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:
         """Reorder values (G, B) of the sorted genes to (B, G) in the order of the model."""

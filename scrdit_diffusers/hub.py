@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import HfApi, hf_hub_download
@@ -298,6 +298,12 @@ class SafeModelMixin:
                 raise OSError(f"Could not write the weights to {folder}: {error}") from error
         make_readable(folder)
 
+    @functools.wraps(ModelMixin.to)
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
+        if args == (None, self.dtype) and not kwargs:  # type: ignore[attr-defined]
+            return self  # `DiffusionPipeline.from_pipe` casts to the same dtype, and diffusers would warn of it
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
     @functools.wraps(ModelMixin.enable_group_offload)
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """Offload as `ModelMixin.enable_group_offload` does, and remember if weights go to disk."""
@@ -354,6 +360,11 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
         """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Share the components of a loaded pipeline as `DiffusionPipeline.from_pipe` does, but keep their dtype."""
+        return super().from_pipe(pipeline, **{"dtype": pipeline.dtype} | kwargs)  # type: ignore[misc]
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -190,12 +190,22 @@ class Denoiser:
         self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
         """Draw counts (B, G) from their posterior at timestep `t` with uniform random numbers (B, G)."""
+        posterior, *given = self._count_posterior(output, t, x_t)
+        return posterior.sample(*given, uniform)  # (B, G)
+
+    def mean_counts(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """Mean (B, G) of the counts that [`Denoiser.draw_counts`] draws."""
+        posterior, *given = self._count_posterior(output, t, x_t)
+        return posterior.mean_count(*given)  # (B, G)
+
+    def _count_posterior(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> tuple:
+        """Posterior of the counts, and what its methods take: log means, noisy cells (B, G), timesteps (B,)."""
         assert output.count_log_mean is not None and self.transformer.count_head is not None
         log_mean = guide(output.count_log_mean, self.guidance_scale)  # (B, G)
         check_finite(log_mean)
         posterior = self.transformer.count_head(self.class_labels, self.library_size)
         noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
-        return posterior.sample(log_mean, noisy, t.expand(len(noisy)), uniform)  # (B, G)
+        return posterior, log_mean, noisy, t.expand(len(noisy))
 
 
 def denoise(

@@ -1,0 +1,72 @@
+"""Augmentation: real cells and new ones of rare labels in one AnnData."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+
+from .checks import check_label
+from .pipeline_scrdit import SCRDiTPipeline
+
+
+def augment(
+    pipe: SCRDiTPipeline, adata: ad.AnnData, labels_key: str, to: int | Mapping[str, int], **kwargs: Any
+) -> ad.AnnData:
+    """Add generated cells until each label has as many as wanted.
+
+    Parameters
+    ----------
+    pipe
+        A pipeline trained on cells like those of `adata`, with the condition `labels_key`.
+    adata
+        Real cells, values as in the training data, with at least the model's genes.
+    labels_key
+        Column of `adata.obs` that holds the label.
+    to
+        Number of cells, real and generated, that each label with fewer is brought to; or a number for each label that
+        is to grow.
+    kwargs
+        For [`SCRDiTPipeline.__call__`], such as `generator`, `batch_size` or `library_size`.
+
+    Returns
+    -------
+    AnnData of the model's genes: the real cells, then the new ones. `obs["synthetic"]` tells them apart; columns of
+    `obs` that are not conditions of the model are missing (NaN) for the new cells.
+
+    Raises
+    ------
+    ValueError
+        A label or the column is unknown, a number is not positive, or no label has fewer cells than wanted.
+
+    Examples
+    --------
+    ```python
+    balanced = augment(pipe, adata, "cell_type", to=200, generator=torch.manual_seed(0))
+    ```
+    """
+    known = pipe.processor.conditions.get(labels_key)
+    if known is None:
+        raise ValueError(
+            f"labels_key {labels_key!r} is not a condition of the model: {list(pipe.processor.conditions)}."
+        )
+    check_label(adata.obs, labels_key, "adata.obs")
+    present = adata.obs[labels_key].astype(str).value_counts()
+    wanted = dict(to) if isinstance(to, Mapping) else {label: to for label in present.index if label in known}
+    if unknown := [label for label in wanted if label not in known]:
+        raise ValueError(f"to: {labels_key} has no label {unknown} in the model, only {known}.")
+    if bad := {label: number for label, number in wanted.items() if number < 1}:
+        raise ValueError(f"to must be at least 1 cell, got {bad}.")
+    missing = {label: number - int(present.get(label, 0)) for label, number in wanted.items()}
+    labels = [label for label, number in missing.items() for _ in range(number)]
+    if not labels:
+        raise ValueError(f"to: every label has that many cells already: {present.to_dict()}.")
+    real = adata[:, pipe.processor.gene_columns(adata.var_names)]
+    real = ad.AnnData(real.X, obs=adata.obs.assign(synthetic=False), var=adata.var.loc[real.var_names])
+    new = pipe(conditions={labels_key: labels}, **kwargs).adata
+    assert new is not None
+    new.var_names = real.var_names
+    joined = ad.concat([real, new], join="inner", merge="first")
+    joined.obs = pd.concat([real.obs, new.obs]).set_axis(joined.obs_names)
+    joined.uns["scrdit"] = new.uns["scrdit"]
+    return joined

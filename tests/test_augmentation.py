@@ -1,0 +1,43 @@
+"""Augmentation: how many cells of which label, and what tells real from new ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from scrdit_diffusers import augment
+
+
+def test_labels_grow_to_the_number_asked_for(count_pipe, adata):
+    numbers = adata.obs["cell_type"].value_counts()
+    both = augment(count_pipe, adata, "cell_type", to=25, generator=torch.manual_seed(0))
+    assert both.obs["cell_type"].value_counts().to_dict() == numbers.clip(lower=25).to_dict()
+    real = both[~both.obs["synthetic"].astype(bool)]
+    assert np.array_equal(real.X.toarray(), adata.X.toarray()) and list(real.obs_names) == list(adata.obs_names)
+    assert real.obs["age"].equals(adata.obs["age"]) and both.obs["age"].isna().sum() == both.n_obs - adata.n_obs
+
+
+def test_only_named_labels_grow(count_pipe, adata):
+    before = adata.obs["cell_type"].value_counts()
+    both = augment(count_pipe, adata, "cell_type", to={"NK": before["NK"] + 3}, generator=torch.manual_seed(0))
+    new = both[both.obs["synthetic"].astype(bool)]
+    assert new.n_obs == 3 and set(new.obs["cell_type"]) == {"NK"}
+
+
+def test_genes_follow_the_model(count_pipe, adata):
+    both = augment(count_pipe, adata[:, ::-1].copy(), "cell_type", to=25, generator=torch.manual_seed(0))
+    assert list(both.var_names) == count_pipe.processor.var_names
+    assert np.array_equal(both.X[:60].toarray(), adata.X.toarray())
+
+
+@pytest.mark.parametrize(
+    ("labels_key", "to", "message"),
+    [
+        ("celltype", 25, "labels_key.*'celltype'"),
+        ("cell_type", {"Mast": 9}, "Mast"),
+        ("cell_type", {"NK": 0}, "NK.*0"),
+        ("cell_type", 1, "to: "),
+    ],
+)
+def test_wrong_requests_are_refused(count_pipe, adata, labels_key, to, message):
+    with pytest.raises(ValueError, match=message):
+        augment(count_pipe, adata, labels_key, to=to)

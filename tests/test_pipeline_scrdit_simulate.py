@@ -1,0 +1,93 @@
+"""Simulation with known truth: planted effects, means, the null hypothesis, wrong input."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scrdit_diffusers import SCRDiTSimulatePipeline, draw_effects
+
+EFFECTS = {"treated": {"gene3": 1.0, "gene7": -2.0}}
+
+
+@pytest.fixture
+def simulate(count_pipe):
+    """With a network that adds nothing to what labels and library size say."""
+    for part in (count_pipe.transformer.proj_out, count_pipe.transformer.cell_out):
+        for parameter in part.parameters():
+            torch.nn.init.zeros_(parameter)
+    simulate = SCRDiTSimulatePipeline.from_pipe(count_pipe)
+    simulate.set_progress_bar_config(disable=True)
+    return simulate
+
+
+@pytest.fixture
+def design():
+    return pd.DataFrame(
+        {"cell_type": "B", "batch": ["b1", "b2"] * 1000, "group": ["control"] * 1000 + ["treated"] * 1000},
+        index=[f"new{i}" for i in range(2000)],
+    )
+
+
+def test_effects_are_recovered_and_other_genes_do_not_change(simulate, design):
+    adata = simulate(design, EFFECTS, library_size=60, num_inference_steps=2, generator=torch.manual_seed(0))
+    counts = adata.X.toarray()
+    treated = (design["group"] == "treated").to_numpy()
+    means = [counts[side].mean(axis=0) for side in (treated, ~treated)]
+    error = np.sqrt(sum(counts[side].var(axis=0) / side.sum() for side in (treated, ~treated)))
+    factor = 2.0 ** adata.varm["log2_fold_change"]["treated"].to_numpy()
+    assert (np.abs(means[0] - factor * means[1]) < 4.5 * error * np.maximum(factor, 1)).all()
+    assert adata.var_names[adata.var["changed"]].tolist() == ["gene3", "gene7"]
+    assert adata.obs["group"].tolist() == design["group"].tolist() and list(adata.obs_names) == list(design.index)
+
+
+def test_counts_scatter_around_their_means(simulate, design):
+    adata = simulate(design, EFFECTS, num_inference_steps=2, generator=torch.manual_seed(0))
+    counts, means = adata.X.toarray(), adata.layers["mean"]
+    error = counts.std(axis=0) / np.sqrt(len(counts))
+    assert (np.abs((counts - means).mean(axis=0)) < 4.5 * error).all()
+
+
+def test_library_sizes_are_those_that_were_asked_for(simulate, design):
+    """Before effects, whatever the largest one is."""
+    adata = simulate(design, {"treated": {"gene0": 0.5}}, library_size=60, generator=torch.manual_seed(0))
+    control = adata.X[:1000].sum(axis=1)
+    assert control.mean() == pytest.approx(60, rel=0.05)
+
+
+def test_it_is_a_function_of_the_seed(simulate, design):
+    cells = [
+        simulate(design[::100], EFFECTS, num_inference_steps=2, generator=torch.manual_seed(seed)).X.toarray()
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(cells[0], cells[1]) and not np.array_equal(cells[0], cells[2])
+
+
+def test_effects_are_drawn_as_asked():
+    effects = draw_effects([f"gene{i}" for i in range(400)], ["a", "b"], num_genes=300, std=0.5)
+    values = np.array(list(effects["a"].values()))
+    assert len(values) == 300 and values.std() == pytest.approx(0.5, rel=0.2) and effects["a"] != effects["b"]
+
+
+@pytest.mark.parametrize(
+    ("effects", "options", "message"),
+    [
+        ({"treatd": {"gene0": 1.0}}, {}, "treatd"),
+        ({"treated": {"geneX": 1.0}}, {}, "geneX"),
+        ({"treated": {"gene0": np.inf}}, {}, "gene0.*inf"),
+        (EFFECTS, {"group_key": "arm"}, "group_key.*'arm'"),
+    ],
+)
+def test_wrong_effects_are_refused(simulate, design, effects, options, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(design, effects, **options)
+
+
+def test_a_design_without_a_label_is_refused(simulate, design):
+    with pytest.raises(ValueError, match=r"\['cell_type'\]"):
+        simulate(design.drop(columns="cell_type"), EFFECTS)
+
+
+def test_more_changed_genes_than_genes_are_refused():
+    with pytest.raises(ValueError, match="num_genes.*3"):
+        draw_effects(["a", "b"], ["treated"], num_genes=3)
