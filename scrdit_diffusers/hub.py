@@ -359,7 +359,7 @@ class SafePipelineMixin(CogVideoXLoraLoaderMixin):
             `use_safetensors=False` was given.
         """
         with load_safely(pretrained_model_name_or_path, kwargs) as kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

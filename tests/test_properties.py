@@ -121,7 +121,6 @@ def faults(adata, layer, key, expect_counts) -> list[str]:
     return [word for word, wrong in found.items() if wrong]
 
 
-@pytest.mark.xfail(reason="columns called token_id, and sparse zarr with chunks left out, until the reader is mended")
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 @PROFILE
 @given(cells(), st.sampled_from([".h5ad", ".zarr"]), st.booleans())

@@ -162,3 +162,8 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path, damage):
     pipe = SCRDiTPipeline.from_pretrained(folder)
     with pytest.raises(ValueError, match=str(tmp_path)):
         pipe.load_lora_weights(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path / "nowhere")):
+        SCRDiTPipeline.from_pretrained(tmp_path / "nowhere")
