@@ -6,6 +6,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from textwrap import indent
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -72,9 +73,10 @@ nitpick_ignore_regex = [("py:(?!obj).*", r"(?!scrdit_diffusers\b).*"), ("py:obj"
 
 
 def convert_docstring(app, what, name, obj, options, lines):
-    """Turn what docstrings share with diffusers and Markdown into reStructuredText: links, and indented formulas."""
+    """Turn what docstrings share with diffusers into reStructuredText: links, indented formulas and fenced code."""
     text = re.sub(r"\[`~?(?:scrdit_diffusers\.(?:[a-z_]+\.)*)?([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
     text = re.sub(r"(?m)^( *)(\S.*\n\n)(?=\1 +\S)", r"\1\2\1::\n\n", text)
+    text = re.sub(r"(?ms)^```python\n(.*?)^```$", lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text)
     lines[:] = text.split("\n")
 
 
