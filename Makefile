@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SPACE := $(VENV)/space
 
 .DEFAULT_GOAL := help
-.PHONY: help demo space test quick lint format wheel benchmark sizes clean
+.PHONY: help demo space test quick lint format wheel docs benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, r
 	$(PYTHON) -m venv outputs/wheel/venv
 	outputs/wheel/venv/bin/pip install --quiet --constraint constraints.txt "$$(ls outputs/wheel/*.whl)[train]"
 	cd outputs/wheel && venv/bin/scrdit demo
+
+docs: $(INSTALLED)  ## build the documentation: outputs/docs/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d outputs/doctrees docs outputs/docs
 
 benchmark: $(INSTALLED)  ## measure training and sampling speed against the paper's model
 	$(BIN)/python training/benchmarks/speed.py

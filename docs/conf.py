@@ -6,10 +6,13 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from textwrap import indent
 
+from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
+import records  # noqa: E402  (the module beside this file)
 
 project = "scrdit_diffusers"
 author = "the scrdit_diffusers developers"
@@ -22,7 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_generated"]
 nitpicky = True
 html_theme = "furo"
 html_title = "scrdit_diffusers"
@@ -65,24 +68,47 @@ with ThreadPoolExecutor() as pool:
 intersphinx_mapping = {
     name: (address, None) for (name, address), there in zip(OTHER_DOCS.items(), reachable, strict=True) if there
 }
-# Names of this package must resolve. Those of others do where their inventory was reached and has them.
-nitpick_ignore_regex = [("py:.*", r"(?!\.?scrdit_diffusers\b).*")]
+# Links of this package must resolve, and so must its types. Those of others do where their inventory was reached.
+nitpick_ignore_regex = [("py:(?!obj).*", r"(?!scrdit_diffusers\b).*"), ("py:obj", r"None|typing\..*|diffusers\..*")]
 
 
 def convert_docstring(app, what, name, obj, options, lines):
-    """Turn what docstrings share with diffusers and Markdown into reStructuredText: links, and indented formulas."""
-    text = re.sub(r"\[`~?(?:[a-z_]+\.)*([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
+    """Turn what docstrings share with diffusers into reStructuredText: links, indented formulas and fenced code."""
+    text = re.sub(r"\[`~?(?:scrdit_diffusers\.(?:[a-z_]+\.)*)?([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
     text = re.sub(r"(?m)^( *)(\S.*\n\n)(?=\1 +\S)", r"\1\2\1::\n\n", text)
+    text = re.sub(r"(?ms)^```python\n(.*?)^```$", lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text)
     lines[:] = text.split("\n")
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leave out the fields of a NamedTuple, which its parameters describe."""
+    return skip or str(obj.__doc__).startswith("Alias for field number")
+
+
+# Where the targets of links that leave docs/ are on this site.
+PAGES = {
+    "../training/LOG.md": "log.md",
+    "../hub_cards/space/README.md": "how-to.md",
+    "../hub_cards)": "quality.md)",
+}
+
+
+def convert_links(app, docname, content):
+    """Point links that work in the repository at pages of this site."""
+    for there, here in PAGES.items():
+        content[0] = content[0].replace(f"]({there}", f"]({here}")
 
 
 def show_math(self, node):
     """Write a formula as MathML, which browsers draw without a script from elsewhere."""
     self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
-    raise __import__("docutils").nodes.SkipNode
+    raise nodes.SkipNode
 
 
 def setup(app):
-    """Register the two above."""
+    """Write what the pages include, and register the functions above."""
+    records.write_all()
+    app.connect("source-read", convert_links)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("autodoc-process-docstring", convert_docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))

@@ -195,8 +195,8 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Add noise to cells, denoise them once, and compute the loss.
 
-    Without a count head the loss is w(t) |prediction - target|^2 / G; with one it is -log p(counts | noisy cell) / G
-    plus the prior.
+    Without a count head the loss is `w(t) |prediction - target|^2 / G`; with one it is
+    `-log p(counts | noisy cell) / G` plus the prior.
 
     Parameters
     ----------

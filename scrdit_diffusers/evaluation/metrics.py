@@ -179,7 +179,7 @@ def effect_size_slopes(
     """Slope through the origin of log fold changes in x on those in y, by label and pooled ("all"). 1 is best.
 
     `sum_g f_g(x) f_g(y) / sum_g f_g(y)^2`, with f_g the mean log-normalized value of gene g in the label minus that
-    in all other cells; below 1 if a model blurs the labels. Genes are the `n_genes` with the largest |f_g| in train:
+    in all other cells; below 1 if a model blurs the labels. Genes are the `n_genes` with the largest `|f_g|` in train:
     choosing them in y would favor f_g(y) that are large by chance, and push the slope below 1.
     """
 
