@@ -11,9 +11,7 @@ from cli import arg, may_change, parse, read_genes
 class SomeArguments:
     labels_key: list[str] = arg([], "A list.")
     steps: list[int] = arg([5, 10], "A list with a default.")
-    layer: str | None = arg(None, "Text.")
     seed: int = arg(0, "A number.")
-    streaming: bool = arg(False, "A switch.")
 
 
 def parsed(monkeypatch, *arguments):
@@ -36,19 +34,9 @@ def test_lists_of_a_flag_that_comes_twice_are_joined(monkeypatch, arguments):
     assert parsed(monkeypatch).steps == [5, 10]  # nothing is left of an earlier command line
 
 
-@pytest.mark.parametrize(
-    ("flag", "first", "second"),
-    [("--seed", "0", "1"), ("--layer", "counts", "raw"), ("--streaming", "True", "False"), ("--seed", "3", "0")],
-)
-def test_a_flag_with_two_values_is_refused(monkeypatch, capsys, flag, first, second):
-    with pytest.raises(SystemExit):
-        parsed(monkeypatch, flag, first, flag, second)
-    message = capsys.readouterr().err
-    assert all(word in message for word in (flag, first, second))
-
-
-def test_a_flag_with_the_same_value_twice_is_taken(monkeypatch):
-    assert parsed(monkeypatch, "--seed", "3", "--seed=3", "--streaming", "--streaming").seed == 3
+def test_the_last_value_of_another_flag_counts(monkeypatch):
+    """So that a script can append what its user wants changed."""
+    assert parsed(monkeypatch, "--seed", "3", "--seed=4").seed == 4
 
 
 def test_gene_names_are_lines(tmp_path):

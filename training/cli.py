@@ -15,35 +15,21 @@ from scrdit_diffusers.redaction import redact
 MAY_CHANGE = " (A resumed run may change it.)"
 
 
-class StoreOnce(argparse.Action):
-    """Stores the value of a flag; a flag that comes again joins its list, or is refused with another value."""
-
-    given = None
+class Join(argparse.Action):
+    """Joins the values of a flag that is given several times; the first ones replace the default."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Take in what follows a flag."""
-        if isinstance(values, list):
-            values = [*(self.given or []), *values]
-        elif self.given not in (None, values):
-            raise argparse.ArgumentError(self, f"given twice, as {self.given} and as {values}; keep one.")
-        self.given = values
-        setattr(namespace, self.dest, values)
+        """Add values to those of the namespace."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else before + values)
 
 
 def arg(default, help, may_change=False, **kwargs):
     """Declare a command-line argument: its default, its help, and whether a resumed run may change it."""
     metadata = {"help": help + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata | {"action": Join})
     return field(default=default, metadata=metadata)
-
-
-class Parser(HfArgumentParser):
-    """An argument for each field of a dataclass, see [`StoreOnce`]."""
-
-    def add_argument(self, *flags, **options):
-        """Add one argument."""
-        return super().add_argument(*flags, **{"action": StoreOnce} | options)
 
 
 def may_change(argument: Field) -> bool:
@@ -56,7 +42,7 @@ def parse(arguments_class):
 
     `sys.argv` is left without credentials: trackers record it, too.
     """
-    parser = Parser(arguments_class)
+    parser = HfArgumentParser(arguments_class)
     parser.error = lambda message: type(parser).error(parser, redact(message))
     arguments = parser.parse_args_into_dataclasses()[0]
     sys.argv[:] = redact(sys.argv)
