@@ -223,11 +223,13 @@ def test_nothing_is_overwritten_by_a_run_that_cannot_start(train_here, trained, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_resuming_what_is_to_be_overwritten_is_refused(train_here, trained, dataset, tmp_path):
-    shutil.copytree(trained, tmp_path / "model")
-    with pytest.raises(ValueError, match="--overwrite_output_dir .*--resume_from_checkpoint latest"):
-        train_here(dataset, tmp_path / "model", "--overwrite_output_dir", "--resume_from_checkpoint", "latest")
-    assert [path.name for path in find_checkpoints(tmp_path / "model")] == ["checkpoint-6", "checkpoint-8"]
+def test_what_is_resumed_from_is_not_overwritten(train_here, trained, dataset, tmp_path):
+    output_dir = tmp_path / "model"
+    shutil.copytree(trained, output_dir)
+    arguments = ["--overwrite_output_dir", "--resume_from_checkpoint", "latest", "--max_train_steps", "9"]
+    train_here(dataset, output_dir, "--labels_key", "cell_type", "--checkpoints_total_limit", "9", *arguments)
+    assert [path.name for path in find_checkpoints(output_dir)] == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+    assert json.loads((output_dir / "train_config.json").read_text())["resumed_from_step"] == 8
 
 
 def test_a_folder_in_which_another_run_trains_is_refused(train_here, dataset, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from scripts import TRAINING  # so that scripts can be imported by name
+from transformers import HfArgumentParser
 
 import scrdit_diffusers
 from scrdit_diffusers.commands import COMMANDS
@@ -51,10 +52,9 @@ def commands(page):
 @pytest.mark.parametrize("page", [p for p in PAGES if list(commands(p))], ids=lambda p: str(p.relative_to(DOCS)))
 def test_commands_are_understood(page):
     """By the parsers of the scripts; what the files hold is not looked at."""
-    cli = importlib.import_module("cli")
     for name, arguments in commands(page):
         assert name in COMMANDS and (TRAINING / f"{name}.py").exists()
         module, arguments_class = ARGUMENTS[name]
-        parser = cli.Parser(getattr(importlib.import_module(module), arguments_class))
+        parser = HfArgumentParser(getattr(importlib.import_module(module), arguments_class))
         parser.error = lambda message, call=(name, *arguments): pytest.fail(f"{' '.join(call)}: {message}")
         parser.parse_args_into_dataclasses(arguments)

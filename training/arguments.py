@@ -127,7 +127,9 @@ class TrainingArguments:
     class_dropout_prob: float = arg(0.02, "Share of cells trained without labels, for classifier-free guidance.")
     # optimization
     output_dir: str = arg("scrdit-model", "Folder of the pipeline, the checkpoints and the logs.", True)
-    overwrite_output_dir: bool = arg(False, "Start over and delete the checkpoints in --output_dir.", True)
+    overwrite_output_dir: bool = arg(
+        False, "Start over and delete the checkpoints in --output_dir, unless one is resumed from.", True
+    )
     seed: int = arg(0, "Seed of all randomness.")
     train_batch_size: int | None = recipe_arg("train_batch_size", "Cells per step and process.")
     max_train_steps: int | None = arg(
@@ -254,11 +256,6 @@ def check_args(args: TrainingArguments) -> None:
     if args.lora_rank and not args.pretrained_model_name_or_path:
         raise ValueError(
             f"--lora_rank {args.lora_rank} needs --pretrained_model_name_or_path: adapters change a trained model."
-        )
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        raise ValueError(
-            f"--overwrite_output_dir deletes what --resume_from_checkpoint {args.resume_from_checkpoint} continues: "
-            "give the second to go on with an earlier run, the first to start over."
         )
     check_files(args)
     check_output_dir(args)

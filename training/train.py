@@ -383,7 +383,7 @@ def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, check
     if settings.push_to_hub:  # before training, so that a wrong name or token costs nothing
         name = settings.hub_model_id or Path(settings.output_dir).name
         repo_id = hub.prepare_repository(name, settings.hub_private_repo, settings.hub_token)
-    if settings.overwrite_output_dir:
+    if settings.overwrite_output_dir and checkpoint is None:
         for path in find_checkpoints(settings.output_dir):
             delete_folder(path)
     # A killed run may have logged steps that will be repeated.
