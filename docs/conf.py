@@ -76,7 +76,9 @@ def convert_docstring(app, what, name, obj, options, lines):
     """Turn what docstrings share with diffusers into reStructuredText: links, indented formulas and fenced code."""
     text = re.sub(r"\[`~?(?:scrdit_diffusers\.(?:[a-z_]+\.)*)?([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
     text = re.sub(r"(?m)^( *)(\S.*\n\n)(?=\1 +\S)", r"\1\2\1::\n\n", text)
-    text = re.sub(r"(?ms)^```python\n(.*?)^```$", lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text)
+    text = re.sub(
+        r"(?ms)^```python\n(.*?)^```$", lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text
+    )
     lines[:] = text.split("\n")
 
 

@@ -34,7 +34,9 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "save
 
 def read_records() -> dict[str, dict[str, Any]]:
     """The evaluations in the repository, by the name of the pipeline."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(REPOSITORY.glob("hub_cards/*/metrics.json"))}
+    return {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(REPOSITORY.glob("hub_cards/*/metrics.json"))
+    }
 
 
 def overall(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -55,8 +57,12 @@ def draw_realism(records: dict[str, dict[str, Any]]) -> None:
             strong = source in ("value", "ceiling")
             color = {"value": "tab:blue", "ceiling": "black"}.get(source)
             axes.plot(
-                *zip(*points, strict=True), styles[source], label=title, color=color,
-                markersize=(14 if source == "ceiling" else 8) if strong else 5, alpha=1 if strong else 0.6,
+                *zip(*points, strict=True),
+                styles[source],
+                label=title,
+                color=color,
+                markersize=(14 if source == "ceiling" else 8) if strong else 5,
+                alpha=1 if strong else 0.6,
             )
         axes.set(xlabel=METRIC_NAMES[metric], ylim=(len(records) - 0.5, -0.5))
     panels[0].set_yticks(range(len(records)), records)
@@ -97,8 +103,18 @@ def quality_table(records: dict[str, dict[str, Any]]) -> str:
             others = [row.get(source) for source in ("ceiling", "gaussian_copula", "scvi_prior")]
             met = {True: "yes", False: "no", None: ""}[row["met"]]
             numbers = ["" if value is None else f"{value:.3f}" for value in others]
-            rows.append([f"[{name}](cards/{name}.md)" if metric == SHOWN[0] else "", METRIC_NAMES[metric], spread, *numbers, met])
-    return make_table(["pipeline", "metric", "generated", "other real cells", "Gaussian copula", "scVI's prior", "aim met"], rows)
+            rows.append(
+                [
+                    f"[{name}](cards/{name}.md)" if metric == SHOWN[0] else "",
+                    METRIC_NAMES[metric],
+                    spread,
+                    *numbers,
+                    met,
+                ]
+            )
+    return make_table(
+        ["pipeline", "metric", "generated", "other real cells", "Gaussian copula", "scVI's prior", "aim met"], rows
+    )
 
 
 def arguments_table(module: str, arguments_class: str) -> str:
@@ -106,7 +122,11 @@ def arguments_table(module: str, arguments_class: str) -> str:
     rows = []
     for argument in fields(getattr(importlib.import_module(module), arguments_class)):
         default = argument.default if argument.default is not MISSING else argument.default_factory()
-        shown = "" if default in (None, []) else f"`{' '.join(map(str, default)) if isinstance(default, list) else default}`"
+        shown = (
+            ""
+            if default in (None, [])
+            else f"`{' '.join(map(str, default)) if isinstance(default, list) else default}`"
+        )
         text = argument.metadata["help"].replace("%%", "%").replace("*", "\\*")
         rows.append([f"`--{argument.name}`", shown, text])
     return make_table(["argument", "default", "meaning"], rows)

@@ -240,9 +240,11 @@ def find_genes(genes: Sequence[str], var_names: Sequence[str], num_expressing: n
     columns = pd.Index(var_names).get_indexer(pd.Index(genes))
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
-        raise ValueError(f"{len(missing)} of {len(genes)} genes are not in adata.var_names, such as {missing[:5]}.")
+        raise ValueError(f"genes: {len(missing)} of {len(genes)} are not in adata.var_names, such as {missing[:5]}.")
+    if not len(columns):
+        raise ValueError("genes is empty: list at least one gene.")
     if num_expressing is not None and not num_expressing[columns].any():
-        raise ValueError(f"All {len(columns)} genes are zero in every training cell: there is nothing to learn.")
+        raise ValueError(f"genes: all {len(columns)} are zero in every training cell, so there is nothing to learn.")
     if num_expressing is not None and not num_expressing[columns].all():
         silent = (num_expressing[columns] == 0).sum()
         logger.warning("%d of the %d genes are zero in every training cell.", silent, len(columns))

@@ -159,7 +159,9 @@ def adapt_processor(pretrained: SCRDiTProcessor, fitted: SCRDiTProcessor, keep_l
         label differently.
     """
     if pretrained.value_step is not None or fitted.value_step is not None:
-        raise ValueError("Values that are not log1p of scaled counts have steps of their own: train from scratch.")
+        raise ValueError(
+            "value_step: values that are not log1p of scaled counts cannot be fine-tuned on; train from scratch."
+        )
     before = pretrained.conditions
     categories = []
     composition = np.array(fitted.composition, dtype=np.int64)  # (combinations, K + 1)

@@ -284,7 +284,9 @@ class SafeModelMixin:
         folder = saving_folder(save_directory, kwargs)
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
         if offloaded or getattr(self, "_weights_on_disk", False):
-            raise ValueError("The weights are offloaded: save the model before that, or load it anew and save that.")
+            raise ValueError(
+                "save_pretrained: the weights are offloaded; save before that, or load the model anew and save it."
+            )
         if any(".base_layer." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
             raise ValueError(
                 "A LoRA adapter is loaded, and weights saved with it could not be loaded again. Fuse it into them by "

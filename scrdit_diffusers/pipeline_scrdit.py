@@ -184,9 +184,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 "generator must be a torch.Generator such as torch.manual_seed(0), or a list with one per cell."
             )
         if isinstance(generator, list) and len(generator) != num_cells:
-            raise ValueError(
-                f"A list of generators must hold one per cell: got {len(generator)} for {num_cells} cells."
-            )
+            raise ValueError(f"generator must be a list with one per cell: got {len(generator)} for {num_cells} cells.")
         if latents is not None and not isinstance(latents, torch.Tensor):
             raise TypeError(f"latents must be a torch.Tensor, got {type(latents).__name__}.")
         shape = (num_cells, self.transformer.config.num_genes)
@@ -265,7 +263,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 f"library_size has shape {sizes.shape} for {num_cells} cells; give one number for all, or one per cell."
             )
         if not (np.isfinite(sizes).all() and (sizes >= 1).all()):
-            raise ValueError("library_size must be at least 1: it is the total count of a cell.")
+            raise ValueError(f"library_size must be at least 1, the total count of a cell; got {np.min(sizes):g}.")
 
     def _check_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> None:
         last = self.scheduler.config.num_train_timesteps - 1
@@ -277,8 +275,9 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError("decode_timestep needs a transformer with a count head; this one has none.")
         if not self.config.min_timestep <= (decode_timestep or 0) <= last:
             raise ValueError(
-                f"This model was trained on timesteps {self.config.min_timestep} to {last} and cannot decode at "
-                f"{decode_timestep or 0}" + (", as rounding the last sample would." if not decode_timestep else ".")
+                f"decode_timestep: this model was trained on timesteps {self.config.min_timestep} to {last} and cannot "
+                f"decode at {decode_timestep or 0}"
+                + ("." if decode_timestep else ", as rounding the last sample would.")
             )
 
     def prepare_class_labels(

@@ -150,7 +150,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
                     f"{name} has shape {shape}, expected one entry for each of {self.num_genes} var_names."
                 )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
-            raise ValueError("mean and std must be finite, and std positive.")
+            bad = (~np.isfinite(self.mean) | ~np.isfinite(self.std) | (self.std <= 0)).sum()
+            raise ValueError(f"mean and std must be finite, and std positive; {bad} of {self.num_genes} genes are not.")
         if not (np.isfinite([self.zero_value, self.zero_threshold]).all() and np.isfinite(self.value_min).all()):
             raise ValueError("zero_value, zero_threshold and value_min must be finite.")
         self._check_labels()
@@ -158,7 +159,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def _check_labels(self) -> None:
         """Raise ValueError unless conditions, composition and library sizes belong together."""
         if len(self.condition_keys) != len(self.condition_categories):
-            raise ValueError("condition_keys and condition_categories must have the same length.")
+            lengths = (len(self.condition_keys), len(self.condition_categories))
+            raise ValueError(f"condition_keys and condition_categories must have the same length, got {lengths}.")
         for key, names in self.conditions.items():
             if len(set(names)) != len(names):
                 raise ValueError(f"condition_categories repeats a label of {key!r}.")
@@ -169,7 +171,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
                 if not 0 <= code < len(names):
                     raise ValueError(f"composition holds the code {code} of {len(names)} labels.")
         if self.log_library_sizes and len(self.log_library_sizes) != len(self.composition):
-            raise ValueError("log_library_sizes must have one row for each of composition.")
+            lengths = (len(self.log_library_sizes), len(self.composition))
+            raise ValueError(f"log_library_sizes must have one row for each of composition, got {lengths}.")
         if len({len(row) for row in self.log_library_sizes}) > 1:
             raise ValueError("log_library_sizes must have rows of one length.")
         if not all(
@@ -354,7 +357,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         """[`get_counts`] for a checked matrix whose gene columns are known, as in a training batch."""
         counts, library_sizes = self.value_kind.model_values(matrix, columns)
         if library_sizes is None:
-            raise ValueError("The model of this processor sees log-normalized values themselves, not as counts.")
+            raise ValueError(f"value_space={self.value_space!r}: this model sees the values themselves, not counts.")
         return counts, library_sizes
 
     def normalize(self, counts: sp.csr_matrix, library_sizes: np.ndarray | None = None) -> sp.csr_matrix:
@@ -404,7 +407,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             and self.value_space != "counts"
             and not np.array_equal(values.data, np.rint(values.data))
         ):
-            raise ValueError("This model sees the counts behind log-normalized values: transform those of get_counts.")
+            raise ValueError("values are not counts, which this model sees: transform those that get_counts returns.")
         dense = np.repeat(((kind.zero - self.mean) / self.std)[None], values.shape[0], axis=0)  # (cells, G)
         rows = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
         columns = values.indices
@@ -512,7 +515,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         for key, labels in (conditions or {}).items():
             if key not in self.condition_keys:
                 raise ValueError(
-                    f"Unknown condition {key!r}; the model's conditions are {self.condition_keys or 'none'}."
+                    f"conditions: {key!r} is unknown; the model's conditions are {self.condition_keys or 'none'}."
                 )
             column = pd.Series([labels] * num_cells if np.ndim(labels) == 0 else list(labels))
             if len(column) != num_cells:

@@ -251,7 +251,7 @@ def denoise(
 def check_finite(values: torch.Tensor) -> None:
     """Raise ValueError if the network gave NaN or infinite values."""
     if not torch.isfinite(values).all():
-        raise ValueError("The model returned NaN or infinite values. Is it trained, and its dtype not float16?")
+        raise ValueError("transformer returned NaN or infinite values. Is it trained, and its dtype not float16?")
 
 
 def cells_to_anndata(

@@ -475,11 +475,12 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         num_conditions = len(self.class_embed)
         if class_labels is None:
             class_labels = self.null_labels.expand(batch_size, -1)  # (B, K)
+        given = tuple(class_labels.shape)
         if class_labels.ndim == 1:
             class_labels = class_labels[:, None]  # (B, 1)
         if class_labels.shape != (batch_size, num_conditions):
             raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)}, expected ({batch_size}, "
+                f"class_labels has shape {given}, expected ({batch_size}, "
                 f"{num_conditions}): one code for each cell and condition."
             )
         return class_labels

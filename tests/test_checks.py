@@ -102,10 +102,10 @@ REFUSED_DATA = {
     "genes not in the data": (
         lambda a: None,
         dict(genes=["gene1", "CD4"]),
-        r"1 of 2 genes .*adata\.var_names.*\['CD4'\]",
+        r"^genes: 1 of 2 .*adata\.var_names.*\['CD4'\]",
     ),
-    "all-zero gene list": (zero_gene, dict(genes=["gene4"]), r"All 1 genes"),
-    "empty gene list": (lambda a: None, dict(genes=[]), r"All 0 genes"),
+    "all-zero gene list": (zero_gene, dict(genes=["gene4"]), r"^genes: .* 1 "),
+    "empty gene list": (lambda a: None, dict(genes=[]), r"^genes "),
     "all-zero matrix": (zero_all, {}, r"All genes"),
     "n_top_genes": (lambda a: None, dict(n_top_genes=0), r"n_top_genes .* 0\b"),
     "flavor": (lambda a: None, dict(flavor="pearson"), r"flavor .*'pearson'"),

@@ -500,10 +500,10 @@ def test_library_sizes_out_of_reach_are_told(count_pipe, caplog):
 @pytest.mark.parametrize(
     ("library_size", "error", "message"),
     [
-        (0, ValueError, "library_size .* 1: "),
-        (-5.0, ValueError, "library_size .* 1: "),
-        ([50, float("nan")], ValueError, "library_size .* 1: "),
-        (float("inf"), ValueError, "library_size .* 1: "),
+        (0, ValueError, r"library_size .* 0\.$"),
+        (-5.0, ValueError, r"library_size .* -5\.$"),
+        ([50, float("nan")], ValueError, "library_size .* nan"),
+        (float("inf"), ValueError, "library_size .* inf"),
         ([50, 60, 70], ValueError, r"library_size .*\(3,\) .* 2 "),
         ([[50, 60]], ValueError, r"library_size .*\(1, 2\) .* 2 "),
         ("large", TypeError, "library_size .*'large'"),
@@ -587,7 +587,7 @@ REFUSED_CALLS = {
     "conditions unknown key": (
         dict(conditions={"tissue": "lung"}),
         ValueError,
-        r"condition 'tissue'.*\['cell_type', 'batch'\]",
+        r"conditions: 'tissue'.*\['cell_type', 'batch'\]",
     ),
     "conditions unknown label": (dict(conditions={"cell_type": "NKT"}), ValueError, r"cell_type 'NKT'.*'NK'.*\['T'"),
     "conditions length": (
@@ -602,7 +602,7 @@ REFUSED_CALLS = {
     ),
     "eta above one": (dict(eta=2), ValueError, r"^eta .* 2\.$"),
     "eta without DDIM": (dict(eta=0.5), ValueError, r"UniPCMultistepScheduler .*eta=0\.5 .*DDIMScheduler"),
-    "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "generators .* 1 .* 2 "),
+    "generators": (dict(num_cells=2, generator=[seeded()]), ValueError, "^generator .* 1 .* 2 "),
     "generator a seed": (dict(generator=0), TypeError, r"^generator .*torch\.Generator"),
     "latents shape": (dict(latents=torch.zeros(2, 22)), ValueError, r"latents .*\(2, 22\).*\(2, 23\)"),
     "latents no tensor": (dict(latents=np.zeros((2, 23))), TypeError, "latents .*ndarray"),

@@ -417,7 +417,7 @@ def test_refuses_another_number_of_genes(processor, method):
     [
         ({"cell_type": "Tt"}, r"cell_type 'Tt'.*'T'.*\['T', 'B', 'NK'\]"),
         ({"cell_type": ["T", "monocyte"]}, r"cell_type 'monocyte'.*\['T', 'B', 'NK'\]"),
-        ({"tissue": "blood"}, r"condition 'tissue'.*\['cell_type', 'batch'\]"),
+        ({"tissue": "blood"}, r"conditions: 'tissue'.*\['cell_type', 'batch'\]"),
         ({"cell_type": ["T"]}, r"conditions\['cell_type'\] .* 1 .* 2 "),
         ({"cell_type": ["T", None]}, r"'cell_type'.* 1 NaN"),
     ],

@@ -174,7 +174,7 @@ def convert_to_published(model: SCRDiTTransformer) -> dict[str, torch.Tensor]:
         f"patch_embed_type={config.patch_embed_type!r}": config.patch_embed_type != "shared",
         f"num_classes={config.num_classes}": bool(config.num_classes),
         "a count head": config.count_bins is not None,
-        f"{config.num_genes} genes, no multiple of patch_size={config.patch_size},": config.num_genes
+        f"{config.num_genes} genes (no multiple of patch_size={config.patch_size})": config.num_genes
         % config.patch_size
         != 0,
     }

@@ -182,7 +182,8 @@ def compare(
         columns = {name: f"synthetic[{name!r}]" for name in synthetic}
         reserved = {"metric", "group", "n_cells", "ceiling", "better", "aim"} & set(columns)
         if reserved or not columns:
-            raise ValueError(f"synthetic needs at least one set, none of them named {sorted(reserved) or 'metric'}.")
+            wrong = f"sets named {sorted(reserved)}, which are columns of the result" if reserved else "none"
+            raise ValueError(f"synthetic must be at least one set of cells by name, got {wrong}.")
     else:
         columns, synthetic = {"value": "synthetic"}, {"value": synthetic}
     groups = {"real": real} | {columns[name]: adata for name, adata in synthetic.items()} | {"train": train}
