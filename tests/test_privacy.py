@@ -238,6 +238,8 @@ def test_every_donor_is_in_and_out_equally_often(benchmark):
     choices = benchmark.choose_donors(list("abcdefgh"), 6, seed=0)
     assert len(choices) == 6 and all(len(choice) == 4 for choice in choices)
     assert Counter(itertools.chain.from_iterable(choices)) == dict.fromkeys("abcdefgh", 3)
+    with pytest.raises(ValueError, match="--num_choices.*3"):
+        benchmark.choose_donors(list("abcd"), 3, seed=0)
 
 
 @pytest.fixture

@@ -71,6 +71,8 @@ class PrivacyArguments:
 
 def choose_donors(donors: Sequence[str], num_choices: int, seed: int) -> list[list[str]]:
     """Choose halves of the donors, every second one what the one before leaves out."""
+    if num_choices < 2 or num_choices % 2:
+        raise ValueError(f"--num_choices must be an even number from 2 on, got {num_choices}.")
     rng, choices = np.random.default_rng(seed), []
     for _ in range(num_choices // 2):
         order = rng.permutation(donors).tolist()
