@@ -12,7 +12,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
-import records  # noqa: E402  (the module beside this file)
+import records
 
 project = "scrdit_diffusers"
 author = "the scrdit_diffusers developers"
@@ -30,6 +30,10 @@ nitpicky = True
 html_theme = "furo"
 html_title = "scrdit_diffusers"
 html_math_renderer = "mathml"
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
+smartquotes = False  # two hyphens begin a flag
 copybutton_prompt_text = ">>> "
 
 myst_enable_extensions = ["dollarmath"]
@@ -76,9 +80,8 @@ def convert_docstring(app, what, name, obj, options, lines):
     """Turn what docstrings share with diffusers into reStructuredText: links, indented formulas and fenced code."""
     text = re.sub(r"\[`~?(?:scrdit_diffusers\.(?:[a-z_]+\.)*)?([\w.]+)`\]", r":py:obj:`.\1`", "\n".join(lines))
     text = re.sub(r"(?m)^( *)(\S.*\n\n)(?=\1 +\S)", r"\1\2\1::\n\n", text)
-    text = re.sub(
-        r"(?ms)^```python\n(.*?)^```$", lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text
-    )
+    fenced = r"(?ms)^```python\n(.*?)^```$"
+    text = re.sub(fenced, lambda code: ".. code-block:: python\n\n" + indent(code[1], "   "), text)
     lines[:] = text.split("\n")
 
 
@@ -103,7 +106,9 @@ def convert_links(app, docname, content):
 
 def show_math(self, node):
     """Write a formula as MathML, which browsers draw without a script from elsewhere."""
-    self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    is_block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=is_block)
+    self.body.append(f'<div style="padding: 0.5em 0">{formula}</div>' if is_block else formula)
     raise nodes.SkipNode
 
 

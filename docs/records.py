@@ -33,19 +33,18 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "save
 
 
 def read_records() -> dict[str, dict[str, Any]]:
-    """The evaluations in the repository, by the name of the pipeline."""
-    return {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(REPOSITORY.glob("hub_cards/*/metrics.json"))
-    }
+    """Read the evaluations in the repository, by the name of the pipeline."""
+    files = sorted(REPOSITORY.glob("hub_cards/*/metrics.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def overall(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of all cells by metric."""
+    """Find the rows of all cells, by metric."""
     return {row["metric"]: row for row in record["rows"] if row["group"] == "all"}
 
 
 def draw_realism(records: dict[str, dict[str, Any]]) -> None:
-    """Generated cells, other real cells and baselines, for each metric whose best value is 0.5."""
+    """Draw generated cells, other real cells and baselines, for each metric whose best value is 0.5."""
     _, panels = plt.subplots(1, len(REALISM), figsize=(11, 0.6 * len(records) + 1.2), sharey=True)
     sources = {"value": "generated", "ceiling": "other real cells"} | BASELINE_NAMES
     styles = dict(zip(sources, ("o", "|", "^", "s", "D"), strict=False))
@@ -72,7 +71,7 @@ def draw_realism(records: dict[str, dict[str, Any]]) -> None:
 
 
 def draw_steps(records: dict[str, dict[str, Any]]) -> None:
-    """Quality against network calls."""
+    """Draw quality against network calls."""
     metrics = ("nearest_neighbor_accuracy", "gene_gene_r", "library_size_ks")
     _, panels = plt.subplots(1, len(metrics), figsize=(11, 2.8))
     for axes, metric in zip(panels, metrics, strict=True):
@@ -94,46 +93,35 @@ def make_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def quality_table(records: dict[str, dict[str, Any]]) -> str:
-    """Generated cells beside other real cells, the copula and scVI's prior."""
+    """Compare generated cells with other real cells, the copula and scVI's prior."""
     rows = []
     for name, record in records.items():
         for metric in SHOWN:
             row = overall(record)[metric]
-            spread = f"{row['value']:.3f} ± {row['value_std']:.3f}"
+            spread = f"{row['value']:.3f}\u00a0±\u00a0{row['value_std']:.3f}"
             others = [row.get(source) for source in ("ceiling", "gaussian_copula", "scvi_prior")]
             met = {True: "yes", False: "no", None: ""}[row["met"]]
             numbers = ["" if value is None else f"{value:.3f}" for value in others]
-            rows.append(
-                [
-                    f"[{name}](cards/{name}.md)" if metric == SHOWN[0] else "",
-                    METRIC_NAMES[metric],
-                    spread,
-                    *numbers,
-                    met,
-                ]
-            )
-    return make_table(
-        ["pipeline", "metric", "generated", "other real cells", "Gaussian copula", "scVI's prior", "aim met"], rows
-    )
+            link = f"[{name}](cards/{name}.md)" if metric == SHOWN[0] else ""
+            rows.append([link, METRIC_NAMES[metric], spread, *numbers, met])
+    header = ["pipeline", "metric", "generated", "other real cells", "Gaussian copula", "scVI's prior", "aim met"]
+    return make_table(header, rows)
 
 
 def arguments_table(module: str, arguments_class: str) -> str:
-    """Every argument of a script, its default and its help."""
+    """List every argument of a script, its default and its help."""
     rows = []
     for argument in fields(getattr(importlib.import_module(module), arguments_class)):
         default = argument.default if argument.default is not MISSING else argument.default_factory()
-        shown = (
-            ""
-            if default in (None, [])
-            else f"`{' '.join(map(str, default)) if isinstance(default, list) else default}`"
-        )
+        words = default if isinstance(default, list) else [] if default is None else [default]
+        shown = f"`{' '.join(map(str, words))}`" if words else ""
         text = argument.metadata["help"].replace("%%", "%").replace("*", "\\*")
         rows.append([f"`--{argument.name}`", shown, text])
     return make_table(["argument", "default", "meaning"], rows)
 
 
 def schedulers_table() -> str:
-    """The verdict on every scheduler of diffusers."""
+    """List the verdict on every scheduler of diffusers."""
     rows = []
     for name, verdict in sorted(SCHEDULERS.items(), key=lambda item: (not item[1].prediction_types, item[0])):
         remarks = [verdict.reason] if verdict.reason else []

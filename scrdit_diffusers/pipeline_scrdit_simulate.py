@@ -192,7 +192,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
 
         # 3. AnnData with the truth
         provenance = generate.describe_run(num_inference_steps, 1.0, 0.0, int(t), generator)
-        kept = obs.drop(columns="synthetic", errors="ignore")
+        kept = obs.drop(columns="synthetic", errors="ignore").set_axis(obs.index.astype(str))
         asked = (sizes / largest).numpy()
         adata = cells_to_anndata(self.processor, sp.vstack(counts, format="csr"), kept, asked, provenance)
         adata.layers["mean"] = means

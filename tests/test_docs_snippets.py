@@ -47,6 +47,8 @@ def test_snippets_run(page, checkout):
     run_snippets(page)
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub, uploading large files
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers
 def test_snippets_of_sharing_run(checkout, hub, count_pipe, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub-cache")
     monkeypatch.setenv("HF_TOKEN", "hf_user")
