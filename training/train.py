@@ -102,36 +102,31 @@ def main(args: TrainingArguments) -> None:
     writes = accelerator.is_main_process and not args.dry_run
     with lock_folder(args.output_dir, "Wait for it, or give another --output_dir.") if writes else nullcontext():
         check_output_dir(args)  # as no other run changes it any more
-        prepare_and_train(args, accelerator, start_time)
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        pretrained = load_pretrained(args)
+        cells = open_cells(args, accelerator, pretrained)
+        model, changes = build_model(args, cells, pretrained)
+        settings = args.resolve(cells.num_train, accelerator.num_processes, width(model), default_num_genes(pretrained))
+        report_plan(settings, accelerator, cells, model, changes)
+        if args.dry_run:
+            return
 
-
-def prepare_and_train(args: TrainingArguments, accelerator: Accelerator, start_time: float) -> None:
-    """Open what the arguments name, train, and save the pipeline; a dry run stops before it writes."""
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    pretrained = load_pretrained(args)
-    cells = open_cells(args, accelerator, pretrained)
-    model, changes = build_model(args, cells, pretrained)
-    settings = args.resolve(cells.num_train, accelerator.num_processes, width(model), default_num_genes(pretrained))
-    report_plan(settings, accelerator, cells, model, changes)
-    if args.dry_run:
-        return
-
-    objective = make_objective(settings, cells, model, accelerator.device)
-    state = TrainingState(accelerator, model, cells.processor, settings, FIXED)
-    repo_id = prepare_outputs(settings, accelerator, checkpoint)
-    state.resume(checkpoint)
-    first_step = state.step
-    progress = tqdm(total=settings.max_train_steps, initial=state.step, disable=not accelerator.is_main_process)
-    with catch_signals() as find_signal:
-        stopped = train(state, cells, objective, progress, find_signal)
-        if stopped:
-            accelerator.end_training()
-            logger.warning(f"Stopped at step {state.step}; continue with --resume_from_checkpoint latest.")
-            sys.exit(128 + (find_signal() or signal.SIGTERM))
-    if accelerator.is_main_process:
-        history = {"seconds": round(time.time() - start_time), "resumed_from_step": first_step}
-        save_pipeline(state, cells, objective, changes, history, repo_id)
-    accelerator.end_training()
+        objective = make_objective(settings, cells, model, accelerator.device)
+        state = TrainingState(accelerator, model, cells.processor, settings, FIXED)
+        repo_id = prepare_outputs(settings, accelerator, checkpoint)
+        state.resume(checkpoint)
+        first_step = state.step
+        progress = tqdm(total=settings.max_train_steps, initial=state.step, disable=not accelerator.is_main_process)
+        with catch_signals() as find_signal:
+            stopped = train(state, cells, objective, progress, find_signal)
+            if stopped:
+                accelerator.end_training()
+                logger.warning(f"Stopped at step {state.step}; continue with --resume_from_checkpoint latest.")
+                sys.exit(128 + (find_signal() or signal.SIGTERM))
+        if accelerator.is_main_process:
+            history = {"seconds": round(time.time() - start_time), "resumed_from_step": first_step}
+            save_pipeline(state, cells, objective, changes, history, repo_id)
+        accelerator.end_training()
 
 
 def train(
