@@ -32,5 +32,5 @@ def test_snippets_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 def test_named_files_exist(text):
     for target in re.findall(r"\]\(([^)#]+)\)", text.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
+        if not target.startswith(("http", "_generated/")):  # what the build of the documentation draws
             assert (text.parent / target).exists(), target
