@@ -21,9 +21,10 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scrdit_diffusers.checks import NUMBER, check_gene_names, check_spellings, check_values, label_text
+from scrdit_diffusers.checks import NUMBER, check_gene_names, check_spellings, check_values, label_text, matrix_name
 
-from .cell_file import READ_ERRORS, CellFile
+from .cell_file import UNREADABLE, CellFile
+from .damage import reading
 from .layout import (
     VALUE_COLUMNS,
     check_obs_columns,
@@ -85,7 +86,7 @@ def gene_vocabulary(
         raise ValueError(f"join must be one of {JOINS}, got {join!r}.")
     variables, keys, names = [], [], []
     for path in paths:
-        with CellFile(path) as file:
+        with CellFile(path) as file, reading(path):
             var = file.var(needed=gene_key)
         if gene_key is not None and gene_key not in var:
             raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
@@ -181,7 +182,7 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         types: list[dict[str, Any]] = []
         size = 0
         for path, *_ in source["files"]:
-            with CellFile(path) as file:
+            with CellFile(path) as file, reading(path):
                 size += 8 * file.num_values(source["layer"])
                 types.append({key: file.column_type(key) for key in source["obs_columns"]})
         columns = {key: join_types([of_file[key] for of_file in types]) for key in source["obs_columns"]}
@@ -196,26 +197,25 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self, numbers: list[int]) -> Iterator[tuple[Any, pa.Table]]:
         source = self._source
         paths = [path for path, *_ in source["files"]]
-        var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
-        for number in numbers:
-            with CellFile(paths[number]) as file:
-                for i, rows in enumerate(file.chunks(source["layer"])):
-                    # Nothing here keeps the rows while the next ones are read. `datasets` needs keys of this
-                    # class, which it offers nowhere else.
-                    yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
+        try:
+            var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
+            for number in numbers:
+                with CellFile(paths[number]) as file, reading(paths[number]):
+                    for i, rows in enumerate(file.chunks(source["layer"])):
+                        # Nothing here keeps the rows while the next ones are read. `datasets` needs keys of this
+                        # class, which it offers nowhere else.
+                        yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
+        except UNREADABLE as error:
+            raise CellFileError(str(error)) from error
 
     def _read(self, file: CellFile, rows: slice, place: np.ndarray, num_vars: int) -> pa.Table:
         """Read some rows of a file, whose genes have the given places among those of the dataset."""
         name, source, features = f"{file.path}, cells from {rows.start}", self._source, self.info.features
-        try:
+        with reading(name, matrix_name(source["layer"])):
             matrix = file.matrix(source["layer"], rows)
+        with reading(name, "obs"):
             obs = pd.DataFrame({key: file.column(key, rows) for key in source["obs_columns"]})
-        except READ_ERRORS as error:
-            raise CellFileError(f"{name}: the file is damaged: {error}. Copy or write it again.") from error
-        try:
-            check_values(matrix, name, source["expect_counts"])
-        except ValueError as error:
-            raise CellFileError(str(error)) from error
+        check_values(matrix, name, source["expect_counts"])
         if not np.array_equal(place, np.arange(num_vars)):
             matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
             matrix.indices = place[place >= 0][matrix.indices].astype(np.int32)
@@ -310,7 +310,7 @@ def check_files(
     usable: list[list[str]] = []
     labels: dict[str, dict[str, list[str]]] = {key: {} for key in labels_key}
     for path in files:
-        with CellFile(path) as file:
+        with CellFile(path) as file, reading(path):
             file.check(layer, expect_counts)
             for key in needed:
                 file.check_column(key)
