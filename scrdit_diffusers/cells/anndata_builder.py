@@ -47,6 +47,11 @@ class CellFileError(datasets.exceptions.DatasetGenerationError):
     """A file cannot be converted; the only kind of error whose message `datasets` keeps, also of other processes."""
 
 
+def is_float(dtype: str) -> bool:
+    """Whether a type of `datasets` is one of floats."""
+    return dtype.startswith("float")
+
+
 def join_types(types: Sequence[Any]) -> Any:
     """Type of a column that has these types in several files."""
     if all(isinstance(of_file, datasets.ClassLabel) for of_file in types):
@@ -150,7 +155,7 @@ class AnnDataConfig(datasets.BuilderConfig):
 class AnnDataBuilder(datasets.ArrowBasedBuilder):
     """Turns AnnData files into a dataset; see [`CellDataset.open`]."""
 
-    VERSION = datasets.Version("1.1.0")  # of what is written for given files and options
+    VERSION = datasets.Version("1.2.0")  # of what is written for given files and options
     BUILDER_CONFIG_CLASS = AnnDataConfig
     DEFAULT_WRITER_BATCH_SIZE = ROWS_PER_CHUNK
 
@@ -185,10 +190,23 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
             with CellFile(path) as file, reading(path):
                 size += 8 * file.num_values(source["layer"])
                 types.append({key: file.column_type(key) for key in source["obs_columns"]})
-        columns = {key: join_types([of_file[key] for of_file in types]) for key in source["obs_columns"]}
+        columns = {key: self._join_column(key, [of_file[key] for of_file in types]) for key in source["obs_columns"]}
         # What `datasets` looks for room for, before it converts.
         options = {"download_size": 0, "dataset_size": size, "size_in_bytes": size}
         return datasets.DatasetInfo(features=dataset_features(columns), **options)
+
+    def _join_column(self, key: str, types: Sequence[Any]) -> Any:
+        """See [`join_types`]; whole numbers stored as floats join the integers of other files as integers."""
+        joined = join_types(types)
+        numbers = {of_file.dtype for of_file in types}
+        if not is_float(joined.dtype) or all(map(is_float, numbers)) or "uint64" in numbers:
+            return joined
+        for (path, *_), of_file in zip(self._source["files"], types, strict=True):
+            if is_float(of_file.dtype):
+                with CellFile(path) as file, reading(path):
+                    if not all(abs(value) < 2**53 and float(value).is_integer() for value in file.labels(key)[0]):
+                        return joined
+        return datasets.Value("int64")
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread
