@@ -229,6 +229,20 @@ def test_numbers_as_labels_are_those_of_other_files(adata, tmp_path, first, seco
     cells = CellDataset.open(tmp_path, obs_columns=["label"], labels_key=["label"], cache_dir=tmp_path / "cache")
     labels = cells.labels(["label"])["label"]
     assert labels.astype(float).tolist() == codes.tolist() and len(labels.cat.categories) == 3
+    whole = {"floats", "single floats", "categories of floats"}
+    if not {first, second} <= whole:
+        processor, _ = fit_dataset(cells.rows, cells.var, "label", flavor="all")
+        assert processor.condition_categories[0] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("others", [[0.5, 1.0], [1.0, np.nan], [2.0**60, 1.0]])
+def test_numbers_of_two_files_stay_what_they_are(adata, tmp_path, others):
+    for file, numbers in (("a", [1, 2]), ("b", others)):
+        part = adata[:30].copy()
+        part.obs["number"] = np.array(numbers)[np.arange(30) % 2]
+        write(part, tmp_path / f"{file}.h5ad")
+    cells = CellDataset.open(tmp_path, cache_dir=tmp_path / "cache").to_anndata()
+    np.testing.assert_array_equal(cells.obs["number"], [1, 2] * 15 + others * 15)
 
 
 @pytest.mark.parametrize(

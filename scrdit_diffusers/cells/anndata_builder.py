@@ -21,9 +21,10 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scrdit_diffusers.checks import NUMBER, check_gene_names, check_spellings, check_values, label_text
+from scrdit_diffusers.checks import NUMBER, check_gene_names, check_spellings, check_values, label_text, matrix_name
 
-from .cell_file import READ_ERRORS, CellFile
+from .cell_file import UNREADABLE, CellFile
+from .damage import reading
 from .layout import (
     VALUE_COLUMNS,
     check_obs_columns,
@@ -44,6 +45,11 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # errors of a place that o
 
 class CellFileError(datasets.exceptions.DatasetGenerationError):
     """A file cannot be converted; the only kind of error whose message `datasets` keeps, also of other processes."""
+
+
+def is_float(dtype: str) -> bool:
+    """Whether a type of `datasets` is one of floats."""
+    return dtype.startswith("float")
 
 
 def join_types(types: Sequence[Any]) -> Any:
@@ -85,7 +91,7 @@ def gene_vocabulary(
         raise ValueError(f"join must be one of {JOINS}, got {join!r}.")
     variables, keys, names = [], [], []
     for path in paths:
-        with CellFile(path) as file:
+        with CellFile(path) as file, reading(path):
             var = file.var(needed=gene_key)
         if gene_key is not None and gene_key not in var:
             raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
@@ -149,7 +155,7 @@ class AnnDataConfig(datasets.BuilderConfig):
 class AnnDataBuilder(datasets.ArrowBasedBuilder):
     """Turns AnnData files into a dataset; see [`CellDataset.open`]."""
 
-    VERSION = datasets.Version("1.1.0")  # of what is written for given files and options
+    VERSION = datasets.Version("1.2.0")  # of what is written for given files and options
     BUILDER_CONFIG_CLASS = AnnDataConfig
     DEFAULT_WRITER_BATCH_SIZE = ROWS_PER_CHUNK
 
@@ -181,13 +187,26 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         types: list[dict[str, Any]] = []
         size = 0
         for path, *_ in source["files"]:
-            with CellFile(path) as file:
+            with CellFile(path) as file, reading(path):
                 size += 8 * file.num_values(source["layer"])
                 types.append({key: file.column_type(key) for key in source["obs_columns"]})
-        columns = {key: join_types([of_file[key] for of_file in types]) for key in source["obs_columns"]}
+        columns = {key: self._join_column(key, [of_file[key] for of_file in types]) for key in source["obs_columns"]}
         # What `datasets` looks for room for, before it converts.
         options = {"download_size": 0, "dataset_size": size, "size_in_bytes": size}
         return datasets.DatasetInfo(features=dataset_features(columns), **options)
+
+    def _join_column(self, key: str, types: Sequence[Any]) -> Any:
+        """See [`join_types`]; whole numbers stored as floats join the integers of other files as integers."""
+        joined = join_types(types)
+        numbers = {of_file.dtype for of_file in types}
+        if not is_float(joined.dtype) or all(map(is_float, numbers)) or "uint64" in numbers:
+            return joined
+        for (path, *_), of_file in zip(self._source["files"], types, strict=True):
+            if is_float(of_file.dtype):
+                with CellFile(path) as file, reading(path):
+                    if not all(abs(value) < 2**53 and float(value).is_integer() for value in file.labels(key)[0]):
+                        return joined
+        return datasets.Value("int64")
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread
@@ -196,26 +215,25 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self, numbers: list[int]) -> Iterator[tuple[Any, pa.Table]]:
         source = self._source
         paths = [path for path, *_ in source["files"]]
-        var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
-        for number in numbers:
-            with CellFile(paths[number]) as file:
-                for i, rows in enumerate(file.chunks(source["layer"])):
-                    # Nothing here keeps the rows while the next ones are read. `datasets` needs keys of this
-                    # class, which it offers nowhere else.
-                    yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
+        try:
+            var, positions = gene_vocabulary(paths, source["join"], source["gene_key"])
+            for number in numbers:
+                with CellFile(paths[number]) as file, reading(paths[number]):
+                    for i, rows in enumerate(file.chunks(source["layer"])):
+                        # Nothing here keeps the rows while the next ones are read. `datasets` needs keys of this
+                        # class, which it offers nowhere else.
+                        yield datasets.builder.Key(number, i), self._read(file, rows, positions[number], len(var))
+        except UNREADABLE as error:
+            raise CellFileError(str(error)) from error
 
     def _read(self, file: CellFile, rows: slice, place: np.ndarray, num_vars: int) -> pa.Table:
         """Read some rows of a file, whose genes have the given places among those of the dataset."""
         name, source, features = f"{file.path}, cells from {rows.start}", self._source, self.info.features
-        try:
+        with reading(name, matrix_name(source["layer"])):
             matrix = file.matrix(source["layer"], rows)
+        with reading(name, "obs"):
             obs = pd.DataFrame({key: file.column(key, rows) for key in source["obs_columns"]})
-        except READ_ERRORS as error:
-            raise CellFileError(f"{name}: the file is damaged: {error}. Copy or write it again.") from error
-        try:
-            check_values(matrix, name, source["expect_counts"])
-        except ValueError as error:
-            raise CellFileError(str(error)) from error
+        check_values(matrix, name, source["expect_counts"])
         if not np.array_equal(place, np.arange(num_vars)):
             matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
             matrix.indices = place[place >= 0][matrix.indices].astype(np.int32)
@@ -310,7 +328,7 @@ def check_files(
     usable: list[list[str]] = []
     labels: dict[str, dict[str, list[str]]] = {key: {} for key in labels_key}
     for path in files:
-        with CellFile(path) as file:
+        with CellFile(path) as file, reading(path):
             file.check(layer, expect_counts)
             for key in needed:
                 file.check_column(key)

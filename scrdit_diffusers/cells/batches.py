@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from scrdit_diffusers.checks import check_label
 from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 
+from .damage import folder_of, reading
 from .layout import VALUE_COLUMNS, LabelNames, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_CHUNK
 
@@ -39,7 +40,8 @@ class CellRows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> pa.Table:
-        return self.named(self.dataset[indices])
+        with reading(folder_of(self.dataset), "its cells"):
+            return self.named(self.dataset[indices])
 
 
 class BatchSampler(Sampler[list[int]]):

@@ -6,7 +6,7 @@ that a .zarr store lacks would be read as zeros.
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from anndata.io import read_elem
 
 from scrdit_diffusers.checks import as_csr, check_label, check_values, get_matrix, matrix_name, native
 
+from .damage import reading
 from .layout import class_label, pa_type_name
 from .moments import ROWS_PER_CHUNK
 
@@ -30,7 +31,7 @@ ROWS_OF_COLUMN = 2**20  # read of a column at a time
 VALUES_PER_CHUNK = 2**22  # read at a time, whatever the number of genes
 ROWS_OF_HEAD = 1000  # looked at before anything is converted
 SPARSE = ("csr_matrix", "csc_matrix")
-READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # of damaged files
+UNREADABLE = (OSError, ValueError)  # what [`reading`] raises
 
 
 def _is_array(stored: Any) -> bool:
@@ -66,15 +67,25 @@ class CellFile:
     Raises
     ------
     ValueError
-        It holds no AnnData.
+        It cannot be read, or holds no AnnData.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
             self.group: Any = zarr.open_group(path, mode="r") if self.path.is_dir() else h5py.File(path, "r")
-        except (OSError, zarr.errors.GroupNotFoundError) as error:
-            raise ValueError(f"{path} cannot be opened as a .h5ad file or .zarr store: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be opened as a .h5ad file or .zarr store: {error}. Copy, download or write it again."
+            ) from error
+        with reading(path, "obs or var"):
+            self._read_sizes()
+        self._categories: dict[str, pd.Index | None] = {}
+        self._by_genes: dict[str | None, sp.csr_matrix] = {}
+
+    def _read_sizes(self) -> None:
+        """Find the columns of obs and the numbers of cells and genes; raise ValueError where there are none."""
+        path = self.path
         lacking = [key for key in ("obs", "var") if key not in self.group]
         if lacking:
             raise ValueError(f"{path} holds no AnnData: it lacks {' and '.join(lacking)}. Was it written to its end?")
@@ -86,10 +97,7 @@ class CellFile:
                 )
         columns: Any = self.group["obs"].attrs["column-order"]
         self.columns = [str(key) for key in columns]
-        with self._reading("obs or var"):
-            self.n_obs, self.n_vars = self._length("obs"), self._length("var")
-        self._categories: dict[str, pd.Index | None] = {}
-        self._by_genes: dict[str | None, sp.csr_matrix] = {}
+        self.n_obs, self.n_vars = self._length("obs"), self._length("var")
 
     def __enter__(self) -> "CellFile":
         return self
@@ -105,11 +113,12 @@ class CellFile:
             index = pd.Index(read_elem(stored[stored.attrs["_index"]])).astype(str)
         for key in map(str, stored.attrs["column-order"]):
             try:
-                columns[key] = pd.Series(read_elem(stored[key])).set_axis(index)
-            except READ_ERRORS as error:
+                with self._reading(f"var[{key!r}]"):
+                    columns[key] = pd.Series(read_elem(stored[key])).set_axis(index)
+            except UNREADABLE as error:
                 if key == needed:
-                    raise ValueError(f"{self.path}: var[{key!r}] cannot be read: {error}. Write it again.") from error
-                logger.warning("%s: var[%r] cannot be read and is left out: %s", self.path, key, error)
+                    raise
+                logger.warning("var[%r] is left out. %s", key, error)
         return pd.DataFrame(columns, index=index)
 
     def _length(self, frame: str) -> int:
@@ -117,13 +126,9 @@ class CellFile:
         stored = self.group[frame]
         return _array_of(stored[stored.attrs["_index"]]).shape[0]
 
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        """Tell which part of the file could not be read."""
-        try:
-            yield
-        except READ_ERRORS as error:
-            raise ValueError(f"{self.path}: {name} cannot be read: {error}. Copy or write the file again.") from error
+    def _reading(self, part: str) -> AbstractContextManager[None]:
+        """See [`reading`]."""
+        return reading(self.path, part)
 
     # -- obs -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +181,7 @@ class CellFile:
                 if key in reserved:
                     raise ValueError(f"{self.path}: the dataset needs this name itself; rename the column to keep it.")
                 self.check_column(key)
-            except ValueError as error:
+            except UNREADABLE as error:
                 logger.warning("obs[%r] is left out. %s", key, error)
             else:
                 yield key
@@ -291,22 +296,24 @@ class CellFile:
     def _heads(self, rows: slice) -> ad.AnnData:
         """Read the first rows of everything that can be read: X, layers and raw."""
 
-        def head_of(stored: Any, name: str) -> sp.csr_matrix | None:
+        def head_of(group: Any, key: str, name: str) -> sp.csr_matrix | None:
             try:
-                return self._rows_of_matrix(stored, rows, name)
-            except READ_ERRORS:
+                with self._reading(name):
+                    return self._rows_of_matrix(group[key], rows, name) if key in group else None
+            except UNREADABLE:
                 return None
 
         obs = pd.DataFrame(index=[str(i) for i in range(rows.stop)])
         var = pd.DataFrame(index=[str(i) for i in range(self.n_vars)])
         layers = self.group["layers"] if "layers" in self.group else {}
-        heads = {key: head_of(layers[key], key) for key in layers}
-        stored = self.stored(None)
-        adata = ad.AnnData(None if stored is None else self.matrix(None, rows), obs=obs, var=var)
+        heads = {key: head_of(layers, key, key) for key in layers}
+        values = head_of(self.group, "X", "X")
+        fits = None if values is None or values.shape != (len(obs), len(var)) else values
+        adata = ad.AnnData(fits, obs=obs, var=var)
         for key, head in heads.items():
-            if head is not None:
+            if head is not None and head.shape == adata.shape:
                 adata.layers[key] = head
-        raw = head_of(self.group["raw/X"], "raw") if "raw" in self.group and "X" in self.group["raw"] else None
+        raw = head_of(self.group, "raw/X", "raw")
         if raw is not None:
             adata.raw = ad.AnnData(raw, obs=obs)
         return adata

@@ -25,7 +25,8 @@ from scrdit_diffusers.checks import check_label, get_matrix, label_categories, l
 from scrdit_diffusers.hub import explain_push
 
 from .anndata_builder import check_files, convert_files
-from .cell_file import READ_ERRORS, CellFile
+from .cell_file import CellFile
+from .damage import folder_of, reading
 from .layout import (
     VALUE_COLUMNS,
     LabelNames,
@@ -271,12 +272,19 @@ class CellDataset:
         return next(self.select(drawn).iterate(num_cells, columns), pa.table({}))
 
     def to_anndata(self) -> ad.AnnData:
-        """Read all cells into memory; the inverse of [`from_anndata`], except for obs_names."""
-        rows = LabelNames(self._stored.features)(self._stored.with_format("arrow")[:])
-        obs = rows_to_obs(rows, [key for key in rows.column_names if key not in VALUE_COLUMNS])
-        obs.index = obs.index.astype(str)
-        positions = token_positions(self.var, self.token_key)
-        return ad.AnnData(rows_to_matrix(rows, len(self.var), positions), obs=obs, var=self.var)
+        """Read all cells into memory; the inverse of [`from_anndata`], except for obs_names.
+
+        Raises
+        ------
+        ValueError
+            A file of the dataset is damaged, or the dataset is a stream.
+        """
+        with reading(folder_of(self._stored), "its cells"):
+            rows = LabelNames(self._stored.features)(self._stored.with_format("arrow")[:])
+            obs = rows_to_obs(rows, [key for key in rows.column_names if key not in VALUE_COLUMNS])
+            obs.index = obs.index.astype(str)
+            positions = token_positions(self.var, self.token_key)
+            return ad.AnnData(rows_to_matrix(rows, len(self.var), positions), obs=obs, var=self.var)
 
     def save(self, folder: str | Path) -> None:
         """Write the cells and their gene vocabulary as a folder for [`open`] and [`read_cells`].
@@ -353,12 +361,9 @@ def read_cells(source: str | Path) -> ad.AnnData:
     path = Path(source)
     if path.suffix not in ANNDATA_SUFFIXES or not path.exists():
         return CellDataset(*_load(str(source))).to_anndata()
-    with CellFile(path) as file:
+    with CellFile(path) as file, reading(path):
         usable = list(file.usable_columns())
-    try:
         adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
-    except READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {error} Copy or write the file again.") from error
     adata.obs = adata.obs[[key for key in adata.obs if key in usable]]
     return adata
 
@@ -432,8 +437,9 @@ def _load(
     """[`CellDataset.open`] for a folder or a dataset on the Hub: rows, genes and the column of tokens."""
     path = Path(source)
     if (path / "state.json").is_file() and (path / "var.parquet").is_file():
-        rows = datasets.load_from_disk(source)
-        var, token_key = _read_vocabulary(source)
+        with reading(source, "the dataset"):
+            rows = datasets.load_from_disk(source)
+            var, token_key = _read_vocabulary(source)
         return rows.to_iterable_dataset() if streaming else rows, _index_genes(var, gene_key), token_key
     if path.exists() and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
         raise ValueError(
@@ -442,10 +448,11 @@ def _load(
         )
     if not path.exists() and (path.suffix in ANNDATA_SUFFIXES or len(path.parts) != 2):
         raise FileNotFoundError(f"{path} does not exist.")
-    var, token_key = _read_vocabulary(source)
     options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
     cache = None if cache_dir is None else str(cache_dir)
-    rows = datasets.load_dataset(source, name, split="train", cache_dir=cache, **options)
+    with reading(path if path.exists() else None, "the dataset"):
+        var, token_key = _read_vocabulary(source)
+        rows = datasets.load_dataset(source, name, split="train", cache_dir=cache, **options)
     missing = [key for key in VALUE_COLUMNS if rows.features is not None and key not in rows.features]
     if missing:
         raise ValueError(f"{source} has no columns {missing}, only {list(rows.features)}: it does not hold cells.")
@@ -464,9 +471,10 @@ def _read_vocabulary(source: str) -> tuple[pd.DataFrame, str | None]:
                 f"{source} has no gene vocabulary: neither var.parquet nor the configuration gene_metadata."
             )
         path = Path(hf_hub_download(source, "var.parquet", repo_type="dataset"))
-    table = pq.read_table(path)
-    token_key = (table.schema.metadata or {}).get(TOKEN_KEY)
-    return table.to_pandas(), None if token_key is None else token_key.decode()
+    with reading(path, "the gene vocabulary"):
+        table = pq.read_table(path)
+        token_key = (table.schema.metadata or {}).get(TOKEN_KEY)
+        return table.to_pandas(), None if token_key is None else token_key.decode()
 
 
 def _index_genes(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:

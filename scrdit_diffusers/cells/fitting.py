@@ -37,6 +37,7 @@ from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
 from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts, row_sums
 
 from .anndata_builder import READ_ONLY
+from .damage import folder_of, reading
 from .gene_selection import GeneSelection
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
@@ -382,7 +383,9 @@ class TableChunks:
     def __call__(self) -> Iterator[tuple[sp.csr_matrix, pd.DataFrame]]:
         """Values and labels of some rows at a time."""
         for rows in iterate_rows(self.table, ROWS_PER_UPDATE, [*VALUE_COLUMNS, *self.labels_key]):
-            yield rows_to_matrix(rows, self.num_vars, self.positions), rows_to_obs(rows, self.labels_key)
+            with reading(folder_of(self.table), "its cells"):
+                matrix = rows_to_matrix(rows, self.num_vars, self.positions)
+            yield matrix, rows_to_obs(rows, self.labels_key)
 
 
 def fit_dataset(

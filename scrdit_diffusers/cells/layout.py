@@ -17,6 +17,8 @@ import scipy.sparse as sp
 
 from scrdit_diffusers.checks import label_text
 
+from .damage import folder_of, reading
+
 VALUE_COLUMNS = ["genes", "expressions"]
 MAX_CLASS_LABELS = 10_000  # categoricals with more categories, such as barcodes, become strings
 
@@ -180,14 +182,21 @@ class LabelNames:
 def iterate_rows(
     dataset: datasets.Dataset | datasets.IterableDataset, batch_size: int, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """Go through a dataset in order, some rows at a time, with the names of labels."""
+    """Go through a dataset in order, some rows at a time, with the names of labels.
+
+    Raises
+    ------
+    ValueError
+        A file of the dataset is damaged.
+    """
     named = LabelNames(dataset.features)
     if isinstance(dataset, datasets.IterableDataset):
         batches = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size)
     else:
         batches = dataset.with_format("arrow", columns=list(columns)).iter(batch_size)
-    for rows in batches:
-        yield named(rows)
+    with reading(folder_of(dataset), "its cells"):
+        for rows in batches:
+            yield named(rows)
 
 
 def rows_to_obs(rows: pa.Table, columns: Sequence[str]) -> pd.DataFrame:
