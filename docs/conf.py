@@ -19,7 +19,7 @@ author = "the scrdit_diffusers developers"
 version = release = installed_version("scrdit-diffusers")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # Markdown as well
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -38,6 +38,8 @@ copybutton_prompt_text = ">>> "
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are shown with the outputs that they store
+nb_ipywidgets_js = {}  # no script from elsewhere
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
