@@ -246,3 +246,52 @@ def test_files_without_genes_or_cells_are_refused(adata, tmp_path, opened):
     for values in (np.empty((5, 0), np.float32), sp.csr_matrix((5, 0), dtype=np.float32)):
         with pytest.raises(ValueError, match=r"empty\.h5ad.* no genes"):
             opened(write(ad.AnnData(values), tmp_path / "empty.h5ad"))
+
+
+# -- what read_cells leaves out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_read_cells_leaves_out_what_cannot_be_read(adata, tmp_path, caplog, suffix):
+    adata.layers["lost"] = adata.X.copy()
+    adata.obs["odd"] = adata.obs["gone"] = np.arange(60)
+    adata.obsm["X_pca"], adata.obsm["X_odd"] = np.ones((60, 2)), np.ones((60, 3))
+    adata.uns["note"] = {"kept": "yes"}
+    adata.raw = adata.copy()
+    path = write(adata, tmp_path / f"cells{suffix}")
+    with changing(path) as file:
+        del file["layers/lost/data"], file["obs/gone"]
+        for name in ("obs/odd", "obsm/X_odd"):
+            file[name].attrs["encoding-type"] = "of-the-future"
+    cells = read_cells(path)
+    for name in ("layers/lost", "gone", "obs/odd", "obsm/X_odd"):
+        assert name in caplog.text
+    del adata.layers["lost"], adata.obsm["X_odd"]
+    adata.obs = adata.obs.drop(columns=["odd", "gone"])
+    assert_same_cells(cells, adata)
+    pd.testing.assert_frame_equal(cells.obs, adata.obs)
+    assert (
+        set(cells.layers) == set(adata.layers)
+        and list(cells.obsm) == ["X_pca"]
+        and cells.uns["note"] == {"kept": "yes"}
+    )
+    assert np.array_equal(cells.raw.X.toarray(), adata.raw.X.toarray())
+    for layer in adata.layers:
+        assert np.array_equal(cells.layers[layer].toarray(), adata.layers[layer].toarray())
+
+
+def test_read_cells_refuses_a_file_without_values_that_can_be_read(adata, tmp_path):
+    path = write(ad.AnnData(adata.X, obs=adata.obs, var=adata.var), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+    with pytest.raises(ValueError, match=r"cells\.h5ad: neither X nor a layer"):
+        read_cells(path)
+
+
+def test_read_cells_reads_layers_beside_a_damaged_x(adata, tmp_path, caplog):
+    path = write(adata, tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+    cells = read_cells(path)
+    assert cells.X is None and "X is left out" in caplog.text
+    assert np.array_equal(cells.layers["counts"].toarray(), adata.layers["counts"].toarray())

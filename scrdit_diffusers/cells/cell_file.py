@@ -5,8 +5,9 @@ that a .zarr store lacks would be read as zeros.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,7 @@ class CellFile:
     def var(self, needed: str | None = None) -> pd.DataFrame:
         """Genes, with the columns of var that can be read; all of them must be if it is `needed`."""
         stored, columns = self.group["var"], {}
-        with self._reading("var"):
-            index = pd.Index(read_elem(stored[stored.attrs["_index"]])).astype(str)
+        index = self._index("var")
         for key in map(str, stored.attrs["column-order"]):
             try:
                 with self._reading(f"var[{key!r}]"):
@@ -120,6 +120,12 @@ class CellFile:
                     raise
                 logger.warning("var[%r] is left out. %s", key, error)
         return pd.DataFrame(columns, index=index)
+
+    def _index(self, frame: str) -> pd.Index:
+        """Read the names of cells (obs) or genes (var)."""
+        stored = self.group[frame]
+        with self._reading(frame):
+            return pd.Index(read_elem(stored[stored.attrs["_index"]])).astype(str)
 
     def _length(self, frame: str) -> int:
         """Count the rows of obs or var."""
@@ -270,6 +276,52 @@ class CellFile:
             stop = max(stop, start + 1)
             yield slice(start, stop)
             start = stop
+
+    # -- all of it -------------------------------------------------------------------------------------------------
+
+    def read(self) -> ad.AnnData:
+        """Read everything into memory; what cannot be read is left out with a warning.
+
+        Raises
+        ------
+        ValueError
+            Neither X nor any layer can be read.
+        """
+        columns = list(self.usable_columns())
+        try:
+            with reading(self.path):
+                adata = ad.read_zarr(self.path) if self.path.is_dir() else ad.read_h5ad(self.path)
+        except UNREADABLE as error:
+            logger.warning("%s Meanwhile it is read in parts.", error)
+            return self._parts(columns)
+        adata.obs = adata.obs[[key for key in adata.obs if key in columns]]
+        return adata
+
+    def _parts(self, columns: Sequence[str]) -> ad.AnnData:
+        """Read each element on its own, see [`read`], and these columns of obs."""
+        adata = ad.AnnData(obs=pd.DataFrame(index=self._index("obs")), var=self.var())
+
+        def put(name: str, place: Callable[[Any], None]) -> None:
+            """Read an element and put it into its place, or warn."""
+            try:
+                with self._reading(name):
+                    stored = self.group[name]
+                    old_categories = name.startswith("obs/") and "encoding-type" not in stored.attrs
+                    place(self.column(name[4:], slice(0, None)).array if old_categories else read_elem(stored))
+            except UNREADABLE as error:
+                logger.warning("%s is left out. %s", name, error)
+
+        for key in columns:
+            put(f"obs/{key}", partial(adata.obs.__setitem__, key))
+        for group in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
+            for key in self.group[group] if group in self.group else ():
+                put(f"{group}/{key}", partial(getattr(adata, group).__setitem__, key))
+        for name in ("X", "raw"):
+            if name in self.group:
+                put(name, partial(setattr, adata, name))
+        if adata.X is None and not len(adata.layers):
+            raise ValueError(f"{self.path}: neither X nor a layer can be read. Copy, download or write it again.")
+        return adata
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

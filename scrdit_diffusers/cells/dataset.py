@@ -281,10 +281,10 @@ class CellDataset:
         """
         with reading(folder_of(self._stored), "its cells"):
             rows = LabelNames(self._stored.features)(self._stored.with_format("arrow")[:])
-            obs = rows_to_obs(rows, [key for key in rows.column_names if key not in VALUE_COLUMNS])
-            obs.index = obs.index.astype(str)
-            positions = token_positions(self.var, self.token_key)
-            return ad.AnnData(rows_to_matrix(rows, len(self.var), positions), obs=obs, var=self.var)
+            matrix = rows_to_matrix(rows, len(self.var), token_positions(self.var, self.token_key))
+        obs = rows_to_obs(rows, [key for key in rows.column_names if key not in VALUE_COLUMNS])
+        obs.index = obs.index.astype(str)
+        return ad.AnnData(matrix, obs=obs, var=self.var)
 
     def save(self, folder: str | Path) -> None:
         """Write the cells and their gene vocabulary as a folder for [`open`] and [`read_cells`].
@@ -349,23 +349,20 @@ def read_cells(source: str | Path) -> ad.AnnData:
 
     Returns
     -------
-    The cells, in memory.
+    The cells, in memory. Layers, columns and other parts that cannot be read are left out with a warning.
 
     Raises
     ------
     FileNotFoundError
         There is no such file or folder, and it is not the id of a dataset on the Hub.
     ValueError
-        The file is of another kind.
+        The file is of another kind, or neither X nor any layer can be read.
     """
     path = Path(source)
     if path.suffix not in ANNDATA_SUFFIXES or not path.exists():
         return CellDataset(*_load(str(source))).to_anndata()
     with CellFile(path) as file, reading(path):
-        usable = list(file.usable_columns())
-        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
-    adata.obs = adata.obs[[key for key in adata.obs if key in usable]]
-    return adata
+        return file.read()
 
 
 def split_cells(
@@ -449,10 +446,9 @@ def _load(
     if not path.exists() and (path.suffix in ANNDATA_SUFFIXES or len(path.parts) != 2):
         raise FileNotFoundError(f"{path} does not exist.")
     options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
-    cache = None if cache_dir is None else str(cache_dir)
     with reading(path if path.exists() else None, "the dataset"):
         var, token_key = _read_vocabulary(source)
-        rows = datasets.load_dataset(source, name, split="train", cache_dir=cache, **options)
+        rows = datasets.load_dataset(source, name, split="train", cache_dir=cache_dir and str(cache_dir), **options)
     missing = [key for key in VALUE_COLUMNS if rows.features is not None and key not in rows.features]
     if missing:
         raise ValueError(f"{source} has no columns {missing}, only {list(rows.features)}: it does not hold cells.")
