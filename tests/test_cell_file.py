@@ -295,3 +295,17 @@ def test_read_cells_reads_layers_beside_a_damaged_x(adata, tmp_path, caplog):
     cells = read_cells(path)
     assert cells.X is None and "X is left out" in caplog.text
     assert np.array_equal(cells.layers["counts"].toarray(), adata.layers["counts"].toarray())
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_column_damaged_beyond_the_first_cells_is_left_out_unless_needed(adata, tmp_path, opened, caplog, suffix):
+    adata.obs["unused"] = pd.Categorical(["a", "b"] * 30)
+    path = write(adata, tmp_path / f"cells{suffix}")
+    with changing(path) as file:
+        file["obs/unused/codes"][59] = 9
+    cells = opened(path, labels_key=["cell_type"]).to_anndata()
+    del adata.obs["unused"]
+    assert_same_cells(cells, adata)
+    assert "unused" in caplog.text and "unused" not in read_cells(path).obs
+    with pytest.raises(ValueError, match=rf"cells\{suffix}.*unused"):
+        opened(path, obs_columns=["unused"])

@@ -231,8 +231,11 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         name, source, features = f"{file.path}, cells from {rows.start}", self._source, self.info.features
         with reading(name, matrix_name(source["layer"])):
             matrix = file.matrix(source["layer"], rows)
-        with reading(name, "obs"):
-            obs = pd.DataFrame({key: file.column(key, rows) for key in source["obs_columns"]})
+        columns = {}
+        for key in source["obs_columns"]:
+            with reading(name, f"obs[{key!r}]"):
+                columns[key] = file.column(key, rows)
+        obs = pd.DataFrame(columns, index=range(matrix.shape[0]))
         check_values(matrix, name, source["expect_counts"])
         if not np.array_equal(place, np.arange(num_vars)):
             matrix = sp.csr_matrix(matrix[:, np.flatnonzero(place >= 0)])
@@ -240,8 +243,8 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
             matrix = sp.csr_matrix((matrix.data, matrix.indices, matrix.indptr), (matrix.shape[0], num_vars))
         matrix.sum_duplicates()
         matrix.sort_indices()
-        columns = values_to_arrow(matrix) | columns_to_arrow(obs, features)
-        return pa.table(columns, schema=features.arrow_schema)
+        arrays = values_to_arrow(matrix) | columns_to_arrow(obs, features)
+        return pa.table(arrays, schema=features.arrow_schema)
 
 
 def convert_files(

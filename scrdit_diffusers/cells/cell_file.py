@@ -181,12 +181,14 @@ class CellFile:
             )
 
     def usable_columns(self, reserved: Sequence[str] = ()) -> Iterator[str]:
-        """Name the columns of obs that can be read and have none of the `reserved` names."""
+        """Name the columns of obs that can be read to their end and have none of the `reserved` names."""
         for key in self.columns:
             try:
                 if key in reserved:
                     raise ValueError(f"{self.path}: the dataset needs this name itself; rename the column to keep it.")
                 self.check_column(key)
+                for _ in self._parts_of_column(key):
+                    pass  # damage beyond the first cells, which would stop a conversion
             except UNREADABLE as error:
                 logger.warning("obs[%r] is left out. %s", key, error)
             else:
@@ -195,13 +197,18 @@ class CellFile:
     def labels(self, key: str) -> tuple[pd.Index, int]:
         """Different values of a column of obs, and the number of cells without one; the column is read in parts."""
         found, num_missing = pd.Index([]), 0
+        for i, part in enumerate(self._parts_of_column(key)):
+            num_missing += int(part.isna().sum())
+            values = pd.Index(part.dropna().unique())
+            found = values if i == 0 else found.union(values, sort=False)
+        return found, num_missing
+
+    def _parts_of_column(self, key: str) -> Iterator[pd.Series]:
+        """Read a column of obs, `ROWS_OF_COLUMN` at a time."""
         for start in range(0, self.n_obs, ROWS_OF_COLUMN):
             with self._reading(f"obs[{key!r}]"):
                 part = self.column(key, slice(start, start + ROWS_OF_COLUMN))
-            num_missing += int(part.isna().sum())
-            values = pd.Index(part.dropna().unique())
-            found = values if start == 0 else found.union(values, sort=False)
-        return found, num_missing
+            yield part
 
     def column_type(self, key: str) -> Any:
         """Type that a column of obs has in a dataset, without reading all of it."""
