@@ -187,7 +187,8 @@ class CellFile:
                 if key in reserved:
                     raise ValueError(f"{self.path}: the dataset needs this name itself; rename the column to keep it.")
                 self.check_column(key)
-                for _ in self._parts_of_column(key):
+                is_text = _array_of(self.group["obs"][key]).dtype.kind not in "biuf"  # which takes memory
+                for _ in self._parts_of_column(key, ROWS_PER_CHUNK if is_text else 10 * ROWS_PER_CHUNK):
                     pass  # damage beyond the first cells, which would stop a conversion
             except UNREADABLE as error:
                 logger.warning("obs[%r] is left out. %s", key, error)
@@ -197,17 +198,17 @@ class CellFile:
     def labels(self, key: str) -> tuple[pd.Index, int]:
         """Different values of a column of obs, and the number of cells without one; the column is read in parts."""
         found, num_missing = pd.Index([]), 0
-        for i, part in enumerate(self._parts_of_column(key)):
+        for i, part in enumerate(self._parts_of_column(key, ROWS_OF_COLUMN)):
             num_missing += int(part.isna().sum())
             values = pd.Index(part.dropna().unique())
             found = values if i == 0 else found.union(values, sort=False)
         return found, num_missing
 
-    def _parts_of_column(self, key: str) -> Iterator[pd.Series]:
-        """Read a column of obs, `ROWS_OF_COLUMN` at a time."""
-        for start in range(0, self.n_obs, ROWS_OF_COLUMN):
+    def _parts_of_column(self, key: str, num_rows: int) -> Iterator[pd.Series]:
+        """Read a column of obs, some rows at a time."""
+        for start in range(0, self.n_obs, num_rows):
             with self._reading(f"obs[{key!r}]"):
-                part = self.column(key, slice(start, start + ROWS_OF_COLUMN))
+                part = self.column(key, slice(start, start + num_rows))
             yield part
 
     def column_type(self, key: str) -> Any:
