@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import anndata as ad
 import matplotlib.image
 import matplotlib.pyplot as plt
 import pytest
@@ -15,6 +16,7 @@ import scrdit_diffusers
 from scrdit_diffusers.evaluation import compare
 
 REPOSITORY = Path(__file__).parents[1]
+PIPELINE = "scrdit-pbmc-zheng"
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 SMALL = {"CELLS_PER_GROUP": 20, "NUM_CELLS": 25, "REPEATS": 2}  # what notebooks set in lines of their own
 TINY_TRAINING = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
@@ -28,9 +30,13 @@ def code_cells(notebook):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """The folder of notebooks in a copy of the repository; training, sampling and comparing are cut short."""
-    (tmp_path / "hub_cards").symlink_to(REPOSITORY / "hub_cards")
-    folder = tmp_path / "docs" / "notebooks"
+    """The folder of notebooks in a small copy of the repository: 20 real cells of each label, brief training."""
+    cards, folder = tmp_path / "hub_cards", tmp_path / "docs" / "notebooks"
+    (cards / "space" / "reference").mkdir(parents=True)
+    (cards / PIPELINE).symlink_to(REPOSITORY / "hub_cards" / PIPELINE)
+    real = ad.read_h5ad(REPOSITORY / "hub_cards" / "space" / "reference" / f"{PIPELINE}.h5ad")
+    few = real.obs.groupby("cell_type", observed=True).head(20).index
+    real[few].write_h5ad(cards / "space" / "reference" / f"{PIPELINE}.h5ad")
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     plt.switch_backend("Agg")
