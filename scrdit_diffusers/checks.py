@@ -13,6 +13,8 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?")  # of a label; Python's float also reads "1_0" as 10
+
 NUMBER = re.compile(r"\d+(\.0)?")  # a gene name that is a position
 MAX_COUNT = 2**24  # float32, AnnData's usual dtype, holds integers exactly up to here
 
@@ -128,10 +130,8 @@ def check_gene_names(names: Sequence[str], name: str, hint: str = "") -> None:
     duplicated = pd.Index(names)[pd.Index(names).duplicated()].unique()
     if len(duplicated):
         raise ValueError(f"{name} repeats {len(duplicated)} gene names, such as {list(duplicated[:5])}.{hint}")
-    if any(not gene or gene == "nan" for gene in names):
-        raise ValueError(
-            f"{name} has {sum(not gene or gene == 'nan' for gene in names)} missing (empty or NaN) gene names."
-        )
+    if missing := sum(gene == "" or pd.isna(gene) for gene in names):  # but "nan" is a gene of Drosophila
+        raise ValueError(f"{name} has {missing} missing (empty or NaN) gene names.")
 
 
 def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
@@ -179,10 +179,7 @@ def _meaning(text: str) -> str | float:
     lower = text.strip().lower()
     if lower in ("true", "false"):
         return float(lower == "true")
-    try:
-        return float(lower) if np.isfinite(float(lower)) else text
-    except ValueError:
-        return text
+    return float(lower) if NUMBER.fullmatch(lower) else text
 
 
 def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:

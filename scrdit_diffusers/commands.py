@@ -119,11 +119,12 @@ def train(
         else:
             options["dataset"] = adata
         _run_script([*_launch(num_processes), str(script_path("train")), *_flags(options)], environment)
-    if options.get("lora_rank") and not (Path(output_dir) / "model_index.json").exists():
-        pipe = SCRDiTPipeline.from_pretrained(options["pretrained_model_name_or_path"])
-        pipe.load_lora_weights(str(output_dir))
-        return pipe
-    return SCRDiTPipeline.from_pretrained(Path(output_dir))
+    if not options.get("lora_rank"):
+        return SCRDiTPipeline.from_pretrained(Path(output_dir))
+    has_base = (Path(output_dir) / "model_index.json").exists()  # where genes or labels are new
+    pipe = SCRDiTPipeline.from_pretrained(Path(output_dir) if has_base else options["pretrained_model_name_or_path"])
+    pipe.load_lora_weights(str(output_dir))
+    return pipe
 
 
 def _launch(num_processes: int) -> list[str]:
@@ -157,7 +158,8 @@ def _write_used(adata: ad.AnnData, keys: list[str], options: dict[str, Any], pat
     used.obs_names, used.var_names = adata.obs_names, adata.var_names
     if gene_key:
         used.var[gene_key] = adata.var[gene_key]
-    used.write_h5ad(path)
+    with ad.settings.override(allow_write_nullable_strings=True):
+        used.write_h5ad(path)
 
 
 def _run_script(command: list[str], environment: dict[str, str]) -> None:

@@ -11,14 +11,20 @@ _NAME = r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|se
 # --hub_token and its abbreviations, which argparse accepts, and any other flag named like a credential.
 _FLAG = rf"--?(?:[\w-]*{_NAME}|hub[_-]to?k?e?)"
 _SECRET_NAME = re.compile(rf"(?:.*[\W_]|){_NAME}|\w*{_NAME}", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(rf"{_NAME}(?:_|$)", re.IGNORECASE)  # of the environment, such as HF_TOKEN_WRITE
 _SECRET_FLAG = re.compile(_FLAG, re.IGNORECASE)
 _PATTERNS = [
     re.compile(rf"({_FLAG}(?:=|\s+|['\"],\s*['\"]?))(?!-)[^\s'\"]+", re.IGNORECASE),
     re.compile(rf"((?:^|[^\w-])[\w-]*{_NAME}=)(?!\.\.\.|{re.escape(HIDDEN)})[^\s&;,'\"]+", re.IGNORECASE),
-    re.compile(r"([?&;][\w.-]*(?:key|sig|signature|auth)=)[^\s&;'\"#]+", re.IGNORECASE),
-    re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})[^/\s'\"]+(?=@)", re.IGNORECASE),  # user and password; Path drops a slash
+    re.compile(r"([?&;][\w.-]*(?:key|sig|signature|auth|jwt|pwd)=)[^\s&;'\"#]+", re.IGNORECASE),
+    re.compile(rf"([\w-]*{_NAME}['\"]?\s*:\s*['\"]?)(?!None\b|null\b|{re.escape(HIDDEN)})[^\s'\",}}]+", re.IGNORECASE),
+    # User and password of an address; Path drops a slash, and a password may hold one.
+    re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})(?:[^/\s'\"]+|[^/:\s'\"]*:[^\s'\"]+)(?=@)", re.IGNORECASE),
+    re.compile(r"(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\"]+", re.IGNORECASE),
     re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
-    re.compile(r"(\b)(?:hf|api_org|gh[opsu]|github_pat|glpat)[_-][A-Za-z0-9]{16,}"),
+    re.compile(r"(\b)(?:hf_(?:oauth_|jwt_)?|api_org_|gh[oprsu]_)[A-Za-z0-9]{16,}"),
+    re.compile(r"(\b)(?:github_pat_|glpat-)[\w-]{16,}"),
+    re.compile(r"(\b)eyJ[\w-]{10,}(?:\.[\w-]+)+"),  # a JSON web token
 ]
 
 
@@ -46,15 +52,19 @@ def redact(value: Any) -> Any:
     if isinstance(value, str):
         return _redact_text(value)
     if isinstance(value, Mapping):
-        return {key: redact(entry) for key, entry in value.items()}
+        return {key: HIDDEN if _is_secret(key, entry) else redact(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         hidden = _redact_command(value) if all(isinstance(word, str) for word in value) else map(redact, value)
         return type(value)(hidden)
     return value
 
 
+def _is_secret(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, str) and bool(value and _SECRET_NAME.fullmatch(key))
+
+
 def _redact_text(text: str) -> str:
-    names = [name for name in os.environ if _SECRET_NAME.fullmatch(name)]
+    names = [name for name in os.environ if _SECRET_VARIABLE.search(name)]
     for secret in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(secret) >= 8:  # shorter ones are found in words
             text = text.replace(secret, HIDDEN)

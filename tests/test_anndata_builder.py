@@ -265,6 +265,15 @@ def test_labels_that_files_spell_differently_are_refused(adata, tmp_path, first,
         CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
 
 
+def test_a_name_with_an_underscore_is_no_number(adata, tmp_path):
+    for file, names in (("a", ["1_0", "1_1"]), ("b", ["10", "11"])):
+        part = adata[:30].copy()
+        part.obs["label"] = np.array(names)[np.arange(30) % 2]
+        write(part, tmp_path / f"{file}.h5ad")
+    cells = CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
+    assert set(cells.labels(["label"])["label"]) == {"1_0", "1_1", "10", "11"}
+
+
 def test_truth_is_one_label_as_text_and_as_boolean(adata, tmp_path):
     for file, names in (("a", [True, False]), ("b", ["True", "False"])):
         part = adata[:30].copy()

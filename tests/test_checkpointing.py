@@ -223,6 +223,25 @@ def test_nothing_is_overwritten_by_a_run_that_cannot_start(train_here, trained, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_nothing_is_overwritten_if_the_tracker_cannot_start(train_here, trained, dataset, tmp_path):
+    output_dir = tmp_path / "model"
+    shutil.copytree(trained, output_dir)
+    shutil.rmtree(output_dir / "logs")
+    (output_dir / "logs").write_text("a file in the way")
+    with pytest.raises(OSError, match="logs"):
+        train_here(dataset, output_dir, "--overwrite_output_dir", "--report_to", "tensorboard")
+    assert [path.name for path in find_checkpoints(output_dir)] == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model.safetensors", "optimizer.bin", "losses.json"])
+def test_a_damaged_checkpoint_is_named(train_here, trained, dataset, tmp_path, name):
+    path = tmp_path / "checkpoint-6"
+    shutil.copytree(trained / "checkpoint-6", path)
+    os.truncate(path / name, (path / name).stat().st_size // 2)
+    with pytest.raises(OSError, match="checkpoint-6"):
+        train_here(dataset, tmp_path, "--labels_key", "cell_type", "--resume_from_checkpoint", "latest")
+
+
 def test_what_is_resumed_from_is_not_overwritten(train_here, trained, dataset, tmp_path):
     output_dir = tmp_path / "model"
     shutil.copytree(trained, output_dir)

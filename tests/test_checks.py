@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from scrdit_diffusers import SCRDiTProcessor
-from scrdit_diffusers.checks import get_matrix, label_categories, looks_like_counts
+from scrdit_diffusers.checks import check_gene_names, get_matrix, label_categories, looks_like_counts
 
 SEEDS = range(5)
 
@@ -186,3 +186,11 @@ def test_labels_of_two_types_are_one_or_refused():
 def test_refuses_a_single_cell(adata):
     with pytest.raises(ValueError, match=r"adata\.X .* 1 .* 2 "):
         SCRDiTProcessor.from_anndata(adata[:1].copy())
+
+
+def test_nan_is_a_gene_and_no_name_is_not():
+    """*nanchung* of Drosophila."""
+    check_gene_names(["nan", "w"], "var_names")
+    for missing in (np.nan, None, ""):
+        with pytest.raises(ValueError, match="var_names .* 1 "):
+            check_gene_names(["w", missing], "var_names")

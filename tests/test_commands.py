@@ -30,6 +30,17 @@ def test_a_call_trains_and_returns_the_pipeline(cells, trained, tmp_path, capsys
     assert "loss=" in capsys.readouterr().err
 
 
+def test_an_adapter_is_loaded_into_its_base(cells, trained, tmp_path):
+    cells.obs["cell_type"] = (
+        cells.obs["cell_type"].astype(str).replace("B cell", "new")
+    )  # so that a base is saved beside it
+    options = OPTIONS | {"pretrained_model_name_or_path": trained, "lora_rank": 2}
+    for name in ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"):
+        del options[name]
+    pipe = train(cells, tmp_path / "tuned", "cell_type", **options)
+    assert (tmp_path / "tuned" / "model_index.json").exists() and list(pipe.get_list_adapters()) == ["transformer"]
+
+
 def test_an_interrupted_call_is_continued_by_the_next(cells, trained, tmp_path):
     options = OPTIONS | {"max_train_steps": 100000, "lr_scheduler": "constant"}
     checkpoint = tmp_path / "checkpoint-3"

@@ -121,6 +121,13 @@ def test_reads_a_saved_folder(adata, tmp_path):
     assert_same_cells(read_cells(tmp_path / "cells"), adata)
 
 
+def test_a_folder_of_other_things_is_not_replaced(adata, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        CellDataset.from_anndata(adata).save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_saves_the_layer_it_is_told_to(adata, tmp_path):
     CellDataset.from_anndata(adata, layer="lognorm").save(tmp_path / "cells")
     assert np.array_equal(read_cells(tmp_path / "cells").X.toarray(), adata.layers["lognorm"].toarray())

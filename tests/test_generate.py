@@ -292,7 +292,8 @@ BAD_ARGUMENTS = {
     "no batches": (["--num_cells", 2, "--batch_size", 0], "--batch_size .* 0"),
     "no device": (["--num_cells", 2, "--device", "gpu"], "--device gpu: .*cpu"),
     "negative seed": (["--num_cells", 2, "--seed", -1], "--seed .* -1"),
-    "library size of zero": (["--num_cells", 2, "--library_size", 0], "library_size .* 1: "),
+    "large seed": (["--num_cells", 2, "--seed", 2**63], f"--seed .* {2**63}"),
+    "library size of zero": (["--num_cells", 2, "--library_size", 0], r"library_size .* 0\.$"),
     "too much noise": (["--num_cells", 2, "--scheduler", "DDIMScheduler", "--eta", 2], r"eta .* 2\.0"),
     "other format": (["--num_cells", 2, "--output", "cells.csv"], r"--output .*\.zarr, .* cells\.csv"),
 }
@@ -311,6 +312,13 @@ def test_bad_label_of_the_last_cell_is_refused_before_any_is_made(generate, tmp_
     with pytest.raises(ValueError, match=r"cell_type 'b'.*\['T', 'B', 'NK'\]"):
         generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad", "--shard_size", 10)
     assert not (tmp_path / "cells.h5ad.parts").exists()
+
+
+@pytest.mark.parametrize("content", ["cell_type\nB\u00e4r\n".encode("latin-1"), b""], ids=["Latin-1", "empty"])
+def test_a_table_that_cannot_be_read_is_named(generate, tmp_path, content):
+    (tmp_path / "wanted.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"--obs .*wanted\.csv"):
+        generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad")
 
 
 def test_output_that_cannot_be_written_is_refused_before_any_cell_is_made(generate, script, tmp_path, monkeypatch):

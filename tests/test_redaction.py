@@ -34,6 +34,14 @@ COMMANDS = {
     "a chain of addresses": ["zip://cells.h5ad::https://ada:xSECRETx@example.org/cells.zip"],
     "a query": ["https://example.org/a?sig=xSECRETx&access_token=xSECRETx&X-Amz-Signature=xSECRETx"],
     "a token elsewhere": ["--card_data", SECRET],
+    "tokens of other shapes": [
+        "hf_oauth_xSECRETx0123456789",
+        "ghr_xSECRETx0123456789",
+        "eyJxSECRETx0123.eyJ0.xSECRETx",
+    ],
+    "a password with a slash": ["https://ada:a/xSECRETx@example.org/cells.h5ad"],
+    "JSON": ['{"hub_token": "xSECRETx"}', "api_key: xSECRETx"],
+    "a header": ["Authorization: Token xSECRETx"],
 }
 
 
@@ -59,6 +67,12 @@ def test_a_value_of_the_environment_is_found_anywhere(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("HF_TOKEN", "short")
     assert redact("key 0123456789abcdef in short") == "key *** in short"
+
+
+def test_values_are_hidden_by_their_names(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN_WRITE", "0123456789")
+    record = redact({"hub_token": "abc", "deep": [{"password": "def"}], "note": "0123456789", "labels_key": "token"})
+    assert record == {"hub_token": "***", "deep": [{"password": "***"}], "note": "***", "labels_key": "token"}
 
 
 def test_other_texts_stay():

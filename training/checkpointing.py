@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -199,9 +200,24 @@ class TrainingState:
         ------
         ValueError
             The checkpoint has other cells or settings.
+        OSError
+            It is damaged.
         """
         if path is not None:
-            self.accelerator.load_state(str(path))
+            try:
+                self.accelerator.load_state(str(path))
+            except (
+                OSError,
+                EOFError,
+                KeyError,
+                RuntimeError,
+                SafetensorError,
+                json.JSONDecodeError,
+                UnpicklingError,
+            ) as error:
+                raise OSError(
+                    f"{path} is damaged: {error}. Delete it, and resume from an earlier checkpoint or start over."
+                ) from error
             self.step = int(path.name.split("-")[1])
             logger.info(f"Resumed from {path}")
 

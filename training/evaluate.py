@@ -164,7 +164,8 @@ def make_split(args: EvaluationArguments) -> None:
     with write_into(folder) as temporary:
         (temporary / "split.json").write_text(json.dumps(redact(record), indent=2))
         for name, part in rows.items():
-            cells[part].copy().write_h5ad(temporary / f"{name}.h5ad", compression="gzip")
+            with ad.settings.override(allow_write_nullable_strings=True):
+                cells[part].copy().write_h5ad(temporary / f"{name}.h5ad", compression="gzip")
     print(f"Wrote {', '.join(f'{name}.h5ad ({len(part)} cells)' for name, part in rows.items())} to {folder}")
 
 

@@ -79,7 +79,10 @@ def read_obs(path: str) -> pd.DataFrame:
         raise ValueError(f"--obs must be a .csv, .tsv or .h5ad file, got {path}.")
     if suffix == ".h5ad":
         return ad.read_h5ad(path, backed="r").obs
-    obs = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
+    try:
+        obs = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
+    except ValueError as error:  # not UTF-8, empty, rows of several lengths
+        raise ValueError(f"--obs {path} cannot be read as a table in UTF-8: {error}") from error
     return obs.drop(columns="Unnamed: 0", errors="ignore")  # the index, as pandas writes it
 
 
@@ -101,8 +104,8 @@ def check_args(args: GenerationArguments) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     check_device(args.device)
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}.")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {args.seed}.")
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
     if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")

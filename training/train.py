@@ -378,13 +378,13 @@ def prepare_outputs(settings: TrainingArguments, accelerator: Accelerator, check
     if settings.push_to_hub:  # before training, so that a wrong name or token costs nothing
         name = settings.hub_model_id or Path(settings.output_dir).name
         repo_id = hub.prepare_repository(name, settings.hub_private_repo, settings.hub_token)
-    if settings.overwrite_output_dir and checkpoint is None:
-        for path in find_checkpoints(settings.output_dir):
-            delete_folder(path)
     # A killed run may have logged steps that will be repeated.
     first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     tensorboard = {"tensorboard": {"purge_step": first_step + 1}}
     accelerator.init_trackers("scrdit", {k: str(v) for k, v in settings.record().items()}, tensorboard)
+    if settings.overwrite_output_dir and checkpoint is None:  # last, as whatever fails before must not cost them
+        for path in find_checkpoints(settings.output_dir):
+            delete_folder(path)
     return repo_id
 
 

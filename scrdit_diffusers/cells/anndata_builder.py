@@ -95,7 +95,7 @@ def gene_vocabulary(
             var = file.var(needed=gene_key)
         if gene_key is not None and gene_key not in var:
             raise ValueError(f"var of {path} has no column {gene_key!r}; it has {list(var)}.")
-        key = pd.Index(var.index if gene_key is None else var[gene_key].astype(str))
+        key = pd.Index(var.index if gene_key is None else var[gene_key].map(str, na_action="ignore"))
         check_gene_names(list(key), f"var of {path}", " Give another gene_key, or make them unique.")
         if gene_key is None and len(paths) > 1 and all(map(NUMBER.fullmatch, key)):
             raise ValueError(

@@ -292,9 +292,16 @@ class CellDataset:
         Parameters
         ----------
         folder
-            Where to write. A folder of this name is replaced once the new one is whole.
+            Where to write. A saved dataset of this name is replaced once the new one is whole.
+
+        Raises
+        ------
+        ValueError
+            The folder holds other things, which would be lost.
         """
-        rows = self._stored
+        rows, folder = self._stored, Path(folder)
+        if folder.exists() and not (folder / "state.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not a saved dataset; give a folder that is empty or not there.")
         with write_atomically(folder) as temporary:
             rows.save_to_disk(str(temporary))
             pq.write_table(self._vocabulary(), temporary / "var.parquet")
@@ -481,7 +488,7 @@ def _index_genes(var: pd.DataFrame, gene_key: str | None) -> pd.DataFrame:
         return var
     if gene_key not in var:
         raise ValueError(f"The gene vocabulary has no column {gene_key!r}; it has {list(var)}.")
-    return var.set_index(var[gene_key].astype(str).rename(None))
+    return var.set_index(var[gene_key].map(str, na_action="ignore").rename(None))
 
 
 def _split_stream(
