@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # signals, where the system has them
+
 
 def check_device(device: str | None) -> None:
     """Raise ValueError unless PyTorch can use a device, such as "cpu" or "cuda:1"; `None` passes."""
@@ -80,8 +82,9 @@ def watch_launcher() -> Callable[[], bool]:
 def catch_signals() -> Iterator[Callable[[], int | None]]:
     """Collect what asks to stop, instead of stopping in the middle of a step.
 
-    That is Ctrl-C, SIGTERM, the end of the terminal (SIGHUP, unless it is ignored as `nohup` has it), and the end of
-    `accelerate launch` or torchrun, which does not always stop what it has launched.
+    That is Ctrl-C, SIGTERM, the end of the terminal (SIGHUP, unless it is ignored as `nohup` has it), what batch
+    systems send before they kill (SIGUSR1, SIGXCPU), and the end of `accelerate launch` or torchrun, which does not
+    always stop what it has launched.
 
     Yields
     ------
@@ -92,7 +95,7 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
 
     def remember(number: int, frame: object) -> None:
         came.append(number)
-        if number != signal.SIGINT and number != signal.SIGTERM:
+        if number == getattr(signal, "SIGHUP", None):
             silence_terminal()
 
     def find() -> int | None:
@@ -100,7 +103,7 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
             came.append(signal.SIGTERM)
         return came[0] if came else None
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in STOPPING if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
     if handlers.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:
         del handlers[signal.SIGHUP]

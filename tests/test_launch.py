@@ -80,8 +80,7 @@ def wait_for(find_signal):
 
 def be_told(number, ignored):
     """End with the number of the signal that is found."""
-    if ignored:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)  # whatever the tests were started with
     with catch_signals() as find_signal:
         os.kill(os.getpid(), number)
         os._exit(0 if ignored and find_signal() is None else wait_for(find_signal))
@@ -97,6 +96,7 @@ def lose_the_terminal(*_):
         os.close(terminal)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     sys.stderr = os.fdopen(2, "w", closefd=False)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with catch_signals() as find_signal:
         os.write(2, b"ready")
         number = wait_for(find_signal)
@@ -110,15 +110,18 @@ def lose_the_terminal(*_):
         (be_told, "SIGINT", False, "SIGINT"),
         (be_told, "SIGTERM", False, "SIGTERM"),
         (be_told, "SIGHUP", False, "SIGHUP"),
+        (be_told, "SIGUSR1", False, "SIGUSR1"),
         (be_told, "SIGHUP", True, None),
         (lose_the_terminal, "SIGHUP", False, "SIGHUP"),
     ],
-    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "nohup", "closed terminal"],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "a batch system", "nohup", "closed terminal"],
 )
 def test_a_signal_is_found_and_does_not_end_the_process(function, name, ignored, found):
     arguments = (getattr(signal, name), ignored)
     process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
     process.start()
+    process.join(60)
+    process.kill()  # if it is still there
     process.join()
     assert process.exitcode == (getattr(signal, found) if found else 0)
 

@@ -179,3 +179,10 @@ def test_several_files_train(train_here, dataset, tmp_path):
     train_here(tmp_path / "cells", tmp_path / "model", "--labels_key", "cell_type")
     processor = SCRDiTPipeline.from_pretrained(tmp_path / "model").processor
     assert sum(number for *_, number in processor.composition) == 90
+
+
+def test_another_accumulation_in_the_environment_is_refused(train_here, dataset, tmp_path, monkeypatch):
+    """Accelerate takes it without a word."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps is 1.* 4:"):
+        train_here(dataset, tmp_path)

@@ -214,7 +214,10 @@ class TrainingArguments:
 
     def about(self) -> dict[str, Any]:
         """Read `card_data`: facts about the weights and the cells."""
-        return (yaml.safe_load(Path(self.card_data).read_text()) or {}) if self.card_data else {}
+        try:
+            return (yaml.safe_load(Path(self.card_data).read_text(encoding="utf-8")) or {}) if self.card_data else {}
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"--card_data {self.card_data} is neither YAML nor JSON: {error}") from error
 
 
 FIXED = [argument.name for argument in dataclasses.fields(TrainingArguments) if not may_change(argument)]

@@ -71,5 +71,8 @@ def run(main: Callable, arguments_class: type, expected: tuple[type[Exception], 
 
 def read_genes(path):
     """Read a text file with one gene name per line; a name may hold blanks."""
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--genes {path} is not text in UTF-8: {error}") from error
     return [line.strip() for line in lines if line.strip()]

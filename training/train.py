@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `runpy.run_path` does not do
 from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args, check_output_dir
 from checkpointing import TrainingState, find_checkpoint, find_checkpoints
 from cli import read_genes, run
@@ -205,6 +207,11 @@ def start(args: TrainingArguments) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     check_processes(accelerator.num_processes)
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:  # the environment decides
+        raise ValueError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate was launched with "
+            f"{accelerator.gradient_accumulation_steps}: give the same to both."
+        )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise ValueError(f"--report_to {args.report_to} is not installed.")
     if args.streaming and (accelerator.num_processes > 1 or args.dataloader_num_workers > 1):

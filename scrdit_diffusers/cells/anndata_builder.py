@@ -268,7 +268,8 @@ def convert_files(
         for path, place in zip(files, positions, strict=True):
             kept = int((place >= 0).sum())
             lacking = f", lacks {len(var) - kept} (taken as zero)" if kept < len(var) else ""
-            logger.info(f"{path}: {len(place)} genes, {kept} of the {len(var)} that are used{lacking}")
+            level = logging.WARNING if kept < len(place) else logging.INFO  # genes are left out
+            logger.log(level, f"{path}: {len(place)} genes, {kept} of the {len(var)} that are used{lacking}")
     make_builder = partial(AnnDataBuilder.for_files, files, layer, expect_counts, join, gene_key, obs_columns)
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
     try:
