@@ -138,7 +138,7 @@ def test_values_of_another_kind_are_refused():
         processor.get_counts(per_length(few_counts()))
     with pytest.raises(ValueError, match="get_counts"):
         processor.transform(scanpy_normalized(few_counts()).X)
-    with pytest.raises(ValueError, match="processor .*log-normalized values"):
+    with pytest.raises(ValueError, match="value_space.*log_normalized"):
         SCRDiTProcessor(value_space="log_normalized").select_counts(few_counts(), slice(None))
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -213,7 +212,6 @@ class TrainingState:
                 RuntimeError,
                 SafetensorError,
                 json.JSONDecodeError,
-                UnpicklingError,
             ) as error:
                 raise OSError(
                     f"{path} is damaged: {error}. Delete it, and resume from an earlier checkpoint or start over."
