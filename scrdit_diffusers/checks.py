@@ -141,6 +141,8 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
         raise ValueError(
             f"{name} has no column {key!r}{f', did you mean {closest[0]!r}?' if closest else '.'} It has {list(obs)}."
         )
+    if isinstance(obs[key], pd.DataFrame):
+        raise ValueError(f"{name} has {obs[key].shape[1]} columns {key!r}; rename or drop the others.")
     if obs[key].isna().any():
         raise ValueError(f"{name}[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
     if key == "synthetic":

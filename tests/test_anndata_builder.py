@@ -200,7 +200,7 @@ def test_genes_called_by_numbers_are_not_joined(adata, tmp_path, names, join):
     with pytest.raises(ValueError, match=r"a\.h5ad .*numbers.*gene_key"):
         CellDataset.open(folder, join=join, cache_dir=tmp_path / "cache")
     both = CellDataset.open(folder, join=join, gene_key="gene_ids", cache_dir=tmp_path / "cache").to_anndata()
-    assert list(both.var["gene_ids"]) == list(adata.var["gene_ids"])
+    assert list(both.var_names) == list(both.var["gene_ids"]) == list(adata.var["gene_ids"])
     assert np.array_equal(both.X.toarray(), np.tile(adata.X.toarray(), (2, 1)))
     alone = CellDataset.open(folder / "a.h5ad", cache_dir=tmp_path / "cache")
     assert list(alone.var.index) == list(names.astype(str))

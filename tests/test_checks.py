@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from scrdit_diffusers import SCRDiTProcessor
-from scrdit_diffusers.checks import check_gene_names, get_matrix, label_categories, looks_like_counts
+from scrdit_diffusers.checks import check_gene_names, check_label, get_matrix, label_categories, looks_like_counts
 
 SEEDS = range(5)
 
@@ -194,3 +194,9 @@ def test_nan_is_a_gene_and_no_name_is_not():
     for missing in (np.nan, None, ""):
         with pytest.raises(ValueError, match="var_names .* 1 "):
             check_gene_names(["w", missing], "var_names")
+
+
+def test_a_column_that_comes_twice_is_refused(adata):
+    twice = pd.concat([adata.obs, adata.obs], axis=1)
+    with pytest.raises(ValueError, match="obs .* 2 columns 'batch'"):
+        check_label(twice, "batch")

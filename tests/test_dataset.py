@@ -121,6 +121,12 @@ def test_reads_a_saved_folder(adata, tmp_path):
     assert_same_cells(read_cells(tmp_path / "cells"), adata)
 
 
+def test_columns_of_one_name_are_refused(adata):
+    adata.obs = pd.concat([adata.obs, adata.obs[["batch"]]], axis=1)
+    with pytest.raises(ValueError, match=r"obs .*\['batch'\]"):
+        CellDataset.from_anndata(adata)
+
+
 def test_a_folder_of_other_things_is_not_replaced(adata, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=str(tmp_path)):

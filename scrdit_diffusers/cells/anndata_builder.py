@@ -125,7 +125,7 @@ def gene_vocabulary(
         )
     joined, named = var.index, pd.concat(names)
     named = named[~named.index.duplicated()].loc[joined]
-    if gene_key is not None and named.is_unique:
+    if gene_key is not None and named.is_unique and not all(map(NUMBER.fullmatch, named)):
         var = var.set_axis(pd.Index(named))
     return var.rename_axis(None), [joined.get_indexer(key) for key in keys]
 

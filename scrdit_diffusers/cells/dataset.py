@@ -175,6 +175,9 @@ class CellDataset:
         matrix.sort_indices()
         obs = adata.obs if obs_columns is None else adata.obs[list(obs_columns)]
         check_obs_columns(list(obs))
+        if not obs.columns.is_unique:
+            twice = list(obs.columns[obs.columns.duplicated()])
+            raise ValueError(f"obs has more than one column of the names {twice}; rename or drop the others.")
         features = dataset_features({key: column_type(obs[key]) for key in obs})
         chunks = []
         for start in range(0, max(adata.n_obs, 1), ROWS_PER_CHUNK):
