@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
+from .sampling import read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (700, 600, 500)
@@ -105,9 +106,8 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         with self.progress_bar(total=len(starts) * len(timesteps)) as progress_bar:
             for start in starts:
                 chunk = slice(start, start + batch_size)
-                k = torch.from_numpy(counts[chunk].toarray()).to(null.device, torch.float32)  # (B, G)
-                x_0 = torch.from_numpy(self.processor.transform(counts[chunk])).to(null.device, torch.float32)  # (B, G)
-                library_size = torch.from_numpy(library_sizes[chunk]).to(null.device, torch.float32)  # (B,)
+                batch = (counts[chunk], library_sizes[chunk])
+                k, x_0, library_size = read_batch(self.processor, *batch, null.device)  # (B, G), (B, G), (B,)
                 for timestep in timesteps:
                     t = torch.full((len(k),), timestep, device=null.device)  # (B,)
                     noise = randn_tensor(x_0.shape, generator=generator, device=null.device, dtype=torch.float32)

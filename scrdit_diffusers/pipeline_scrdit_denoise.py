@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_finite
+from .sampling import check_finite, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 
@@ -121,10 +121,9 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
             for start in starts:
                 chunk = slice(start, start + batch_size)
                 device = self._execution_device
-                k = torch.from_numpy(counts[chunk].toarray()).to(device, torch.float32)  # (B, G)
-                x_0 = torch.from_numpy(self.processor.transform(counts[chunk])).to(device, torch.float32)  # (B, G)
+                batch = (counts[chunk], library_sizes[chunk])
+                k, x_0, library_size = read_batch(self.processor, *batch, device)  # (B, G), (B, G), (B,)
                 labels = class_labels[chunk].to(device)  # (B, K)
-                library_size = torch.from_numpy(library_sizes[chunk]).to(device, torch.float32)  # (B,)
                 posterior = self.transformer.count_head(labels, library_size)
                 t = torch.full((len(k),), timestep, device=device)  # (B,)
                 alpha_bar = posterior.alpha_bar(t)[:, None]  # (B, 1)

@@ -208,6 +208,15 @@ class Denoiser:
         return posterior, log_mean, noisy, t.expand(len(noisy))
 
 
+def read_batch(
+    processor: SCRDiTProcessor, counts: sp.csr_matrix, library_sizes: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring measured cells to a device: counts (B, G), the same in model space, and library sizes (B,)."""
+    k = torch.from_numpy(counts.toarray()).to(device, torch.float32)  # (B, G)
+    x_0 = torch.from_numpy(processor.transform(counts)).to(device, torch.float32)  # (B, G)
+    return k, x_0, torch.from_numpy(library_sizes).to(device, torch.float32)  # (B,)
+
+
 def denoise(
     denoiser: Denoiser,
     x_t: torch.Tensor,
