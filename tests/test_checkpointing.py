@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import checkpointing
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from checkpointing import find_checkpoints
 from scripts import LAUNCH, REPOSITORY, TINY, load_script, logged, run_main, start_in_block, weights
 
@@ -281,6 +282,23 @@ def test_resuming_with_other_arguments_is_refused(train_here, trained, dataset, 
     arguments = ["--labels_key", "cell_type", "--resume_from_checkpoint", "latest", "--train_batch_size", "8"]
     with pytest.raises(ValueError, match=r"train_batch_size.*\(16, 8\)"):
         train_here(dataset, tmp_path, *arguments)
+
+
+def test_resuming_in_another_precision_than_the_launcher_chose_is_refused(
+    train_here, trained, dataset, tmp_path, monkeypatch
+):
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
+    resume = ["--labels_key", "cell_type", "--resume_from_checkpoint", "latest", "--max_train_steps", "7"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"mixed_precision.*\('no', 'bf16'\)"):
+        train_here(dataset, tmp_path, *resume)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_here(dataset, tmp_path, *resume, "--mixed_precision", "no")  # the argument counts
+    train_here(dataset, tmp_path / "half", "--max_train_steps", "1")
+    assert json.loads((tmp_path / "half" / "train_config.json").read_text())["mixed_precision"] == "bf16"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    with pytest.raises(ValueError, match=r"mixed_precision.*\('bf16', 'no'\)"):
+        train_here(dataset, tmp_path / "half", "--resume_from_checkpoint", "latest", "--max_train_steps", "2")
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(train_here, trained, dataset):

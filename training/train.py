@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def main(args: TrainingArguments) -> None:
     args = args.with_recipe()
     check_args(args)
     accelerator = start(args)
+    args = replace(args, mixed_precision=accelerator.mixed_precision)  # the launcher may have chosen it
     writes = accelerator.is_main_process and not args.dry_run
     with lock_folder(args.output_dir, "Wait for it, or give another --output_dir.") if writes else nullcontext():
         check_output_dir(args)  # as no other run changes it any more
