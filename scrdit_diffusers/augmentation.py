@@ -51,7 +51,7 @@ def augment(
             f"labels_key {labels_key!r} is not a condition of the model: {list(pipe.processor.conditions)}."
         )
     check_label(adata.obs, labels_key, "adata.obs")
-    present = adata.obs[labels_key].astype(str).value_counts()
+    present = adata.obs[labels_key].astype(object).map(str).value_counts()
     wanted = dict(to) if isinstance(to, Mapping) else {label: to for label in present.index if label in known}
     if unknown := [label for label in wanted if label not in known]:
         raise ValueError(f"to: {labels_key} has no label {unknown} in the model, only {known}.")

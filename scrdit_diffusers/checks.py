@@ -3,7 +3,9 @@
 import difflib
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import anndata as ad
@@ -13,9 +15,9 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?")  # of a label; Python's float also reads "1_0" as 10
-
 NUMBER = re.compile(r"\d+(\.0)?")  # a gene name that is a position
+# A label that is a number, as programs write them: "1_0", which Python reads as 10, is a name, and so is "1e1".
+NUMBER_LABEL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]\d{1,2})?")
 MAX_COUNT = 2**24  # float32, AnnData's usual dtype, holds integers exactly up to here
 
 
@@ -77,6 +79,18 @@ def check_values(matrix: sp.csr_matrix, name: str, expect_counts: bool, hint: st
         )
     if expect_counts and data.size and data.max() > MAX_COUNT:
         raise ValueError(f"{name} holds a count of {data.max():g}; the largest supported is 2^24 = {MAX_COUNT}.{hint}")
+    check_exact(data, name)
+
+
+def check_exact(values: np.ndarray, name: str) -> None:
+    """Raise ValueError for an integer that float32 would round; `name` is what the message calls the values."""
+    large = values[values > MAX_COUNT]
+    rounded = large[(large == np.rint(large)) & (large.astype(np.float32).astype(large.dtype) != large)]
+    if len(rounded):
+        raise ValueError(
+            f"{name} holds {rounded[0]:.0f}, which float32 would round, as it does integers above 2^24 = {MAX_COUNT}; "
+            "drop such values, or divide all by a constant."
+        )
 
 
 def matrix_name(layer: str | None) -> str:
@@ -150,25 +164,32 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
 
 
 def check_spellings(key: str, labels: Mapping[str, Iterable[str]]) -> None:
-    """Raise ValueError for a label that is spelled in two ways, such as "1" and "01", or True and 1.
+    """Raise ValueError for a label that is spelled in two ways, such as "1" and "01", True and 1, or "B" and "B ".
 
     Parameters
     ----------
     key
         Column of obs.
     labels
-        The different labels of each source, such as a file. Two labels of the same source are never one.
+        The different labels of each source, such as a file. Two labels of the same source are never one, unless they
+        look the same, see [`as_shown`].
     """
-    spellings: dict[str | float, dict[str, str]] = {}
+    spellings: dict[str | Decimal, dict[str, str]] = {}
     texts = {source: set(of_source) for source, of_source in labels.items()}
     for source, of_source in texts.items():
         for text in of_source:
             spellings.setdefault(_meaning(text), {}).setdefault(text, source)
     for same in spellings.values():
-        if len(same) > 1 and not any(len(of_source & same.keys()) > 1 for of_source in texts.values()):
-            by_source = sorted((source, text) for text, source in same.items())
-            found = " and ".join(f"{text!r} in {source}" for source, text in by_source)
+        look_alike = len(set(map(as_shown, same))) < len(same)
+        if look_alike or (len(same) > 1 and not any(len(of_source & same.keys()) > 1 for of_source in texts.values())):
+            by_source = sorted((source, ascii(text) if look_alike else repr(text)) for text, source in same.items())
+            found = " and ".join(f"{text} ({source})" for source, text in by_source)
             raise ValueError(f"obs[{key!r}] holds {found}, which look like one label; spell it in one way.")
+
+
+def as_shown(text: str) -> str:
+    """Write a name without what a reader cannot see: blanks around and repeated, and its form in Unicode."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def label_text(value: Any) -> str:
@@ -176,12 +197,12 @@ def label_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 
-def _meaning(text: str) -> str | float:
-    """Find the number that a label stands for, however it is spelled; else it is the label itself."""
-    lower = text.strip().lower()
+def _meaning(text: str) -> str | Decimal:
+    """Find the number that a label stands for, however it is spelled; else it is the label as it is shown."""
+    lower = as_shown(text).lower()
     if lower in ("true", "false"):
-        return float(lower == "true")
-    return float(lower) if NUMBER.fullmatch(lower) else text
+        return Decimal(lower == "true")
+    return Decimal(lower) if NUMBER_LABEL.fullmatch(lower) else as_shown(text)
 
 
 def label_categories(obs: pd.DataFrame, key: str, num_cells: int | None = None) -> list[str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import pandas as pd
 
+from .checks import label_categories
 from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
@@ -154,8 +156,11 @@ def _write_used(adata: ad.AnnData, keys: list[str], options: dict[str, Any], pat
     ):
         if missing := [key for key in wanted if key not in there]:
             raise ValueError(f"{name}: adata has no {missing}; it has {list(there)}.")
-    used = ad.AnnData(adata.layers[layer] if layer else adata.X, adata.obs[keys])
-    used.obs_names, used.var_names = adata.obs_names, adata.var_names
+    # As text, since a file cannot hold labels of any type, such as dates.
+    labels = {key: adata.obs[key].astype(object).map(str) for key in keys}
+    obs = {key: pd.Categorical(texts, categories=label_categories(adata.obs, key)) for key, texts in labels.items()}
+    used = ad.AnnData(adata.layers[layer] if layer else adata.X, pd.DataFrame(obs, index=adata.obs_names))
+    used.var_names = adata.var_names
     if gene_key:
         used.var[gene_key] = adata.var[gene_key]
     with ad.settings.override(allow_write_nullable_strings=True):

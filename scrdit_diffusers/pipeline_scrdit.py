@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import check_label
 from .hub import SafePipelineMixin
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
 from .sampling import (
@@ -246,6 +247,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             )
         if keys and not set(keys) & set(obs):
             raise ValueError(f"obs has none of the model's conditions {keys}; it has {list(obs)}.")
+        for key in set(keys) & set(obs):
+            check_label(obs, key)
 
     def _check_library_size(self, num_cells: int, library_size: float | Sequence[float]) -> None:
         if self.transformer.count_head is None:

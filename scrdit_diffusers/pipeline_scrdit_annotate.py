@@ -203,9 +203,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         Guo et al. 2017, arXiv 1706.04599.
         """
         self.check_inputs(adata, labels_key, prior, 1.0, kwargs.get("timesteps", TIMESTEPS))
-        codes = pd.Categorical(
-            adata.obs[labels_key].astype(str), categories=self.processor.conditions[labels_key]
-        ).codes
+        codes = pd.Categorical(adata.obs[labels_key].map(str), categories=self.processor.conditions[labels_key]).codes
         if (codes < 0).any():
             raise ValueError(
                 f"adata.obs[{labels_key!r}] has {(codes < 0).sum()} cells with labels unknown to the model."

@@ -98,7 +98,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f"obs has no {missing}: give each cell a label of {list(self.processor.conditions)}.")
         if effects and group_key not in obs:
             raise ValueError(f"group_key: obs has no column {group_key!r}, only {list(obs.columns)}.")
-        if unknown := [group for group in effects if group not in set(obs[group_key].astype(str))]:
+        if unknown := [group for group in effects if group not in set(obs[group_key].map(str))]:
             raise ValueError(f"effects: obs[{group_key!r}] has no group {unknown}.")
         for group, changes in effects.items():
             if absent := [gene for gene in changes if gene not in self.processor.var_names]:
@@ -175,7 +175,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         probability = torch.ones(len(obs), len(table)) / largest  # (cells, G)
         for group in table:
             fold_change = torch.from_numpy(2.0 ** table[group].to_numpy()).float()  # (G,)
-            probability[(obs[group_key].astype(str) == group).to_numpy()] = fold_change / largest
+            probability[(obs[group_key].map(str) == group).to_numpy()] = fold_change / largest
         means = np.empty(noisy.shape, dtype=np.float32)
         counts = []
         for start in range(0, len(obs), batch_size):

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 from transformers import FeatureExtractionMixin
 
-from .checks import check_gene_names, get_matrix, matrix_name
+from .checks import check_gene_names, check_label, get_matrix, matrix_name
 from .hub import explain_push
 from .stored_weights import DamagedFileError
 from .values import Counts, choose_value_kind
@@ -454,11 +454,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Raises
         ------
         ValueError
-            A column is missing, holds NaN, or holds a label that the model does not know.
+            A column is missing, comes twice, holds NaN, or holds a label that the model does not know.
         """
         for key in self.condition_keys:
-            if key not in obs:
-                raise ValueError(f"obs lacks the column {key!r}; the model's conditions are {self.condition_keys}.")
+            check_label(obs, key)
         codes = [self._encode(key, obs[key]) for key in self.condition_keys]
         return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), dtype=np.int64)
 
@@ -468,7 +467,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         if labels.isna().any():
             raise ValueError(f"{key!r} holds {int(labels.isna().sum())} NaN; give every cell a label or drop it.")
         categories = pd.Categorical(labels)
-        codes = pd.Index(names).get_indexer(categories.categories.astype(str))[categories.codes]
+        codes = pd.Index(names).get_indexer(categories.categories.map(str))[categories.codes]
         if (codes < 0).any():
             unknown = str(labels[codes < 0].iloc[0])
             closest = difflib.get_close_matches(unknown, names, n=1, cutoff=0.4)

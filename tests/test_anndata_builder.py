@@ -254,6 +254,11 @@ def test_numbers_of_two_files_stay_what_they_are(adata, tmp_path, others):
         (["1", "2"], ["1.0", "2.0"]),
         (["01", "02"], [1, 2]),
         (["True", "False"], [1.0, 0.0]),
+        (["100000", "2"], ["1e+05", "2.50"]),
+        (["B", "T"], ["B ", "T"]),
+        (["B", "T"], ["\tB", "T"]),
+        (["CD4 T", "B"], ["CD4\N{NO-BREAK SPACE}T", "B"]),
+        (["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "B"], ["cafe\N{COMBINING ACUTE ACCENT}", "B"]),
     ],
 )
 def test_labels_that_files_spell_differently_are_refused(adata, tmp_path, first, second):
@@ -265,13 +270,35 @@ def test_labels_that_files_spell_differently_are_refused(adata, tmp_path, first,
         CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
 
 
-def test_a_name_with_an_underscore_is_no_number(adata, tmp_path):
-    for file, names in (("a", ["1_0", "1_1"]), ("b", ["10", "11"])):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(["1_0", "1_1"], ["10", "11"]), (["1e1", "a"], ["10", "b"]), ([str(2**53)], [str(2**53 + 1)]), (["b"], ["B"])],
+)
+def test_names_that_are_no_numbers_stay_apart(adata, tmp_path, first, second):
+    for file, names in (("a", first), ("b", second)):
         part = adata[:30].copy()
-        part.obs["label"] = np.array(names)[np.arange(30) % 2]
+        part.obs["label"] = np.resize(names, 30)
         write(part, tmp_path / f"{file}.h5ad")
     cells = CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
-    assert set(cells.labels(["label"])["label"]) == {"1_0", "1_1", "10", "11"}
+    assert set(cells.labels(["label"])["label"]) == {*first, *second}
+
+
+def test_signed_and_unsigned_integers_are_joined_as_integers(adata, tmp_path):
+    for dtype in ("int64", "uint64"):
+        part = adata[:30].copy()
+        part.obs["label"] = np.resize([1, 2], 30).astype(dtype)
+        write(part, tmp_path / f"{dtype}.h5ad")
+    cells = CellDataset.open(tmp_path, labels_key=["label"], cache_dir=tmp_path / "cache")
+    assert set(cells.labels(["label"])["label"]) == {1, 2}
+
+
+@pytest.mark.parametrize("join", ["inner", "outer"])
+def test_genes_whose_names_look_the_same_are_refused(adata, tmp_path, join):
+    write(adata, tmp_path / "a.h5ad")
+    adata.var_names = [f"{gene} " for gene in adata.var_names]
+    write(adata, tmp_path / "b.h5ad")
+    with pytest.raises(ValueError, match=r"'gene0' \(.*a\.h5ad\) and 'gene0 ' \(.*b\.h5ad\)"):
+        CellDataset.open(tmp_path, join=join, cache_dir=tmp_path / "cache")
 
 
 def test_truth_is_one_label_as_text_and_as_boolean(adata, tmp_path):

@@ -1,11 +1,13 @@
 """Checks of AnnData, genes, labels and values: every refusal."""
 
+import anndata as ad
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scrdit_diffusers import SCRDiTProcessor
+from scrdit_diffusers import CellDataset, SCRDiTProcessor
 from scrdit_diffusers.checks import check_gene_names, check_label, get_matrix, label_categories, looks_like_counts
 
 SEEDS = range(5)
@@ -181,6 +183,46 @@ def test_labels_of_two_types_are_one_or_refused():
     for other in ([1.0, 2.0], [True, "a"], ["b", True]):
         with pytest.raises(ValueError, match="'label'.*look like one label"):
             label_categories(pd.DataFrame({"label": pd.concat([text, pd.Series(other, dtype=object)])}), "label")
+
+
+@pytest.mark.parametrize("other", ["B ", " B", "\N{NO-BREAK SPACE}B"])
+def test_labels_that_look_the_same_are_refused(adata, other):
+    """Of one table; what can be told apart, such as "1" and "01", is not."""
+    adata.obs["cell_type"] = np.resize(["B", other, "1", "01"], adata.n_obs)
+    with pytest.raises(ValueError, match=r"'cell_type'.*'B'.*one label"):
+        SCRDiTProcessor.from_anndata(adata, "cell_type")
+    assert label_categories(adata[np.resize([2, 3], 60)].obs, "cell_type") == ["01", "1"]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.float64])
+@pytest.mark.parametrize("layer", [None, "whole"])
+def test_integers_that_float32_would_round_are_refused(adata, tmp_path, dtype, layer):
+    counts = adata.X.toarray().astype(dtype)
+    counts[3, 2] = 2**24 + 1
+    cells = ad.AnnData(sp.csr_matrix(counts), adata.obs, adata.var, layers={"whole": sp.csr_matrix(counts)})
+    name = "X" if layer is None else "whole"
+    with pytest.raises(ValueError, match=rf"{name}.* 16777217.*float32"):
+        CellDataset.from_anndata(cells, layer)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match=r"cells\.h5ad.* 16777217.*float32"):
+        CellDataset.open(tmp_path / "cells.h5ad", layer, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"2\^24"):
+        CellDataset.open(tmp_path / "cells.h5ad", layer, expect_counts=True, cache_dir=tmp_path)
+    rows = CellDataset.from_anndata(adata).rows.to_dict() | {
+        "expressions": [list(map(int, row[row > 0])) for row in counts]
+    }
+    dataset = datasets.Dataset.from_dict(rows)
+    with pytest.raises(ValueError, match=r"expressions.* 16777217"):
+        CellDataset(dataset, adata.var).to_anndata()
+    counts[3, 2] = 2**25
+    cells.X = sp.csr_matrix(counts)
+    assert CellDataset.from_anndata(cells).to_anndata().X[3, 2] == 2**25
+
+
+def test_fractions_are_rounded_to_float32(adata):
+    adata.X = sp.csr_matrix(adata.X.toarray() * (2.0**24 + 0.1))
+    values = CellDataset.from_anndata(adata).to_anndata().X
+    np.testing.assert_array_equal(values.toarray(), adata.X.toarray().astype(np.float32))
 
 
 def test_refuses_a_single_cell(adata):

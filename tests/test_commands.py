@@ -8,10 +8,12 @@ import threading
 import time
 
 import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 from scripts import REPOSITORY, TINY
 
-from scrdit_diffusers import SCRDiTPipeline, commands, train
+from scrdit_diffusers import CellDataset, SCRDiTPipeline, SCRDiTProcessor, commands, fit_dataset, train
 
 OPTIONS = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
 
@@ -69,6 +71,31 @@ def test_missing_columns_are_refused_before_the_script_starts(cells, tmp_path, m
     monkeypatch.setattr(commands, "_run_script", None)
     with pytest.raises(ValueError, match=f"{name}.*nowhere"):
         train(cells, tmp_path, **{name: "nowhere"})
+
+
+LABELS = {
+    "dates": pd.to_datetime(["2026-01-02", "2026-01-01"]),
+    "numbers and text": [1, "a"],
+    "truth": pd.Series([True, False], dtype=object),
+    "numbers": [10, 9],
+    "categories": pd.Categorical([10, 9], categories=[10, 11, 9]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_are_those_that_a_processor_has_for_the_cells(cells, tmp_path, name):
+    cells.obs["label"] = pd.Series(LABELS[name]).loc[np.resize([0, 1], cells.n_obs)].array
+    commands._write_used(cells, ["label"], {}, tmp_path / "adata.h5ad")
+    written = CellDataset.open(tmp_path / "adata.h5ad", labels_key=["label"], cache_dir=tmp_path)
+    expected = SCRDiTProcessor.from_anndata(cells, "label", flavor="all")
+    fitted, _ = fit_dataset(written.rows, written.var, "label", flavor="all")
+    assert fitted.to_json_string() == expected.to_json_string()
+
+
+def test_a_cell_without_label_is_refused_before_the_script_starts(cells, tmp_path):
+    cells.obs["label"] = pd.Categorical(["a", None]).take(np.resize([0, 1], cells.n_obs))
+    with pytest.raises(ValueError, match="'label'.* 45 NaN"):
+        train(cells, tmp_path, "label")
 
 
 def test_a_token_stays_out_of_the_command(cells, monkeypatch):

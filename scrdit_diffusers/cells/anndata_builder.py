@@ -9,9 +9,9 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scrdit_diffusers.checks import NUMBER, check_gene_names, check_spellings, check_values, label_text, matrix_name
+from scrdit_diffusers.checks import (
+    NUMBER,
+    as_shown,
+    check_gene_names,
+    check_spellings,
+    check_values,
+    label_text,
+    matrix_name,
+)
 
 from .cell_file import UNREADABLE, CellFile
 from .damage import reading
@@ -85,7 +93,7 @@ def gene_vocabulary(
     Raises
     ------
     ValueError
-        A gene occurs twice in a file, the column is missing, or no gene is in all files.
+        A gene occurs twice in a file or looks like another one, the column is missing, or no gene is in all files.
     """
     if join not in JOINS:
         raise ValueError(f"join must be one of {JOINS}, got {join!r}.")
@@ -106,6 +114,7 @@ def gene_vocabulary(
         variables.append(var.set_axis(key))
         keys.append(key)
         names.append(pd.Series(var.index, index=key))
+    _check_gene_spellings(dict(zip(paths, keys, strict=True)))
     shared = [column for column in variables[0] if all(column in var for var in variables)]
     var = pd.concat([var[shared] for var in variables])
     var = var[~var.index.duplicated()]
@@ -128,6 +137,16 @@ def gene_vocabulary(
     if gene_key is not None and named.is_unique and not all(map(NUMBER.fullmatch, named)):
         var = var.set_axis(pd.Index(named))
     return var.rename_axis(None), [joined.get_indexer(key) for key in keys]
+
+
+def _check_gene_spellings(names: Mapping[str | Path, pd.Index]) -> None:
+    """Raise ValueError for genes of several files whose names differ, but not to the eye."""
+    different = reduce(pd.Index.union, names.values())
+    shown = different.map(as_shown)
+    if len(names) > 1 and (twice := shown[shown.duplicated()]).size:
+        same = different[shown == twice[0]]
+        found = " and ".join(f"{ascii(gene)} ({next(p for p in names if gene in names[p])})" for gene in same)
+        raise ValueError(f"The files have the genes {found}, which look like one; spell it in one way.")
 
 
 def fingerprint(path: Path) -> str:
@@ -196,15 +215,15 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo(features=dataset_features(columns), **options)
 
     def _join_column(self, key: str, types: Sequence[Any]) -> Any:
-        """See [`join_types`]; whole numbers stored as floats join the integers of other files as integers."""
+        """See [`join_types`]; whole numbers stored as floats or uint64 join the integers of other files as int64."""
         joined = join_types(types)
-        numbers = {of_file.dtype for of_file in types}
-        if not is_float(joined.dtype) or all(map(is_float, numbers)) or "uint64" in numbers:
+        if not is_float(joined.dtype) or all(is_float(of_file.dtype) for of_file in types):
             return joined
         for (path, *_), of_file in zip(self._source["files"], types, strict=True):
-            if is_float(of_file.dtype):
+            if is_float(of_file.dtype) or of_file.dtype == "uint64":
+                limit = 2**53 if is_float(of_file.dtype) else 2**63
                 with CellFile(path) as file, reading(path):
-                    if not all(abs(value) < 2**53 and float(value).is_integer() for value in file.labels(key)[0]):
+                    if not all(abs(value) < limit and float(value).is_integer() for value in file.labels(key)[0]):
                         return joined
         return datasets.Value("int64")
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scrdit_diffusers.checks import label_text
+from scrdit_diffusers.checks import check_exact, label_text
 
 from .damage import folder_of, reading
 
@@ -131,12 +131,14 @@ def rows_to_matrix(rows: pa.Table, num_vars: int, positions: np.ndarray | None =
     Raises
     ------
     ValueError
-        A token or position is not in the vocabulary.
+        A token or position is not in the vocabulary, or float32 would round an integer.
     """
     genes, expressions = rows["genes"].combine_chunks(), rows["expressions"].combine_chunks()
     indptr = np.concatenate([[0], np.cumsum(np.asarray(genes.value_lengths(), dtype=np.int64))])
     indices = np.asarray(genes.flatten())
-    data = np.asarray(expressions.flatten(), dtype=np.float32)
+    data = np.asarray(expressions.flatten())
+    check_exact(data, "expressions")
+    data = data.astype(np.float32, copy=False)
     if positions is not None:
         first = indptr[:-1][indptr[:-1] < indptr[1:]]
         special = np.zeros(len(data), dtype=bool)

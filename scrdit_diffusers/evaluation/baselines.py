@@ -166,7 +166,7 @@ def _get_labels(train: ad.AnnData, obs: pd.DataFrame, labels_key: str | None) ->
         return np.full(train.n_obs, ""), np.full(len(obs), "")
     check_label(train.obs, labels_key, "train.obs")
     check_label(obs, labels_key)
-    known, wanted = (table[labels_key].astype(str).to_numpy() for table in (train.obs, obs))
+    known, wanted = (table[labels_key].map(str).to_numpy() for table in (train.obs, obs))
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise ValueError(f"obs[{labels_key!r}] asks for labels that train lacks: {unknown}.")
