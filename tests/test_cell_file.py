@@ -14,6 +14,7 @@ import zarr
 from cell_files import assert_same_cells, write
 
 from scrdit_diffusers import CellDataset, read_cells
+from scrdit_diffusers.cells.cell_file import CellFile
 
 
 @pytest.fixture
@@ -309,3 +310,12 @@ def test_a_column_damaged_beyond_the_first_cells_is_left_out_unless_needed(adata
     assert "unused" in caplog.text and "unused" not in read_cells(path).obs
     with pytest.raises(ValueError, match=rf"cells\{suffix}.*unused"):
         opened(path, obs_columns=["unused"])
+
+
+def test_a_file_that_is_refused_is_closed(tmp_path):
+    """So that the right one can be written in its place."""
+    with h5py.File(tmp_path / "cells.h5ad", "w") as file:
+        file.create_group("obs")
+    with pytest.raises(ValueError, match=r"cells\.h5ad .*var") as _error:  # whose traceback keeps the object
+        CellFile(tmp_path / "cells.h5ad")
+    h5py.File(tmp_path / "cells.h5ad", "w").close()

@@ -1,9 +1,14 @@
-"""Flags that come twice, and files of gene names."""
+"""Flags that come twice, numbers out of range, unknown flags, and files of gene names."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 
+import convert_checkpoint
+import evaluate
+import generate
 import pytest
+from arguments import TrainingArguments, check_args
 from cli import arg, may_change, parse, read_genes
 
 
@@ -37,6 +42,28 @@ def test_lists_of_a_flag_that_comes_twice_are_joined(monkeypatch, arguments):
 def test_the_last_value_of_another_flag_counts(monkeypatch):
     """So that a script can append what its user wants changed."""
     assert parsed(monkeypatch, "--seed", "3", "--seed=4").seed == 4
+
+
+SCRIPTS = {
+    "train": (check_args, TrainingArguments("cells.h5ad", report_to="none")),
+    "generate": (generate.check_args, generate.GenerationArguments("model", num_cells=1)),
+    "evaluate": (evaluate.check_args, evaluate.EvaluationArguments("split")),
+    "convert_checkpoint": (convert_checkpoint.main, convert_checkpoint.ConversionArguments("a.pt", "model")),
+}
+ANY_NUMBER = {"zero_value", "n_jobs"}  # finite, but of any sign
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_out_of_range_are_refused_by_name(script):
+    check, arguments = SCRIPTS[script]
+    hints = {argument.name: str(argument.type) for argument in dataclasses.fields(arguments)}
+    numbers = [name for name, hint in hints.items() if ("int" in hint or "float" in hint) and "list" not in hint]
+    assert len(numbers) >= 4
+    for name in numbers:
+        values = [float("nan"), float("inf")] * ("float" in hints[name]) + [-5] * (name not in ANY_NUMBER)
+        for value in values:
+            with pytest.raises(ValueError, match=f"--{name} .*{value}"):
+                check(dataclasses.replace(arguments, **{name: value}))
 
 
 def test_gene_names_are_lines(tmp_path):

@@ -116,6 +116,15 @@ def test_reads_zarr(adata, tmp_path):
     assert_same_cells(read_cells(str(tmp_path / "cells.zarr")), adata)
 
 
+def test_a_name_in_capitals_is_that_of_a_file(adata, tmp_path):
+    (tmp_path / "cells").mkdir()
+    path = tmp_path / "cells" / "C.H5AD"
+    adata.write_h5ad(path)
+    np.testing.assert_array_equal(read_cells(path).X.toarray(), adata.X.toarray())
+    for source in (path, [path], path.parent, path.parent / "*"):
+        assert len(CellDataset.open(source, cache_dir=tmp_path / "cache")) == adata.n_obs
+
+
 def test_reads_a_saved_folder(adata, tmp_path):
     CellDataset.from_anndata(adata).save(tmp_path / "cells")
     assert_same_cells(read_cells(tmp_path / "cells"), adata)

@@ -293,7 +293,7 @@ BAD_ARGUMENTS = {
     "no device": (["--num_cells", 2, "--device", "gpu"], "--device gpu: .*cpu"),
     "negative seed": (["--num_cells", 2, "--seed", -1], "--seed .* -1"),
     "large seed": (["--num_cells", 2, "--seed", 2**63], f"--seed .* {2**63}"),
-    "library size of zero": (["--num_cells", 2, "--library_size", 0], r"library_size .* 0\.$"),
+    "library size of zero": (["--num_cells", 2, "--library_size", 0], r"library_size .* 0\.0\.$"),
     "too much noise": (["--num_cells", 2, "--scheduler", "DDIMScheduler", "--eta", 2], r"eta .* 2\.0"),
     "other format": (["--num_cells", 2, "--output", "cells.csv"], r"--output .*\.zarr, .* cells\.csv"),
 }
@@ -319,6 +319,19 @@ def test_a_table_that_cannot_be_read_is_named(generate, tmp_path, content):
     (tmp_path / "wanted.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"--obs .*wanted\.csv"):
         generate("--obs", tmp_path / "wanted.csv", "--output", tmp_path / "cells.h5ad")
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_column_that_comes_twice_in_a_table_is_refused(generate, tmp_path, suffix, separator):
+    (tmp_path / f"wanted.{suffix}").write_text(separator.join(["cell_type"] * 2) + "\n" + separator.join("BT"))
+    with pytest.raises(ValueError, match=rf"--obs .*wanted\.{suffix} .*\['cell_type'\]"):
+        generate("--obs", tmp_path / f"wanted.{suffix}", "--output", tmp_path / "cells.h5ad")
+
+
+def test_a_table_may_have_an_index(script, tmp_path):
+    for header in ("", ",", "index,"):
+        (tmp_path / "WANTED.CSV").write_text(f"{header}cell_type\n1,B\n2,T\n")
+        assert script.read_obs(str(tmp_path / "WANTED.CSV"))["cell_type"].tolist() == ["B", "T"]
 
 
 def test_output_that_cannot_be_written_is_refused_before_any_cell_is_made(generate, script, tmp_path, monkeypatch):

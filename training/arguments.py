@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import yaml
 from checkpointing import find_checkpoints
-from cli import arg, may_change
+from cli import arg, check_numbers, may_change
 from diffusers.optimization import SchedulerType
 
 from scrdit_diffusers import SCRDIT_PRESETS
@@ -220,6 +220,14 @@ class TrainingArguments:
             raise ValueError(f"--card_data {self.card_data} is neither YAML nor JSON: {error}") from error
 
 
+POSITIVE = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
+POSITIVE += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
+POSITIVE += ["lora_rank", "learning_rate", "max_loss_weight", "prior_std", "max_grad_norm", "min_std", "target_sum"]
+POSITIVE += ["checkpoints_total_limit", "n_top_genes", "preprocessing_num_workers"]
+POSITIVE += ["patch_size", "num_layers", "num_attention_heads", "attention_head_dim"]
+NOT_NEGATIVE = ["lr_warmup_steps", "checkpointing_minutes", "dataloader_num_workers", "num_cell_tokens"]
+NOT_NEGATIVE += ["adam_weight_decay", "adam_epsilon", "decode_timestep", "min_timestep"]
+SHARES = ["val_fraction", "class_dropout_prob", "dropout", "adam_beta2"]
 FIXED = [argument.name for argument in dataclasses.fields(TrainingArguments) if not may_change(argument)]
 
 
@@ -235,18 +243,12 @@ def check_args(args: TrainingArguments) -> None:
     args = args.with_recipe()
     if args.dataset is None:
         raise ValueError("--dataset is needed: a .h5ad file, a .zarr store, a dataset folder or an id on the Hub.")
-    positive = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"]
-    positive += ["max_train_steps", "num_train_epochs", "num_train_timesteps", "num_validation_cells"]
-    positive += ["lora_rank", "learning_rate", "max_loss_weight", "prior_std", "max_grad_norm"]
-    positive += ["checkpoints_total_limit", "n_top_genes"]
-    for name in positive:
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise ValueError(f"--{name} must be positive, got {value}.")
-    if args.checkpointing_minutes < 0:
-        raise ValueError(f"--checkpointing_minutes must be at least 0, got {args.checkpointing_minutes}.")
-    for name in ("val_fraction", "class_dropout_prob", "dropout"):
+    check_numbers(args, POSITIVE, NOT_NEGATIVE)
+    for name in SHARES:
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2^32 - 1, got {args.seed}.")
     if args.decode == "posterior":
         check_posterior(args)
     schedules = [schedule.value for schedule in SchedulerType]

@@ -2,9 +2,10 @@
 
 import argparse
 import logging
+import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, field
 from pathlib import Path
 
@@ -35,6 +36,27 @@ def arg(default, help, may_change=False, **kwargs):
 def may_change(argument: Field) -> bool:
     """Whether a resumed run may change an argument made by [`arg`]."""
     return argument.metadata["help"].endswith(MAY_CHANGE)
+
+
+def check_numbers(arguments, positive: Sequence[str], not_negative: Sequence[str] = ()) -> None:
+    """Raise ValueError for numbers that are out of range, or not finite; `None` passes.
+
+    Parameters
+    ----------
+    arguments
+        A dataclass whose fields are made by [`arg`].
+    positive
+        Names of the arguments that must be above zero.
+    not_negative
+        Names of those that may also be zero.
+    """
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} must be a finite number, got {value}; for no limit, give a large one.")
+        if name in positive and value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value}.")
+        if name in not_negative and value is not None and value < 0:
+            raise ValueError(f"--{name} must be at least 0, got {value}.")
 
 
 def parse(arguments_class):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cli import arg, parse, read_genes
+from cli import arg, check_numbers, parse, read_genes
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, SCRDiTTransformer, default_scheduler
 from scrdit_diffusers.atomic import write_atomically
@@ -234,6 +234,7 @@ def main(args: ConversionArguments) -> None:
         raise ValueError("Give --checkpoint and --output_dir, or --pipeline and --output.")
     if args.checkpoint and args.pipeline:
         raise ValueError("Give either --checkpoint or --pipeline, not both.")
+    check_numbers(args, ("num_attention_heads", "target_sum", "num_train_timesteps"))
     output = Path(args.output_dir if args.checkpoint else args.output)
     if output.exists():
         raise ValueError(f"{output} exists; give another name.")

@@ -30,7 +30,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from cli import arg, run
+from cli import arg, check_numbers, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
@@ -112,9 +112,11 @@ def check_args(args: EvaluationArguments) -> None:
             f"--update_card needs a folder with card.json, as training/train.py writes it; "
             f"{args.lora_weights or args.pipeline} has none."
         )
-    for name in ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    check_numbers(args, ("num_seeds", "num_inference_steps", "batch_size", "n_top_genes"), ("guidance_scale",))
+    if not 0 <= args.seed <= 2**32 - args.num_seeds:
+        raise ValueError(f"--seed must be from 0 to 2^32 - --num_seeds, got {args.seed}.")
+    if not args.n_jobs:
+        raise ValueError("--n_jobs must not be 0; -1 takes all cores.")
     check_device(args.device)
     for name in ("max_cells", "min_label_cells"):
         if getattr(args, name) < compare.MIN_CELLS:

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import zarr
 from accelerate import PartialState
-from cli import arg, run
+from cli import arg, check_numbers, run
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
@@ -74,15 +74,19 @@ class GenerationArguments:
 
 def read_obs(path: str) -> pd.DataFrame:
     """Read the requested cells as a table; labels stay strings."""
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".tsv", ".h5ad"):
         raise ValueError(f"--obs must be a .csv, .tsv or .h5ad file, got {path}.")
     if suffix == ".h5ad":
         return ad.read_h5ad(path, backed="r").obs
+    options = {"sep": "," if suffix == ".csv" else "\t", "dtype": str, "keep_default_na": False}
     try:
-        obs = pd.read_csv(path, sep="," if suffix == ".csv" else "\t", dtype=str, keep_default_na=False)
+        header = pd.read_csv(path, header=None, nrows=1, **options).iloc[0]
+        obs = pd.read_csv(path, **options)
     except ValueError as error:  # not UTF-8, empty, rows of several lengths
         raise ValueError(f"--obs {path} cannot be read as a table in UTF-8: {error}") from error
+    if twice := sorted(set(header[header.duplicated()])):
+        raise ValueError(f"--obs {path} has more than one column of the names {twice}; rename or drop the others.")
     return obs.drop(columns="Unnamed: 0", errors="ignore")  # the index, as pandas writes it
 
 
@@ -100,9 +104,8 @@ def check_args(args: GenerationArguments) -> None:
         raise ValueError(f"--condition names a column twice: {args.condition}.")
     if args.num_cells is None and args.obs is None:
         raise ValueError("Give --num_cells, or --obs with one row per cell.")
-    for name in ("batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    positive = ("num_cells", "num_inference_steps", "library_size", "batch_size", "shard_size")
+    check_numbers(args, positive, ("guidance_scale", "eta"))
     check_device(args.device)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {args.seed}.")

@@ -79,8 +79,12 @@ class CellFile:
             raise ValueError(
                 f"{path} cannot be opened as a .h5ad file or .zarr store: {error}. Copy, download or write it again."
             ) from error
-        with reading(path, "obs or var"):
-            self._read_sizes()
+        try:
+            with reading(path, "obs or var"):
+                self._read_sizes()
+        except ValueError:
+            self.__exit__()
+            raise
         self._categories: dict[str, pd.Index | None] = {}
         self._by_genes: dict[str | None, sp.csr_matrix] = {}
 

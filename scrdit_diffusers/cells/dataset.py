@@ -138,7 +138,7 @@ class CellDataset:
         """
         files = find_files(source) if isinstance(source, str | Path) else _visible(map(Path, source))
         for path in files:
-            if not path.exists() or path.suffix not in ANNDATA_SUFFIXES:
+            if not (path.exists() and _is_anndata(path)):
                 raise FileNotFoundError(f"{path} does not exist, or is neither a .h5ad file nor a .zarr store.")
         if not files:
             return cls(*_load(str(source), gene_key, streaming, name, num_proc, cache_dir))
@@ -369,7 +369,7 @@ def read_cells(source: str | Path) -> ad.AnnData:
         The file is of another kind, or neither X nor any layer can be read.
     """
     path = Path(source)
-    if path.suffix not in ANNDATA_SUFFIXES or not path.exists():
+    if not (_is_anndata(path) and path.exists()):
         return CellDataset(*_load(str(source))).to_anndata()
     with CellFile(path) as file, reading(path):
         return file.read()
@@ -418,14 +418,19 @@ def split_cells(
 def find_files(source: str | Path) -> list[Path]:
     """AnnData files that a name stands for: a file, a folder of them, or a pattern such as `cells/*.h5ad`."""
     path = Path(source)
-    if path.suffix in ANNDATA_SUFFIXES and path.exists():
+    if _is_anndata(path) and path.exists():
         return [path]
     if path.is_dir():
-        return sorted(part for part in _visible(path.iterdir()) if part.suffix in ANNDATA_SUFFIXES)
+        return sorted(filter(_is_anndata, _visible(path.iterdir())))
     if any(character in str(source) for character in "*?["):
         found = _visible(map(Path, glob.glob(str(source))))
-        return sorted(path for path in found if path.suffix in ANNDATA_SUFFIXES)
+        return sorted(filter(_is_anndata, found))
     return []
+
+
+def _is_anndata(path: Path) -> bool:
+    """Whether a path has the name of an AnnData file; Windows and some pipelines write `CELLS.H5AD`."""
+    return path.suffix.lower() in ANNDATA_SUFFIXES
 
 
 def _visible(paths: Iterable[Path]) -> list[Path]:
@@ -453,7 +458,7 @@ def _load(
             f"{path} is neither a .h5ad file, nor a .zarr store, nor a folder of them or one that CellDataset.save "
             "has written."
         )
-    if not path.exists() and (path.suffix in ANNDATA_SUFFIXES or len(path.parts) != 2):
+    if not path.exists() and (_is_anndata(path) or len(path.parts) != 2):
         raise FileNotFoundError(f"{path} does not exist.")
     options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
     with reading(path if path.exists() else None, "the dataset"):
