@@ -1,12 +1,18 @@
 """Errors of damaged files of cells name the file, whatever the library beneath raises."""
 
 import errno
+import itertools
 import json
+import os
+import re
+import shutil
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from scrdit_diffusers import CellDataset, fit_dataset, read_cells
-from scrdit_diffusers.cells.batches import CellRows
+from scrdit_diffusers.cells.batches import CellRows, CellStream
 from scrdit_diffusers.cells.damage import reading
 
 
@@ -70,3 +76,41 @@ def test_cells_that_cannot_be_read_are_refused_with_their_folder(saved):
     ):
         with pytest.raises(ValueError, match=r"saved: its cells .* again"):
             read()
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[200:900] = bytes(byte ^ 0x5A for byte in content[200:900])
+    path.write_bytes(content)
+
+
+def rename(path):
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns(["tokens", *table.column_names[1:]]), path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("damage", [cut, flip, rename, Path.unlink])
+def test_the_damaged_file_of_a_stream_is_named(parquet_folder, tmp_path, damage, number):
+    """The first file is read when the stream is opened, to learn of its columns."""
+    folder = shutil.copytree(parquet_folder, tmp_path / "cells")
+    cells = CellDataset.open(folder, streaming=True)
+    damage(path := folder / "data" / f"train-{number:05d}-of-00002.parquet")
+    named = str(folder) if damage is rename else str(path)
+    with pytest.raises((ValueError, OSError), match=re.escape(named)):
+        fit_dataset(cells.rows, cells.var, "cell_type")
+    batches = CellStream(cells.rows, 90, 16, ["cell_type"])
+    with pytest.raises((ValueError, OSError), match=re.escape(named)):
+        next(itertools.islice(batches, 9, None))
+
+
+def test_a_stream_of_a_saved_dataset_is_named(saved, adata):
+    CellDataset.from_anndata(adata[:, :3].copy()).save(saved.with_name("other"))
+    (saved / "var.parquet").write_bytes((saved.with_name("other") / "var.parquet").read_bytes())
+    cells = CellDataset.open(saved, streaming=True)
+    with pytest.raises(ValueError, match=r"saved: .* vocabulary of 3 genes"):
+        fit_dataset(cells.rows, cells.var, flavor="all")

@@ -1,6 +1,7 @@
 """Errors of files of cells that are damaged: each names the file and what to do."""
 
 import errno
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ def reading(path: str | Path | None, part: str = "the file") -> Iterator[None]:
     Parameters
     ----------
     path
-        File or folder that is read. `None` leaves errors as they are, for what lies in memory or comes from the Hub.
+        File, folder or dataset that is read; of a dataset of several files, the one that is damaged is named. `None`
+        leaves errors as they are, for what lies in memory or comes from the Hub.
     part
         What of it is read, such as `obs['cell_type']`.
 
@@ -30,16 +32,27 @@ def reading(path: str | Path | None, part: str = "the file") -> Iterator[None]:
         yield
     except Exception as error:
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        path = path and (_file_of(reason) or path)
         is_told = type(error) is ValueError or (isinstance(error, OSError) and type(error) is not OSError)
         is_other = isinstance(reason, MemoryError) or getattr(reason, "errno", None) in NOT_OF_THE_FILE
         if path is None or is_other or (is_told and str(path) in str(error)):
             raise
         kind = "" if type(reason) is ValueError else f"{type(reason).__name__}: "
-        told = str(reason).rstrip(".")
+        told = str(reason).strip().rstrip(".")
         raise ValueError(f"{path}: {part} cannot be read: {kind}{told}. Copy, download or write it again.") from error
 
 
-def folder_of(dataset: datasets.Dataset | datasets.IterableDataset) -> Path | None:
-    """Find the folder of the files of a dataset; `None` for a stream or a dataset in memory."""
-    files = dataset.cache_files if isinstance(dataset, datasets.Dataset) else []
-    return Path(files[0]["filename"]).parent if files else None
+def _file_of(error: BaseException | None) -> str | None:
+    """Find the file that `datasets` was reading, which its errors do not tell; `None` if it was reading none."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
+        if frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules."):
+            found = frame.f_locals.get("file", found)
+    return found and str(found)
+
+
+def folder_of(dataset: datasets.Dataset | datasets.IterableDataset) -> str | Path | None:
+    """Find the folder of the files of a dataset, or the name of a stream; `None` for a dataset in memory."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.info.dataset_name
+    return Path(dataset.cache_files[0]["filename"]).parent if dataset.cache_files else None

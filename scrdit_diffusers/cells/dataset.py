@@ -448,25 +448,29 @@ def _load(
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, pd.DataFrame, str | None]:
     """[`CellDataset.open`] for a folder or a dataset on the Hub: rows, genes and the column of tokens."""
     path = Path(source)
+    rows: datasets.Dataset | datasets.IterableDataset
     if (path / "state.json").is_file() and (path / "var.parquet").is_file():
         with reading(source, "the dataset"):
             rows = datasets.load_from_disk(source)
             var, token_key = _read_vocabulary(source)
-        return rows.to_iterable_dataset() if streaming else rows, _index_genes(var, gene_key), token_key
-    if path.exists() and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
-        raise ValueError(
-            f"{path} is neither a .h5ad file, nor a .zarr store, nor a folder of them or one that CellDataset.save "
-            "has written."
-        )
-    if not path.exists() and (_is_anndata(path) or len(path.parts) != 2):
-        raise FileNotFoundError(f"{path} does not exist.")
-    options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
-    with reading(path if path.exists() else None, "the dataset"):
-        var, token_key = _read_vocabulary(source)
-        rows = datasets.load_dataset(source, name, split="train", cache_dir=cache_dir and str(cache_dir), **options)
-    missing = [key for key in VALUE_COLUMNS if rows.features is not None and key not in rows.features]
-    if missing:
-        raise ValueError(f"{source} has no columns {missing}, only {list(rows.features)}: it does not hold cells.")
+        rows = rows.to_iterable_dataset() if streaming else rows
+    else:
+        if path.exists() and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
+            raise ValueError(
+                f"{path} is neither a .h5ad file, nor a .zarr store, nor a folder of them or one that CellDataset.save "
+                "has written."
+            )
+        if not path.exists() and (_is_anndata(path) or len(path.parts) != 2):
+            raise FileNotFoundError(f"{path} does not exist.")
+        options: dict[str, Any] = {"streaming": True} if streaming else {"num_proc": num_proc}
+        with reading(path if path.exists() else None, "the dataset"):
+            var, token_key = _read_vocabulary(source)
+            rows = datasets.load_dataset(source, name, split="train", cache_dir=cache_dir and str(cache_dir), **options)
+        missing = [key for key in VALUE_COLUMNS if rows.features is not None and key not in rows.features]
+        if missing:
+            raise ValueError(f"{source} has no columns {missing}, only {list(rows.features)}: it does not hold cells.")
+    if streaming:
+        rows.info.dataset_name = source  # for errors, see [`folder_of`]
     return rows, _index_genes(var, gene_key), token_key
 
 
