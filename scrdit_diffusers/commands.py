@@ -130,10 +130,10 @@ def train(
 
 
 def _launch(num_processes: int) -> list[str]:
-    """Python, and Accelerate's launcher for several processes."""
+    """Python, and Accelerate's launcher for several processes, which would print the command after an error."""
     if num_processes == 1:
         return [sys.executable]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(num_processes)]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

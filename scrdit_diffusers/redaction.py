@@ -78,11 +78,11 @@ def _redact_command(words: Sequence[str]) -> list[str]:
     hidden, follows = [], False
     for word in words:
         name, equals, _ = word.partition("=")
-        if follows and not word.startswith("--"):
+        if follows and word and not word.startswith("--"):
             hidden.append(HIDDEN)
         elif equals and (_SECRET_FLAG.fullmatch(name) or _SECRET_NAME.fullmatch(name)):
             hidden.append(f"{name}={HIDDEN}")
         else:
             hidden.append(_redact_text(word))
-        follows = _SECRET_FLAG.fullmatch(word) is not None
+        follows = _SECRET_FLAG.fullmatch(word) is not None or (follows and not word)
     return hidden

@@ -66,6 +66,32 @@ def test_numbers_out_of_range_are_refused_by_name(script):
                 check(dataclasses.replace(arguments, **{name: value}))
 
 
+SECRET = "notARealSecret"
+
+
+@pytest.mark.parametrize("words", [["--hub_tokn", SECRET], [f"--hub_tokn={SECRET}"], ["--hub-tokn", SECRET, "--see=1"]])
+def test_an_unknown_flag_is_named_without_its_value(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--labels_key", "a", *words])
+    with pytest.raises(ValueError, match=r"--hub.tokn.*--hub_token") as raised:
+        parse(TrainingArguments)
+    assert SECRET not in str(raised.value)
+
+
+def test_a_word_without_a_flag_is_not_shown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1", SECRET])
+    with pytest.raises(ValueError, match=r"^Word 3 (?!.*Secret)"):
+        parse(TrainingArguments)
+
+
+@pytest.mark.parametrize("flag", ["--h", "--hub", "--hub_"])
+def test_an_abbreviation_that_fits_several_flags_is_shown_without_its_value(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"{flag}={SECRET} and more"])
+    with pytest.raises(SystemExit):
+        parse(TrainingArguments)
+    printed = capsys.readouterr().err
+    assert f"{flag}=*** could match" in printed and SECRET not in printed and "and more" not in printed
+
+
 def test_gene_names_are_lines(tmp_path):
     path = tmp_path / "genes.txt"
     path.write_bytes("\ufeffHLA-A\r\nsomething odd \r\n\r\nB2M".encode())

@@ -112,6 +112,10 @@ def test_a_token_stays_out_of_the_command(cells, monkeypatch):
     assert not any("hub_token" in word or "hf_notARealToken" in word for word in seen["command"])
 
 
+def test_several_processes_are_launched_without_showing_the_command():
+    assert commands._launch(1) == [sys.executable] and "--quiet" in commands._launch(2)
+
+
 def test_keywords_become_flags():
     options = {"seed": 1, "labels_key": ["a", "b"], "genes": None, "use_ema": False, "layer": []}
     assert commands._flags(options) == ["--seed", "1", "--labels_key", "a", "b", "--use_ema", "False"]

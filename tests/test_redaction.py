@@ -3,11 +3,13 @@
 import json
 import logging
 import shlex
+import subprocess
 import sys
 
 import cli
 import pytest
 from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser, simple_launcher
 from accelerate.state import AcceleratorState
 from scripts import TINY, load_script
 from sklearn.ensemble import RandomForestClassifier
@@ -23,6 +25,7 @@ COMMANDS = {
     "abbreviated": ["--hub_tok", "xSECRETx"],
     "abbreviated to the shortest": ["--hub_t", "xSECRETx"],
     "abbreviated, one word": ["--hub_to=xSECRETx"],
+    "after nothing": ["--hub_token", "", "xSECRETx"],
     "with blanks": ["--hub_token", "xSECRETx y xSECRETx"],
     "a variable": ["env", "HF_TOKEN=xSECRETx", "python"],
     "a key": ["WANDB_API_KEY=xSECRETx"],
@@ -53,7 +56,7 @@ def test_a_command_holds_no_credential(name):
         assert "--seed" in hidden and hidden.count("8") == 1
 
 
-@pytest.mark.parametrize("name", set(COMMANDS) - {"with blanks"})
+@pytest.mark.parametrize("name", set(COMMANDS) - {"with blanks", "after nothing"})
 def test_a_message_holds_no_credential(name):
     for text in (
         shlex.join(COMMANDS[name]),
@@ -144,3 +147,13 @@ def test_no_credential_is_written_or_shown(run, dataset, tmp_path, monkeypatch, 
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
     shown = capfd.readouterr()
     assert SECRET not in shown.out + shown.err and "ambiguous" in shown.err and "***@example.org" in shown.err
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_launcher_that_is_told_to_be_quiet_does_not_print_the_command(tmp_path, quiet):
+    """As docs/reliability.md advises; the other one does."""
+    (tmp_path / "fails.py").write_text("raise SystemExit(1)")
+    command = [*["--quiet"] * quiet, "--num_processes", "1", str(tmp_path / "fails.py"), "--hub_token", SECRET]
+    with pytest.raises((SystemExit, subprocess.CalledProcessError)) as raised:
+        simple_launcher(_validate_launch_command(launch_command_parser().parse_args(command))[0])
+    assert (SECRET in str(raised.value)) is not quiet

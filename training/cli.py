@@ -1,8 +1,11 @@
 """Command-line arguments of the scripts, declared once as the fields of a dataclass, and how a script is run."""
 
 import argparse
+import dataclasses
+import difflib
 import logging
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ from transformers import HfArgumentParser
 
 from scrdit_diffusers.redaction import redact
 
+AMBIGUOUS = re.compile(r"(--[\w-]+=).*(?= could match )", re.DOTALL)  # a flag that argparse shows with its value
 MAY_CHANGE = " (A resumed run may change it.)"
 
 
@@ -63,11 +67,25 @@ def parse(arguments_class):
     """Parse the command line into a dataclass whose fields are made by [`arg`].
 
     `sys.argv` is left without credentials: trackers record it, too.
+
+    Raises
+    ------
+    ValueError
+        A flag is unknown. Its value is not shown: after a mistyped `--hub_token` it is a credential.
     """
     parser = HfArgumentParser(arguments_class)
-    parser.error = lambda message: type(parser).error(parser, redact(message))
-    arguments = parser.parse_args_into_dataclasses()[0]
-    sys.argv[:] = redact(sys.argv)
+    parser.error = lambda message: type(parser).error(parser, redact(AMBIGUOUS.sub(r"\1***", message)))
+    arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    words, sys.argv[:] = sys.argv[:], redact(sys.argv)
+    if unknown:
+        known = [f"--{argument.name}" for argument in dataclasses.fields(arguments_class)]
+        names = [word.partition("=")[0] for word in unknown]
+        flags = [name for name in names if re.fullmatch(r"--[A-Za-z][\w-]*", name)]
+        closest = [match for flag in flags for match in difflib.get_close_matches(flag.replace("-", "_"), known, n=1)]
+        if flags:
+            meant = f", did you mean {closest}?" if closest else "."
+            raise ValueError(f"Unknown flags {flags}{meant} --help lists all.")
+        raise ValueError(f"Word {words.index(unknown[0])} after the script's name belongs to no flag.")
     return arguments
 
 
