@@ -258,6 +258,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 "library_size is a number of counts, but this model was trained on values that are not scaled counts."
             )
         try:
+            if np.asarray(library_size).dtype.kind in "USb":
+                raise TypeError("text or truth values")
             sizes = np.asarray(library_size, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"library_size must be a number or one per cell, got {library_size!r}.") from error
@@ -265,8 +267,11 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"library_size has shape {sizes.shape} for {num_cells} cells; give one number for all, or one per cell."
             )
-        if not (np.isfinite(sizes).all() and (sizes >= 1).all()):
-            raise ValueError(f"library_size must be at least 1, the total count of a cell; got {np.min(sizes):g}.")
+        if not ((sizes >= 1) & (sizes <= np.finfo(np.float32).max)).all():
+            raise ValueError(
+                "library_size must be at least 1, the total count of a cell, and not more than float32 holds; got "
+                f"{np.min(sizes):g} to {np.max(sizes):g}."
+            )
 
     def _check_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> None:
         last = self.scheduler.config.num_train_timesteps - 1

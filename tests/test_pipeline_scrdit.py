@@ -582,7 +582,8 @@ REFUSED_CALLS = {
         r"^obs .*\['cell_type', 'batch'\].*\['a', 'b'\]",
     ),
     "obs unknown label": (dict(obs=OBS.replace("T", "Tcell")), ValueError, r"cell_type 'Tcell'.*\['T', 'B', 'NK'\]"),
-    "obs NaN": (dict(obs=OBS.replace("T", np.nan)), ValueError, "'cell_type' .* 1 NaN"),
+    "obs NaN": (dict(obs=OBS.replace("T", np.nan)), ValueError, "'cell_type'.* 1 NaN"),
+    "obs column twice": (dict(obs=OBS[["batch", "cell_type", "batch"]]), ValueError, "obs .* 2 columns 'batch'"),
     "conditions no dict": (dict(conditions="B"), TypeError, "^conditions .* dict .* str"),
     "conditions unknown key": (
         dict(conditions={"tissue": "lung"}),
@@ -633,6 +634,12 @@ def test_refuses_before_any_work(pipe, monkeypatch, kwargs, error, message):
 def test_decode_timestep_zero_is_not_ignored(pipe):
     with pytest.raises(ValueError, match="^decode_timestep .*count head"):
         pipe(num_cells=1, decode_timestep=0)
+
+
+@pytest.mark.parametrize("library_size", [0, -3, 0.5, float("nan"), float("inf"), 1e39, "100", [100, "7"], True, {}])
+def test_bad_library_sizes_are_refused(count_pipe, library_size):
+    with pytest.raises((TypeError, ValueError), match="library_size"):
+        count_pipe(library_size=library_size)
 
 
 @pytest.mark.parametrize("guidance_scale", [-1.0, float("nan"), float("inf"), "2"])
