@@ -109,12 +109,17 @@ def faults(adata, layer, key, expect_counts) -> list[str]:
     """List, by NumPy alone, what is wrong with cells: a word of each message."""
     matrix = adata.X if layer is None else adata.layers[layer]
     values = (matrix.toarray() if sp.issparse(matrix) else matrix).astype(np.float64)
+    with np.errstate(all="ignore"):
+        rounded = (values.astype(np.float32) != values) & (values == np.rint(values)) & np.isfinite(values)
+    labels = {str(label) for label in adata.obs[key]}
     found = {
         "gene": not adata.var_names.is_unique or "nan" in adata.var_names,
         "NaN or infinite": not np.isfinite(values).all(),
         "negative": (values < 0).any(),
         "non-integers": expect_counts and not (values == np.rint(values)).all(),
         "largest": expect_counts and (values > MAX_COUNT).any(),
+        "float32 would round": rounded.any(),
+        "look like one label": len({" ".join(label.split()) for label in labels}) < len(labels),
         "NaN; give": adata.obs[key].isna().any(),
     }
     return [word for word, wrong in found.items() if wrong]
