@@ -176,7 +176,8 @@ class TrainingArguments:
     hub_model_id: str | None = arg(None, "Repository on the Hub; the name of --output_dir if not given.", True)
     hub_token: str | None = arg(
         None,
-        "Token for the Hub. HF_TOKEN or the stored one, if not given, are safer: launchers print commands.",
+        "Token for the Hub. HF_TOKEN or the stored one, if not given, are safer: `accelerate launch` without --quiet "
+        "prints the command of a run that fails.",
         True,
     )
     hub_private_repo: bool = arg(False, "Make the repository private.", True)
