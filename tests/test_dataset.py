@@ -130,6 +130,22 @@ def test_reads_a_saved_folder(adata, tmp_path):
     assert_same_cells(read_cells(tmp_path / "cells"), adata)
 
 
+DAYS = pd.to_datetime(["2026-01-02", "2026-01-01"])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [DAYS, pd.Categorical(DAYS), DAYS.to_period("D"), pd.arrays.SparseArray([2, 1]), [1j, 2j], DAYS.tz_localize("UTC")],
+    ids=["dates", "categories of dates", "periods", "sparse", "complex", "time zone"],
+)
+def test_labels_of_any_type_are_those_of_the_cells(adata, labels):
+    adata.obs["label"] = pd.Series(labels).loc[np.resize([0, 1], adata.n_obs)].array
+    cells = CellDataset.from_anndata(adata)
+    fitted, _ = fit_dataset(cells.rows, cells.var, "label", flavor="all")
+    assert fitted.conditions == SCRDiTProcessor.from_anndata(adata, "label", flavor="all").conditions
+    assert fitted.label_counts["label"].keys() == {str(label) for label in pd.Series(labels)}
+
+
 def test_columns_of_one_name_are_refused(adata):
     adata.obs = pd.concat([adata.obs, adata.obs[["batch"]]], axis=1)
     with pytest.raises(ValueError, match=r"obs .*\['batch'\]"):

@@ -41,9 +41,9 @@ def column_type(column: pd.Series) -> Any:
         return class_label([str(name) for name in column.cat.categories])
     try:
         schema = pa.Schema.from_pandas(column.to_frame("column"), preserve_index=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of mixed types, such as 1 and "X"
+        return datasets.Features.from_arrow_schema(schema.remove_metadata())["column"]
+    except (pa.ArrowException, TypeError, ValueError):  # of mixed types, such as 1 and "X", or ones of pandas alone
         return datasets.Value("string")
-    return datasets.Features.from_arrow_schema(schema.remove_metadata())["column"]
 
 
 def check_obs_columns(columns: Sequence[str]) -> None:
@@ -77,7 +77,7 @@ def columns_to_arrow(obs: pd.DataFrame, features: datasets.Features) -> dict[str
         if isinstance(feature, datasets.ClassLabel):
             names = pd.Index(feature.names)
             categories = pd.Categorical(column)
-            found = categories.categories.astype(str)
+            found = categories.categories.map(str)
             of_category = names.get_indexer(found)
             of_category = np.where(of_category < 0, names.get_indexer(found.map(whole_number)), of_category)
             codes = np.append(of_category, -1)[categories.codes]
