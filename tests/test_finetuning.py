@@ -123,7 +123,7 @@ def test_a_known_label_that_is_spelled_differently_is_refused(pipe):
     fitted = copy.deepcopy(known)
     known.condition_categories[0] = ["1.0", "2.0", "3.0"]
     fitted.condition_categories[0] = ["1", "2", "3"]
-    with pytest.raises(ValueError, match="the new cells and .* the pretrained model"):
+    with pytest.raises(ValueError, match=r"the new cells.* and .*the pretrained model"):
         finetuning.adapt_processor(known, fitted)
 
 
