@@ -190,7 +190,7 @@ def refuse(evaluate, message, *arguments):
         (["--split_dir", "nowhere"], "holds no split; give --dataset"),
         (["--split_dir", "nowhere", "--dataset", "nowhere.h5ad"], "nowhere.h5ad does not exist"),
         (["--split_dir", "x", "--pipeline", "a", "--synthetic", "b"], "not both"),
-        (["--split_dir", "x", "--num_seeds", 0], "--num_seeds must be at least 1"),
+        (["--split_dir", "x", "--num_seeds", 0], "--num_seeds .* 0"),
         (["--split_dir", "x", "--max_cells", 5], "--max_cells must be at least 10"),
         (["--split_dir", "x", "--steps_curve", 0, 5], "--steps_curve"),
     ],
