@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import read_batch
+from .sampling import check_count_head, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (700, 600, 500)
@@ -64,8 +64,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         """Raise ValueError or TypeError for arguments that [`SCRDiTAnnotatePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
-        if self.transformer.count_head is None:
-            raise ValueError("transformer has no count head: train with the default --decode posterior to annotate.")
+        check_count_head(self.transformer, self.processor, "annotate")
         if labels_key not in self.processor.conditions:
             raise ValueError(
                 f"labels_key {labels_key!r} is not a condition of the model: {self.processor.condition_keys}."

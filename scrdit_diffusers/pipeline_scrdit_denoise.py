@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_finite, read_batch
+from .sampling import check_count_head, check_finite, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 
@@ -52,8 +52,7 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
         """Raise ValueError or TypeError for arguments that [`SCRDiTDenoisePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
-        if self.transformer.count_head is None:
-            raise ValueError("transformer has no count head: train with the default --decode posterior to denoise.")
+        check_count_head(self.transformer, self.processor, "denoise")
         for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from .hub import SafePipelineMixin
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import Denoiser, cells_to_anndata, draw_uniform
+from .sampling import Denoiser, cells_to_anndata, check_count_head, draw_uniform
 from .transformer_scrdit import SCRDiTTransformer
 
 Effects = Mapping[str, Mapping[str, float]]  # group: gene: log2 fold change
@@ -54,13 +54,15 @@ def draw_effects(
 class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
     r"""Generates cells of a designed experiment, with planted and therefore known effects.
 
-    Cells of every group are first generated alike, with F times the library size that was asked for, where F is the
-    largest fold change of all. Each count k of gene g in a cell of group j is then thinned,
+    Cells of every group are first generated alike, with F times the library size that was asked for. Each count k of
+    gene g in a cell of group j is then thinned,
 
-        count ~ Binomial(k, f_gj / F)
+        count ~ Binomial(k, b_g f_gj / F)
 
-    with fold change f_gj (1 where nothing is planted). Counts of unchanged genes are those of a cell of the library
-    size that was asked for, and the mean of a changed gene is exactly f_gj times as high.
+    with fold change f_gj (1 where nothing is planted). F is the largest fold change, unless cells of so many counts lie
+    beyond the training cells. Then F is `max_factor`, and b_g = min(1, F / max_j f_gj) lowers the baseline of the genes
+    with larger fold changes; of all others it is 1. Counts of unchanged genes are those of a cell of the library size
+    that was asked for, and the mean of a changed gene is exactly f_gj times its baseline.
 
     Parameters
     ----------
@@ -87,10 +89,11 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
 
-    def check_inputs(self, obs: pd.DataFrame, effects: Effects, group_key: str, batch_size: int) -> None:
+    def check_inputs(
+        self, obs: pd.DataFrame, effects: Effects, group_key: str, max_factor: float | None, batch_size: int
+    ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTSimulatePipeline.__call__`] cannot use."""
-        if self.transformer.count_head is None or not self.processor.models_counts:
-            raise ValueError("transformer has no count head: train with the default --decode posterior to simulate.")
+        check_count_head(self.transformer, self.processor, "simulate")
         if not isinstance(obs, pd.DataFrame) or obs.empty:
             raise TypeError(f"obs must be a table with one row per cell to simulate, got {type(obs).__name__}.")
         missing = [key for key in self.processor.condition_keys if key not in obs]
@@ -105,6 +108,8 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
                 raise ValueError(f"effects[{group!r}]: {len(absent)} genes are not the model's, such as {absent[:5]}.")
             if bad := {gene: value for gene, value in changes.items() if not np.isfinite(value)}:
                 raise ValueError(f"effects[{group!r}] must be finite log2 fold changes, got {bad}.")
+        if max_factor is not None and not 1 <= max_factor < np.inf:
+            raise ValueError(f"max_factor must be at least 1, got {max_factor!r}.")
 
     def fold_changes(self, effects: Effects) -> pd.DataFrame:
         """Log2 fold change of each gene in each group with effects, shape (G, groups)."""
@@ -113,6 +118,23 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             table.loc[list(changes), group] = list(changes.values())
         return table
 
+    def choose_max_factor(self, class_labels: torch.Tensor, library_size: float | Sequence[float] | None) -> float:
+        """Largest F, at least 1, with which the mean library size is at most half that of the largest training cell.
+
+        Parameters
+        ----------
+        class_labels
+            Codes of the cells, shape (cells, K).
+        library_size
+            Total counts that were asked for; `None` takes the median of training cells with the same labels.
+        """
+        if not self.processor.log_library_sizes:
+            return np.inf
+        if library_size is None:
+            library_size = self.processor.sample_library_sizes(class_labels.numpy(), np.full(len(class_labels), 0.5))
+        largest = np.exp(np.max(self.processor.log_library_sizes))
+        return max(1.0, float(largest / 2 / np.mean(library_size)))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -120,6 +142,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         effects: Effects,
         group_key: str = "group",
         library_size: float | Sequence[float] | None = None,
+        max_factor: float | None = None,
         num_inference_steps: int = 25,
         generator: torch.Generator | None = None,
         batch_size: int = 512,
@@ -138,6 +161,10 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         library_size
             Total count over the model's genes before effects, one number or one per cell; `None` draws it from the
             training cells with the same labels.
+        max_factor
+            Largest F. `None` takes half the library size of the largest training cell over the mean of those asked for,
+            at least 1. With a larger one, fewer genes have a lowered baseline; but cells have fewer counts than asked
+            for, a tenth or more where F times the library size exceeds that of every training cell.
         num_inference_steps
             Steps of the scheduler.
         generator
@@ -149,33 +176,41 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         -------
         AnnData with counts in `X` and `layers["counts"]`, the columns of `obs`, and the truth: `layers["mean"]`, each
         cell's expected count of each gene, float32; `varm["log2_fold_change"]`, a column per group with effects;
-        `var["changed"]`.
+        `var["changed"]`; and `var["baseline"]`, b_g, float64: below 1 for genes whose mean was lowered in all groups.
 
         Raises
         ------
         ValueError, TypeError
             Labels, groups or genes are unknown or missing; raised before any computation.
         """
-        self.check_inputs(obs, effects, group_key, batch_size)
+        self.check_inputs(obs, effects, group_key, max_factor, batch_size)
         table = self.fold_changes(effects)  # (G, groups)
-        largest = 2.0 ** max(0.0, table.to_numpy().max(initial=0.0))  # F
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         scheduler = copy.deepcopy(self.scheduler)  # other threads may use the original meanwhile
         generate = SCRDiTPipeline(self.transformer, scheduler, self.processor)
         generate.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        if library_size is not None:
+            generate._check_library_size(len(obs), library_size)
 
         # 1. Noisy cells of F times the library size, from which counts can be drawn
         class_labels = generate.prepare_class_labels(len(obs), None, obs, generator)  # (cells, K)
-        sizes = generate.prepare_library_size(library_size, class_labels, generator) * largest  # (cells,)
+        asked = generate.prepare_library_size(library_size, class_labels, generator)  # (cells,)
+        assert asked is not None
+        largest = 2.0 ** table.to_numpy().max(axis=1, initial=0.0)  # (G,), of all groups
+        factor = min(largest.max(), max_factor or self.choose_max_factor(class_labels, library_size))  # F
+        baseline = np.minimum(1.0, factor / largest)  # (G,)
+        sizes = asked * factor  # (cells,)
         options = dict(num_inference_steps=num_inference_steps, generator=generator, batch_size=batch_size)
         noisy = generate(obs=obs, library_size=sizes.tolist(), output_type="latent", **options).samples  # (cells, G)
         t = scheduler.timesteps[generate.num_timesteps - 1]
 
         # 2. Their counts and means, thinned to what was asked for
-        probability = torch.ones(len(obs), len(table)) / largest  # (cells, G)
+        lowered = torch.from_numpy(baseline).float()  # (G,)
+        probability = (lowered / factor).repeat(len(obs), 1)  # (cells, G)
         for group in table:
             fold_change = torch.from_numpy(2.0 ** table[group].to_numpy()).float()  # (G,)
-            probability[(obs[group_key].map(str) == group).to_numpy()] = fold_change / largest
+            chosen = (obs[group_key].map(str) == group).to_numpy()
+            probability[chosen] = (fold_change * lowered / factor).clamp(max=1)
         means = np.empty(noisy.shape, dtype=np.float32)
         counts = []
         for start in range(0, len(obs), batch_size):
@@ -193,9 +228,8 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         # 3. AnnData with the truth
         provenance = generate.describe_run(num_inference_steps, 1.0, 0.0, int(t), generator)
         kept = obs.drop(columns="synthetic", errors="ignore").set_axis(obs.index.astype(str))
-        asked = (sizes / largest).numpy()
-        adata = cells_to_anndata(self.processor, sp.vstack(counts, format="csr"), kept, asked, provenance)
+        adata = cells_to_anndata(self.processor, sp.vstack(counts, format="csr"), kept, asked.numpy(), provenance)
         adata.layers["mean"] = means
         adata.varm["log2_fold_change"] = table
-        adata.var["changed"] = (table != 0).any(axis=1)
+        adata.var["changed"], adata.var["baseline"] = (table != 0).any(axis=1), baseline
         return adata

@@ -257,6 +257,12 @@ def denoise(
     return x_t, output
 
 
+def check_count_head(transformer: SCRDiTTransformer, processor: SCRDiTProcessor, job: str) -> None:
+    """Raise ValueError unless a model predicts counts, which `job`, such as "denoise", needs."""
+    if transformer.count_head is None or not processor.models_counts:
+        raise ValueError(f"transformer has no count head: train with the default --decode posterior to {job}.")
+
+
 def check_finite(values: torch.Tensor) -> None:
     """Raise ValueError if the network gave NaN or infinite values."""
     if not torch.isfinite(values).all():

@@ -55,6 +55,35 @@ def test_library_sizes_are_those_that_were_asked_for(simulate, design):
     assert control.mean() == pytest.approx(60, rel=0.05)
 
 
+def test_large_effects_lower_the_baseline_of_their_genes_alone(simulate, design):
+    """The same cells, generated at twice their library size and then thinned, serve effects of 2 and of 8."""
+    options = {"library_size": 60, "max_factor": 2, "num_inference_steps": 2}
+    adata, twice = (
+        simulate(design[::20], {"treated": {"gene3": change}}, **options, generator=torch.manual_seed(0))
+        for change in (3.0, 1.0)
+    )
+    baseline = adata.var["baseline"].to_numpy()
+    assert baseline[3] == 0.25 and (np.delete(baseline, 3) == 1).all() and (twice.var["baseline"] == 1).all()
+    control, treated = twice.layers["mean"][:50] * baseline, twice.layers["mean"][50:]
+    assert np.allclose(adata.layers["mean"], np.concatenate([control, treated]))
+    assert np.array_equal(adata.X[50:].toarray(), twice.X[50:].toarray())
+
+
+def test_cells_are_not_generated_beyond_the_training_cells(simulate, design):
+    """The default factor follows from the library sizes of the training cells."""
+    largest = np.exp(np.max(simulate.processor.log_library_sizes))
+    effects = {"treated": {"gene3": 4.0}}
+    adata = simulate(design, effects, library_size=largest / 6, num_inference_steps=2, generator=torch.manual_seed(0))
+    assert adata.var.loc["gene3", "baseline"] == pytest.approx(3 / 16)
+    assert adata.var.loc["gene3", "changed"] and adata.uns["scrdit"]["num_inference_steps"] == 2
+
+
+@pytest.mark.parametrize("max_factor", [0.5, np.inf, np.nan])
+def test_wrong_factors_are_refused(simulate, design, max_factor):
+    with pytest.raises(ValueError, match=f"max_factor.*{max_factor}"):
+        simulate(design, EFFECTS, max_factor=max_factor)
+
+
 def test_it_is_a_function_of_the_seed(simulate, design):
     cells = [
         simulate(design[::100], EFFECTS, num_inference_steps=2, generator=torch.manual_seed(seed)).X.toarray()
