@@ -11,7 +11,12 @@ from .pipeline_scrdit import SCRDiTPipeline
 
 
 def augment(
-    pipe: SCRDiTPipeline, adata: ad.AnnData, labels_key: str, to: int | Mapping[str, int], **kwargs: Any
+    pipe: SCRDiTPipeline,
+    adata: ad.AnnData,
+    labels_key: str,
+    to: int | Mapping[str, int],
+    layer: str | None = None,
+    **kwargs: Any,
 ) -> ad.AnnData:
     """Add generated cells until each label has as many as wanted.
 
@@ -26,6 +31,8 @@ def augment(
     to
         Number of cells, real and generated, that each label with fewer is brought to; or a number for each label that
         is to grow.
+    layer
+        Layer that holds the values; `None` takes X.
     kwargs
         For [`SCRDiTPipeline.__call__`], such as `generator`, `batch_size` or `library_size`.
 
@@ -37,7 +44,8 @@ def augment(
     Raises
     ------
     ValueError
-        A label or the column is unknown, a number is not positive, or no label has fewer cells than wanted.
+        A label or the column is unknown, a number is not positive, no label has fewer cells than wanted, genes are
+        missing, or the values are not what the model was trained on.
 
     Examples
     --------
@@ -61,8 +69,9 @@ def augment(
     labels = [label for label, number in missing.items() for _ in range(number)]
     if not labels:
         raise ValueError(f"to: every label has that many cells already: {present.to_dict()}.")
-    real = adata[:, pipe.processor.gene_columns(adata.var_names)]
-    real = ad.AnnData(real.X, obs=adata.obs.assign(synthetic=False), var=adata.var.loc[real.var_names])
+    values = pipe.processor.get_values(adata, layer)
+    var = adata.var.iloc[pipe.processor.gene_columns(adata.var_names)]
+    real = ad.AnnData(values, obs=adata.obs.assign(synthetic=False), var=var)
     new = pipe(conditions={labels_key: labels}, **kwargs).adata
     assert new is not None
     new.var_names = real.var_names

@@ -1,23 +1,41 @@
-"""Command-line arguments of the scripts, declared once as the fields of a dataclass, and how a script is run."""
+"""Command-line arguments of the scripts, declared once as the fields of a dataclass, and how a script is run.
+
+Further what the scripts that use a trained pipeline share: arguments, checks before any work, tables, and the output,
+which is locked, written atomically and says how it was made.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import logging
 import math
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import Field, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 
+import anndata as ad
+import diffusers
+import pandas as pd
+import torch
+import zarr
 from transformers import HfArgumentParser
 
+import scrdit_diffusers
+from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
+from scrdit_diffusers.atomic import lock_folder, write_atomically
+from scrdit_diffusers.launch import check_device
 from scrdit_diffusers.redaction import redact
+
+logger = logging.getLogger(__name__)
 
 AMBIGUOUS = re.compile(r"(--[\w-]+=).*(?= could match )", re.DOTALL)  # a flag that argparse shows with its value
 MAY_CHANGE = " (A resumed run may change it.)"
+COMPRESSION = {"compression": "gzip", "compression_opts": 1}
 
 
 class Join(argparse.Action):
@@ -116,3 +134,163 @@ def read_genes(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"--genes {path} is not text in UTF-8: {error}") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+# -- scripts that use a trained pipeline -------------------------------------------------------------------------------
+
+
+@dataclass
+class PipelineArguments:
+    """Arguments of every script that uses a trained pipeline."""
+
+    pipeline: str = arg(None, "Folder or Hub id of a trained pipeline.")
+    lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
+    revision: str | None = arg(None, "Branch, tag or commit on the Hub.")
+    output: str = arg("cells.h5ad", ".h5ad file or .zarr store to write.")
+    overwrite: bool = arg(False, "Replace --output.")
+    batch_size: int = arg(512, "Cells at a time; bounds the memory.")
+    seed: int = arg(0, "Seed of all that is drawn.")
+    dtype: str = arg("float32", "Precision.", choices=["float32", "bfloat16", "float16"])
+    device: str | None = arg(None, "cpu, cuda, mps. Default: the best one available.")
+
+
+@dataclass
+class CellArguments(PipelineArguments):
+    """Arguments of every script that uses a trained pipeline on measured cells."""
+
+    dataset: str = arg(None, "Measured cells: .h5ad file, .zarr store, dataset folder or Hub dataset id.")
+    layer: str | None = arg(None, "Layer that holds the values. Default: X.")
+
+
+def check_pipeline_args(
+    args: PipelineArguments,
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    suffixes: Sequence[str] = (".h5ad", ".zarr"),
+) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is loaded; numbers as in [`check_numbers`]."""
+    if args.pipeline is None:
+        raise ValueError("--pipeline is needed: the folder or the Hub id of a trained pipeline.")
+    if isinstance(args, CellArguments) and args.dataset is None:
+        raise ValueError("--dataset is needed: the measured cells.")
+    if Path(args.output).suffix not in suffixes:
+        raise ValueError(f"--output must end in {' or '.join(suffixes)}, got {args.output}.")
+    check_output(args)
+    check_numbers(args, ("batch_size", *positive), not_negative)
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {args.seed}.")
+    check_device(args.device)
+
+
+def check_output(args: PipelineArguments) -> None:
+    """Raise ValueError for an output that would be lost."""
+    if Path(args.output).exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists; give --overwrite to replace it.")
+
+
+def check_alone() -> None:
+    """Raise ValueError if several processes were launched, each of which would do the whole job."""
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"{launched} processes were launched, but this script uses one: start it by python.")
+
+
+@contextmanager
+def lock_output(args: PipelineArguments) -> Iterator[None]:
+    """Keep other runs from writing `--output` during the block."""
+    with lock_folder(f"{args.output}.parts", "Wait for it, or give another --output."):
+        check_output(args)  # as no other run changes it any more
+        yield
+
+
+@contextmanager
+def naming(flag: str, value: str) -> Iterator[None]:
+    """Begin the message of an error in the block with the flag whose file is wrong."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{flag} {value}: {error}") from error
+
+
+def parse_conditions(conditions: Sequence[str]) -> dict[str, str] | None:
+    """Turn the words of `--condition` into a label by column; `None` if there are none."""
+    if any("=" not in condition for condition in conditions):
+        raise ValueError(f"--condition takes key=value, got {conditions}.")
+    labels = dict(condition.split("=", 1) for condition in conditions)
+    if len(labels) < len(conditions):
+        raise ValueError(f"--condition names a column twice: {conditions}.")
+    return labels or None
+
+
+def read_table(path: str, flag: str) -> pd.DataFrame:
+    """Read a table, or the obs of cells; what a text file holds stays text."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".tsv", ".h5ad"):
+        raise ValueError(f"{flag} must be a .csv, .tsv or .h5ad file, got {path}.")
+    if suffix == ".h5ad":
+        return ad.read_h5ad(path, backed="r").obs
+    options = {"sep": "," if suffix == ".csv" else "\t", "dtype": str, "keep_default_na": False}
+    try:
+        header = pd.read_csv(path, header=None, nrows=1, **options).iloc[0]
+        table = pd.read_csv(path, **options)
+    except ValueError as error:  # not UTF-8, empty, rows of several lengths
+        raise ValueError(f"{flag} {path} cannot be read as a table in UTF-8: {error}") from error
+    if twice := sorted(set(header[header.duplicated()])):
+        raise ValueError(f"{flag} {path} has more than one column of the names {twice}; rename or drop the others.")
+    return table.drop(columns="Unnamed: 0", errors="ignore")  # the index, as pandas writes it
+
+
+def load_pipeline(args: PipelineArguments) -> SCRDiTPipeline:
+    """Load the pipeline, with its adapter if one is given."""
+    pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
+    if args.lora_weights:
+        pipe.load_lora_weights(args.lora_weights)
+        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of the adapter's cells
+            pipe.processor = SCRDiTProcessor.from_pretrained(args.lora_weights, subfolder="processor")
+    elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
+        logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
+    return pipe
+
+
+def choose_label(pipe: SCRDiTPipeline, labels_key: str | None) -> str:
+    """Take the condition that was asked for, or the model's only one."""
+    keys = pipe.processor.condition_keys
+    if labels_key not in keys and (labels_key or len(keys) != 1):
+        raise ValueError(f"--labels_key must be one of the model's conditions {keys}, got {labels_key}.")
+    return labels_key or keys[0]
+
+
+def best_device(args: PipelineArguments) -> str | torch.device:
+    """Choose the device that was asked for, or the best one."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return args.device or best or "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes results."""
+    return {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
+
+
+def describe(args: PipelineArguments) -> dict:
+    """Say how a result was made, for `uns`: arguments, without credentials, and versions."""
+    given = {name: value for name, value in dataclasses.asdict(args).items() if value not in (None, [])}
+    return redact(given) | versions()
+
+
+def write_cells(adata: ad.AnnData, output: str) -> None:
+    """Write cells as .h5ad or .zarr, all or nothing."""
+    with write_atomically(output) as temporary, ad.settings.override(allow_write_nullable_strings=True):
+        if temporary.suffix == ".zarr":
+            adata.strings_to_categoricals()  # as write_h5ad does
+            ad.io.write_elem(zarr.open_group(temporary, mode="w", zarr_format=2), "/", adata)
+        else:
+            adata.write_h5ad(temporary, **COMPRESSION)
+    print(f"Wrote {adata.n_obs} cells x {adata.n_vars} genes to {output}")
+
+
+def run_job(main: Callable, arguments_class: type) -> None:
+    """Run the main function of a script that writes its output at the end."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        run(main, arguments_class, (TypeError, ValueError, OSError))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; nothing was written.")

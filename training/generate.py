@@ -29,109 +29,59 @@ import pandas as pd
 import torch
 import zarr
 from accelerate import PartialState
-from cli import arg, check_numbers, run
+from cli import (
+    COMPRESSION,
+    PipelineArguments,
+    arg,
+    check_pipeline_args,
+    load_pipeline,
+    lock_output,
+    parse_conditions,
+    read_table,
+    run,
+    versions,
+)
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-import scrdit_diffusers
-from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
-from scrdit_diffusers.atomic import LOCK_NAME, lock_folder, remove, write_atomically
-from scrdit_diffusers.launch import check_device, check_processes, watch_launcher
+from scrdit_diffusers import SCRDiTPipeline
+from scrdit_diffusers.atomic import LOCK_NAME, remove, write_atomically
+from scrdit_diffusers.launch import check_processes, watch_launcher
 from scrdit_diffusers.redaction import redact
 
 logger = logging.getLogger("generate")
 
-COMPRESSION = {"compression": "gzip", "compression_opts": 1}
-
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(PipelineArguments):
     """Command-line arguments; those of the pipeline's call keep their names."""
 
-    pipeline: str = arg(None, "Folder or Hub id of a trained pipeline.")
-    output: str = arg("cells.h5ad", ".h5ad file or .zarr store to write.")
+    overwrite: bool = arg(False, "Replace --output, and an unfinished one of another run.")
     num_cells: int | None = arg(None, "Number of cells; that of --obs if not given.")
     condition: list[str] = arg(
         [], "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition."
     )
     obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
     num_inference_steps: int = arg(25, "Steps of the scheduler.")
-    lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
     library_size: float | None = arg(
         None, "Total count of each cell over the model's genes. Default: drawn from the training cells."
     )
     scheduler: str | None = arg(None, "diffusers scheduler to swap in, such as DDIMScheduler.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
     eta: float = arg(0.0, "Noise of DDIM: 0 deterministic, 1 as DDPM.")
-    batch_size: int = arg(512, "Cells generated at a time.")
     shard_size: int = arg(4096, "Cells that are held in memory and written at a time.")
-    seed: int = arg(0, "Seed of labels, library sizes and noise.")
-    dtype: str = arg("float32", "Precision.", choices=["float32", "bfloat16", "float16"])
-    device: str | None = arg(None, "cpu, cuda, mps. Default: the best one available.")
-    revision: str | None = arg(None, "Branch, tag or commit on the Hub.")
-    overwrite: bool = arg(False, "Replace --output, and an unfinished one of another run.")
-
-
-def read_obs(path: str) -> pd.DataFrame:
-    """Read the requested cells as a table; labels stay strings."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".csv", ".tsv", ".h5ad"):
-        raise ValueError(f"--obs must be a .csv, .tsv or .h5ad file, got {path}.")
-    if suffix == ".h5ad":
-        return ad.read_h5ad(path, backed="r").obs
-    options = {"sep": "," if suffix == ".csv" else "\t", "dtype": str, "keep_default_na": False}
-    try:
-        header = pd.read_csv(path, header=None, nrows=1, **options).iloc[0]
-        obs = pd.read_csv(path, **options)
-    except ValueError as error:  # not UTF-8, empty, rows of several lengths
-        raise ValueError(f"--obs {path} cannot be read as a table in UTF-8: {error}") from error
-    if twice := sorted(set(header[header.duplicated()])):
-        raise ValueError(f"--obs {path} has more than one column of the names {twice}; rename or drop the others.")
-    return obs.drop(columns="Unnamed: 0", errors="ignore")  # the index, as pandas writes it
 
 
 def check_args(args: GenerationArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
-    if args.pipeline is None:
-        raise ValueError("--pipeline is needed: the folder or the Hub id of a trained pipeline.")
-    output = Path(args.output)
-    if output.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--output must end in .h5ad or .zarr, got {output}.")
-    check_output(args)
-    if any("=" not in condition for condition in args.condition):
-        raise ValueError(f"--condition takes key=value, got {args.condition}.")
-    if len({condition.split("=", 1)[0] for condition in args.condition}) < len(args.condition):
-        raise ValueError(f"--condition names a column twice: {args.condition}.")
+    positive = ("num_cells", "num_inference_steps", "library_size", "shard_size")
+    check_pipeline_args(args, positive, ("guidance_scale", "eta"))
+    parse_conditions(args.condition)
     if args.num_cells is None and args.obs is None:
         raise ValueError("Give --num_cells, or --obs with one row per cell.")
-    positive = ("num_cells", "num_inference_steps", "library_size", "batch_size", "shard_size")
-    check_numbers(args, positive, ("guidance_scale", "eta"))
-    check_device(args.device)
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {args.seed}.")
     scheduler_class = getattr(diffusers, args.scheduler or "", None)
     if args.scheduler and not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {args.scheduler}; try DDIMScheduler or UniPCMultistepScheduler.")
-
-
-def check_output(args: GenerationArguments) -> None:
-    """Raise ValueError for an output that would be lost."""
-    if Path(args.output).exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists; give --overwrite to replace it.")
-
-
-def load_pipeline(args: GenerationArguments) -> SCRDiTPipeline:
-    """Load the pipeline, with another scheduler if asked for."""
-    pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
-    if args.lora_weights:
-        pipe.load_lora_weights(args.lora_weights)
-        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of the adapter's cells
-            pipe.processor = SCRDiTProcessor.from_pretrained(args.lora_weights, subfolder="processor")
-    elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
-        logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
-    if args.scheduler:
-        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
-    return pipe
 
 
 def check_request(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict) -> None:
@@ -163,8 +113,8 @@ def describe_run(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict)
         content.update(request["obs"].to_csv().encode())
     free = ("pipeline", "output", "overwrite", "obs", "device", "batch_size")  # do not affect what is drawn
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    versions = {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
-    return redact(arguments) | {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()} | versions
+    described = {"num_cells": request["num_cells"], "content_sha256": content.hexdigest()}
+    return redact(arguments) | described | versions()
 
 
 def open_parts(parts: Path, run: dict, overwrite: bool) -> None:
@@ -311,15 +261,15 @@ def main(args: GenerationArguments) -> None:
     """Generate shards, shared among the processes, then join them."""
     check_args(args)
     state = join_processes(args.device)
-    conditions = dict(condition.split("=", 1) for condition in args.condition) or None
-    obs = read_obs(args.obs) if args.obs else None
+    obs = read_table(args.obs, "--obs") if args.obs else None
     num_cells = len(obs) if args.num_cells is None and obs is not None else args.num_cells
-    request = {"num_cells": num_cells, "conditions": conditions, "obs": obs}
+    request = {"num_cells": num_cells, "conditions": parse_conditions(args.condition), "obs": obs}
 
     pipe = load_pipeline(args)
+    if args.scheduler:
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     check_request(pipe, args, request)
-    advice = "Wait for it, or give another --output."
-    with lock_folder(f"{args.output}.parts", advice) if state.is_main_process else nullcontext():
+    with lock_output(args) if state.is_main_process else nullcontext():
         generate(pipe, args, request, state)
     state.destroy_process_group()
 
@@ -330,7 +280,6 @@ def generate(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, sta
     blocks = [range(start, min(start + args.shard_size, num_cells)) for start in range(0, num_cells, args.shard_size)]
     shards = [parts / f"shard-{number:06d}.h5ad" for number in range(len(blocks))]
     if state.is_main_process:
-        check_output(args)  # as no other run changes it any more
         open_parts(parts, describe_run(pipe, args, request), args.overwrite)
         remove_bad_shards(shards, blocks)
     state.wait_for_everyone()
