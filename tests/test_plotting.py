@@ -199,3 +199,18 @@ def test_axes_that_are_given_are_drawn_on(cells, embedding):
     assert plotting.umap(embedding, ax=axes[0]) is axes[0]
     with pytest.raises(ValueError, match="axes .* 2 .* 1"):
         plotting.library_size_histogram(cells, cells, axes=axes[:1])
+
+
+def test_power_curve_draws_power_and_false_discoveries_of_each_table():
+    columns = {"power": [0.1, 0.7], "power_std": [0.05, 0.02], "false_discoveries": [0.0, 0.06]}
+    table = pd.DataFrame(columns, index=pd.Index([10, 100], name="num_cells"))
+    ax = plotting.power_curve({"large": table, "all": table / 2})
+    drawn = {tuple(line.get_ydata()) for line in ax.get_lines()}
+    assert {(0.1, 0.7), (0.05, 0.35), (0.0, 0.06), (0.0, 0.03), (0.05, 0.05)} <= drawn
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["10", "100"] and named(ax)
+    assert len(plotting.power_curve(table).get_legend().get_texts()) == 2
+
+
+def test_power_curve_refuses_to_draw_nothing():
+    with pytest.raises(ValueError, match="tables"):
+        plotting.power_curve({})

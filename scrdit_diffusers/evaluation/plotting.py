@@ -366,6 +366,37 @@ def quality_against_steps(
     return panels
 
 
+def power_curve(tables: pd.DataFrame | Mapping[str, pd.DataFrame], fdr: float = 0.05, ax: Axes | None = None) -> Axes:
+    """Draw the share of effects that a test finds against the cells per group, and the share of false discoveries.
+
+    Parameters
+    ----------
+    tables
+        Output of [`scrdit_diffusers.evaluation.power.power_curve`]; or several by name, such as those of large and of
+        all effects. Bars are standard deviations.
+    fdr
+        False discovery rate at which genes were called; drawn as a line.
+    """
+    named = dict(tables) if isinstance(tables, Mapping) else {"effects found": tables}
+    if not named:
+        raise ValueError("tables is empty; give at least one.")
+    ax = _axes(ax)
+    ax.axhline(fdr, c="0.6", lw=1, ls="--")
+    for color, marker, (name, table) in zip(PALETTE, "os^Dv*" * 2, named.items(), strict=False):
+        ax.errorbar(
+            table.index, table["power"], table["power_std"], c=color, lw=1.8, marker=marker, ms=4, capsize=2, label=name
+        )
+        last = f"false among called, {name}" if len(named) > 1 else "false among called"
+        ax.plot(table.index, table["false_discoveries"], c=color, lw=1.2, ls=":", marker=marker, ms=3, label=last)
+    numbers = sorted({number for table in named.values() for number in table.index})
+    ax.set_xscale("log")
+    ax.set_xticks(numbers, [str(number) for number in numbers])
+    ax.minorticks_off()
+    ax.set(xlabel="cells per group", ylabel="share of genes", ylim=(0, 1))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
 def library_size_histogram(
     real: ad.AnnData,
     synthetic: ad.AnnData,
