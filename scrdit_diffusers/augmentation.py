@@ -76,6 +76,15 @@ def augment(
     assert new is not None
     new.var_names = real.var_names
     joined = ad.concat([real, new], join="inner", merge="first")
-    joined.obs = pd.concat([real.obs, new.obs]).set_axis(joined.obs_names)
+    joined.obs = pd.concat([_fit_for(new.obs, real.obs), new.obs]).set_axis(joined.obs_names)
     joined.uns["scrdit"] = new.uns["scrdit"]
     return joined
+
+
+def _fit_for(new: pd.DataFrame, real: pd.DataFrame) -> pd.DataFrame:
+    """Convert columns of real cells to types that the new cells can have: labels as text, truth values or none."""
+    obs = real.astype(dict.fromkeys(real.select_dtypes("bool").columns.difference(new.columns), "boolean"))
+    for key in new.columns.drop("synthetic").intersection(obs.columns):
+        is_categorical = isinstance(obs[key].dtype, pd.CategoricalDtype)
+        obs[key] = obs[key].cat.rename_categories(str) if is_categorical else obs[key].map(str, na_action="ignore")
+    return obs

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from .checks import check_label
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
 from .sampling import check_count_head, read_batch
@@ -202,10 +203,12 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         Guo et al. 2017, arXiv 1706.04599.
         """
         self.check_inputs(adata, labels_key, prior, 1.0, kwargs.get("timesteps", TIMESTEPS))
+        check_label(adata.obs, labels_key, "adata.obs")
         codes = pd.Categorical(adata.obs[labels_key].map(str), categories=self.processor.conditions[labels_key]).codes
         if (codes < 0).any():
+            unknown = sorted(adata.obs[labels_key][codes < 0].map(str).unique())
             raise ValueError(
-                f"adata.obs[{labels_key!r}] has {(codes < 0).sum()} cells with labels unknown to the model."
+                f"adata.obs[{labels_key!r}] has {(codes < 0).sum()} cells with labels unknown to the model: {unknown}."
             )
         likelihood = self.log_likelihood(adata, labels_key, **kwargs)
 

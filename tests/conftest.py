@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from made_cells import make_counts, make_obs
 from scripts import load_script, run_main
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 from scrdit_diffusers import (
     CellDataset,
@@ -156,6 +157,23 @@ def count_pipe(count_model, processor) -> SCRDiTPipeline:
     pipe = SCRDiTPipeline(count_model, default_scheduler(), processor, decode_timestep=50)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def run_job(count_pipe, adata, tmp_path, monkeypatch):
+    """Run the main function of a script in a folder with the tiny pipeline and `cells.h5ad`."""
+    count_pipe.save_pretrained(tmp_path / "pipeline")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.chdir(tmp_path)
+
+    def run_job(name, *arguments):
+        script = load_script(name)
+        own = [kind for kind in vars(script).values() if getattr(kind, "__module__", "") == name]
+        (arguments_class,) = [kind for kind in own if kind.__name__.endswith("Arguments")]
+        command = ["--pipeline", "pipeline", "--device", "cpu", *map(str, arguments)]
+        script.main(HfArgumentParser(arguments_class).parse_args_into_dataclasses(command)[0])
+
+    return run_job
 
 
 @pytest.fixture

@@ -29,6 +29,25 @@ def test_genes_follow_the_model(count_pipe, adata):
     assert np.array_equal(both.X[:60].toarray(), adata.X.toarray())
 
 
+def test_columns_keep_types_that_files_can_hold(count_pipe, adata, tmp_path):
+    """Labels that are numbers meet the model's, which are text; truth values are missing for new cells."""
+    count_pipe.processor.condition_categories[1] = ["8", "9"]
+    adata.obs["batch"] = adata.obs["batch"].map({"b1": 8, "b2": 9})
+    adata.obs["checked"] = adata.obs["age"] > 50
+    both = augment(count_pipe, adata, "cell_type", to=25, generator=torch.manual_seed(0))
+    both.write_h5ad(tmp_path / "both.h5ad")
+    assert set(both.obs["batch"]) == {"8", "9"} and list(both.obs["cell_type"].cat.categories) == ["T", "B", "NK"]
+    assert (both.obs["checked"][:60] == adata.obs["checked"]).all() and both.obs["checked"][60:].isna().all()
+
+
+def test_values_come_from_the_layer_and_must_be_what_the_model_was_trained_on(count_pipe, adata):
+    adata.X = adata.layers["lognorm"]
+    both = augment(count_pipe, adata, "cell_type", to=25, layer="counts", generator=torch.manual_seed(0))
+    assert np.array_equal(both.X[:60].toarray(), adata.layers["counts"].toarray())
+    with pytest.raises(ValueError, match="adata.X.*non-integers"):
+        augment(count_pipe, adata, "cell_type", to=25)
+
+
 @pytest.mark.parametrize(
     ("labels_key", "to", "message"),
     [

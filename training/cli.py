@@ -267,7 +267,7 @@ def best_device(args: PipelineArguments) -> str | torch.device:
 
 def versions() -> dict[str, str]:
     """Versions of what makes results."""
-    return {module.__name__: module.__version__ for module in (scrdit_diffusers, diffusers, torch)}
+    return {module.__name__: str(module.__version__) for module in (scrdit_diffusers, diffusers, torch)}
 
 
 def describe(args: PipelineArguments) -> dict:

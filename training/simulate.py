@@ -150,6 +150,8 @@ def main(args: SimulationArguments) -> None:
         raise ValueError(f"--genes {args.genes}: {len(unknown)} genes are not the model's, such as {unknown[:5]}.")
     obs = make_design(pipe, args)
     effects = choose_effects(args, obs, genes)
+    if slashes := [name for name in (*obs, *effects) if "/" in name]:
+        raise ValueError(f"Columns of the design and groups cannot be written with a slash in their name: {slashes}.")
     simulate = SCRDiTSimulatePipeline.from_pipe(pipe).to(best_device(args))
     with lock_output(args):
         adata = simulate(
