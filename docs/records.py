@@ -27,6 +27,10 @@ COMMANDS = {
     "train": ("arguments", "TrainingArguments"),
     "generate": ("generate", "GenerationArguments"),
     "evaluate": ("evaluate", "EvaluationArguments"),
+    "denoise": ("denoise", "DenoisingArguments"),
+    "annotate": ("annotate", "AnnotationArguments"),
+    "simulate": ("simulate", "SimulationArguments"),
+    "augment": ("augment", "AugmentationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight", "savefig.dpi": 150})

@@ -17,12 +17,16 @@ from .checks import label_categories
 from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
-COMMANDS = ("train", "generate", "evaluate", "demo", "convert_checkpoint")
+COMMANDS = ("train", "generate", "evaluate", "denoise", "annotate", "simulate", "augment", "demo", "convert_checkpoint")
 USAGE = f"""usage: scrdit COMMAND [arguments]
 
   scrdit train --dataset cells.h5ad --labels_key cell_type --output_dir my-model
   scrdit generate --pipeline my-model --num_cells 1000 --output new_cells.h5ad
   scrdit evaluate --dataset cells.h5ad --labels_key cell_type --split_dir split
+  scrdit denoise --pipeline my-model --dataset cells.h5ad --output denoised.h5ad
+  scrdit annotate --pipeline my-model --dataset cells.h5ad --output annotated.h5ad
+  scrdit simulate --pipeline my-model --obs design.csv --effects effects.csv --output simulated.h5ad
+  scrdit augment --pipeline my-model --dataset cells.h5ad --to 200 --output balanced.h5ad
   scrdit demo                      train on real cells, generate new ones and compare them, in outputs/demo
   scrdit convert_checkpoint ...    turn a checkpoint of the original scRDiT into a pipeline
   scrdit path COMMAND              print where its script is, as in: accelerate launch "$(scrdit path train)" ...

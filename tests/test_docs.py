@@ -19,6 +19,10 @@ ARGUMENTS = {
     "train": ("arguments", "TrainingArguments"),
     "generate": ("generate", "GenerationArguments"),
     "evaluate": ("evaluate", "EvaluationArguments"),
+    "denoise": ("denoise", "DenoisingArguments"),
+    "annotate": ("annotate", "AnnotationArguments"),
+    "simulate": ("simulate", "SimulationArguments"),
+    "augment": ("augment", "AugmentationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 
