@@ -21,7 +21,7 @@ def test_real_and_new_cells_are_written(run_job, adata, output):
     assert both.obs["cell_type"].value_counts().to_dict() == numbers.to_dict()
     real = both[~both.obs["synthetic"].to_numpy()]
     assert np.array_equal(real.X.toarray(), adata.X.toarray()) and real.obs["checked"].all()
-    assert both.uns["scrdit"]["seed"] == 3
+    assert both.uns["scrdit"]["seed"] == 3 and list(both.uns["scrdit_augment"]["to"]) == ["25"]
 
 
 def test_labels_grow_to_numbers_of_their_own(run_job, adata):

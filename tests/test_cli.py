@@ -4,12 +4,17 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 
+import annotate
+import augment
+import cli
 import convert_checkpoint
+import denoise
 import evaluate
 import generate
 import pytest
+import simulate
 from arguments import TrainingArguments, check_args
-from cli import arg, may_change, parse, read_genes
+from cli import PipelineArguments, arg, describe, may_change, parse, read_genes, run_job
 
 
 @dataclass
@@ -48,6 +53,10 @@ SCRIPTS = {
     "train": (check_args, TrainingArguments("cells.h5ad", report_to="none")),
     "generate": (generate.check_args, generate.GenerationArguments("model", num_cells=1)),
     "evaluate": (evaluate.check_args, evaluate.EvaluationArguments("split")),
+    "denoise": (denoise.check_args, denoise.DenoisingArguments("model", dataset="cells.h5ad")),
+    "annotate": (annotate.check_args, annotate.AnnotationArguments("model", dataset="cells.h5ad")),
+    "simulate": (simulate.check_args, simulate.SimulationArguments("model", num_cells=1)),
+    "augment": (augment.check_args, augment.AugmentationArguments("model", dataset="cells.h5ad", to=["9"])),
     "convert_checkpoint": (convert_checkpoint.main, convert_checkpoint.ConversionArguments("a.pt", "model")),
 }
 ANY_NUMBER = {"zero_value", "n_jobs"}  # finite, but of any sign
@@ -100,3 +109,18 @@ def test_gene_names_are_lines(tmp_path):
 
 def test_a_resumed_run_may_change_what_says_so():
     assert may_change(arg(0, "A number.", True)) and not may_change(arg(0, "A number."))
+
+
+def test_a_description_holds_arguments_and_versions_but_no_credentials():
+    described = describe(PipelineArguments(pipeline="https://ada:engine@example.org/model", seed=3))
+    assert described["pipeline"] == "https://***@example.org/model" and described["seed"] == 3
+    assert {"torch", "diffusers", "scrdit_diffusers"} <= described.keys() and None not in described.values()
+
+
+def test_an_interrupt_ends_a_job_with_a_sentence(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    with pytest.raises(SystemExit, match="nothing was written"):
+        run_job(None, SomeArguments)

@@ -36,7 +36,8 @@ def test_a_design_and_effects_are_simulated(run_job, tables, count_pipe):
     assert np.array_equal(found.layers["mean"], expected.layers["mean"])
     assert found.varm["log2_fold_change"]["treated"][["gene3", "gene7"]].tolist() == [1.0, -2.0]
     assert list(found.obs["donor"]) == ["01"] * 12 and found.obs_names[0] == "synthetic_0"
-    assert found.uns["scrdit"]["seed"] == 3
+    assert found.uns["scrdit"]["seed"] == 3 and found.uns["scrdit"]["model"] == "pipeline"
+    assert found.uns["scrdit_simulate"]["effects"] == "effects.csv"
 
 
 def test_groups_are_made_and_effects_drawn(run_job, count_pipe):

@@ -15,6 +15,7 @@ from cli import (
     check_alone,
     check_pipeline_args,
     choose_label,
+    describe,
     load_pipeline,
     lock_output,
     naming,
@@ -73,6 +74,7 @@ def main(args: AugmentationArguments) -> None:
             generator=torch.Generator().manual_seed(args.seed),
             batch_size=args.batch_size,
         )
+        both.uns["scrdit_augment"] = describe(args)
         write_cells(both, args.output)
 
 

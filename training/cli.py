@@ -272,7 +272,8 @@ def versions() -> dict[str, str]:
 
 def describe(args: PipelineArguments) -> dict:
     """Say how a result was made, for `uns`: arguments, without credentials, and versions."""
-    given = {name: value for name, value in dataclasses.asdict(args).items() if value not in (None, [])}
+    left_out = ("output", "overwrite", "device")
+    given = {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out and value not in (None, [])}
     return redact(given) | versions()
 
 

@@ -20,6 +20,7 @@ from cli import (
     best_device,
     check_alone,
     check_pipeline_args,
+    describe,
     load_pipeline,
     lock_output,
     parse_conditions,
@@ -164,9 +165,11 @@ def main(args: SimulationArguments) -> None:
             generator=torch.Generator().manual_seed(args.seed),
             batch_size=args.batch_size,
         )
-        write_cells(adata, args.output)
         if args.power_curve:
             table = power_curve(adata, genes, group_key=args.group_key, control=args.control, seed=args.seed)
+        adata.uns["scrdit_simulate"] = describe(args)
+        write_cells(adata, args.output)
+        if args.power_curve:
             with write_atomically(args.power_curve) as temporary:
                 table.to_csv(temporary, sep="," if Path(args.power_curve).suffix == ".csv" else "\t")
             print(f"Wrote {args.power_curve}\n{table.round(3).to_string()}")
