@@ -119,21 +119,21 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         return table
 
     def choose_max_factor(self, class_labels: torch.Tensor, library_size: float | Sequence[float] | None) -> float:
-        """Largest F, at least 1, with which the mean library size is at most half that of the largest training cell.
+        """Largest F, at least 1, with which three of four cells stay below half of the largest training library size.
 
         Parameters
         ----------
         class_labels
             Codes of the cells, shape (cells, K).
         library_size
-            Total counts that were asked for; `None` takes the median of training cells with the same labels.
+            Total counts that were asked for; `None` takes the upper quartile of training cells with the same labels.
         """
         if not self.processor.log_library_sizes:
             return np.inf
         if library_size is None:
-            library_size = self.processor.sample_library_sizes(class_labels.numpy(), np.full(len(class_labels), 0.5))
+            library_size = self.processor.sample_library_sizes(class_labels.numpy(), np.full(len(class_labels), 0.75))
         largest = np.exp(np.max(self.processor.log_library_sizes))
-        return max(1.0, float(largest / 2 / np.mean(library_size)))
+        return max(1.0, float(largest / 2 / np.quantile(library_size, 0.75)))
 
     @torch.no_grad()
     def __call__(
@@ -162,9 +162,9 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             Total count over the model's genes before effects, one number or one per cell; `None` draws it from the
             training cells with the same labels.
         max_factor
-            Largest F. `None` takes half the library size of the largest training cell over the mean of those asked for,
-            at least 1. With a larger one, fewer genes have a lowered baseline; but cells have fewer counts than asked
-            for, a tenth or more where F times the library size exceeds that of every training cell.
+            Largest F. `None` takes that of [`SCRDiTSimulatePipeline.choose_max_factor`], which stays among the training
+            cells. With a larger one, fewer genes have a lowered baseline; but cells have fewer counts than asked for, a
+            tenth or more where F times the library size exceeds that of every training cell.
         num_inference_steps
             Steps of the scheduler.
         generator
