@@ -55,7 +55,7 @@ class AnnotationArguments(CellArguments):
 def check_args(args: AnnotationArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
     check_alone()
-    check_pipeline_args(args, suffixes=(".h5ad", ".zarr", *TABLES))
+    check_pipeline_args(args, ("temperature",), suffixes=(".h5ad", ".zarr", *TABLES))
     if args.temperature is not None and args.temperature_cells:
         raise ValueError(f"Give either --temperature or --temperature_cells, got {args.temperature} and the latter.")
 

@@ -53,11 +53,16 @@ def parse_to(words: Sequence[str]) -> int | dict[str, int]:
     return int(numbers[0]) if one_for_all else dict(zip(labels, map(int, numbers), strict=True))
 
 
+def check_args(args: AugmentationArguments) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    check_alone()
+    check_pipeline_args(args, ("num_inference_steps", "library_size"))
+    parse_to(args.to)
+
+
 def main(args: AugmentationArguments) -> None:
     """Check everything, generate the missing cells, write all."""
-    check_alone()
-    check_pipeline_args(args)
-    to = parse_to(args.to)
+    check_args(args)
     cells = read_cells(args.dataset)
     pipe = load_pipeline(args).to(best_device(args))
     with naming("--dataset", args.dataset):
@@ -67,7 +72,7 @@ def main(args: AugmentationArguments) -> None:
             pipe,
             cells,
             choose_label(pipe, args.labels_key),
-            to,
+            parse_to(args.to),
             args.layer,
             num_inference_steps=args.num_inference_steps,
             library_size=args.library_size,

@@ -273,7 +273,11 @@ def versions() -> dict[str, str]:
 def describe(args: PipelineArguments) -> dict:
     """Say how a result was made, for `uns`: arguments, without credentials, and versions."""
     left_out = ("output", "overwrite", "device")
-    given = {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out and value not in (None, [])}
+    given = {
+        name: value
+        for name, value in dataclasses.asdict(args).items()
+        if name not in left_out and value not in (None, [])
+    }
     return redact(given) | versions()
 
 

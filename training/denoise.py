@@ -33,10 +33,15 @@ class DenoisingArguments(CellArguments):
     num_draws: int = arg(4, "Draws of the noise; each is one call of the network.")
 
 
+def check_args(args: DenoisingArguments) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    check_alone()
+    check_pipeline_args(args, ("num_draws",), ("timestep",))
+
+
 def main(args: DenoisingArguments) -> None:
     """Check everything, denoise, write."""
-    check_alone()
-    check_pipeline_args(args)
+    check_args(args)
     cells = read_cells(args.dataset)
     denoise = SCRDiTDenoisePipeline.from_pipe(load_pipeline(args)).to(best_device(args))
     with lock_output(args):

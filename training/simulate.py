@@ -73,20 +73,17 @@ class SimulationArguments(PipelineArguments):
 def check_args(args: SimulationArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
     check_alone()
-    check_pipeline_args(args)
+    positive = ("num_cells", "library_size", "max_factor", "num_inference_steps")
+    check_pipeline_args(args, positive, ("num_effects", "effect_std"))
     parse_conditions(args.condition)
     if (args.obs is None) == (args.num_cells is None):
         raise ValueError("Give either --obs, a row per cell, or --num_cells, the number of cells of each group.")
     if args.obs and args.condition:
         raise ValueError(f"--condition {args.condition}: --obs has the labels already.")
-    if args.num_cells is not None and args.num_cells < 1:
-        raise ValueError(f"--num_cells must be at least 1, got {args.num_cells}.")
     if len(set(args.groups)) < len(args.groups):
         raise ValueError(f"--groups names a group twice: {args.groups}.")
     if args.effects and args.num_effects is not None:
         raise ValueError("Give either --effects or --num_effects, not both.")
-    if not 0 <= args.effect_std < np.inf:
-        raise ValueError(f"--effect_std must be at least 0, got {args.effect_std}.")
     if args.power_curve:
         if not args.effects and not args.num_effects:
             raise ValueError("--power_curve needs effects that can be found: give --effects or --num_effects.")
