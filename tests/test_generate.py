@@ -331,7 +331,7 @@ def test_a_column_that_comes_twice_in_a_table_is_refused(generate, tmp_path, suf
 def test_a_table_may_have_an_index(script, tmp_path):
     for header in ("", ",", "index,"):
         (tmp_path / "WANTED.CSV").write_text(f"{header}cell_type\n1,B\n2,T\n")
-        assert script.read_obs(str(tmp_path / "WANTED.CSV"))["cell_type"].tolist() == ["B", "T"]
+        assert script.read_table(str(tmp_path / "WANTED.CSV"), "--obs")["cell_type"].tolist() == ["B", "T"]
 
 
 def test_output_that_cannot_be_written_is_refused_before_any_cell_is_made(generate, script, tmp_path, monkeypatch):
