@@ -54,7 +54,7 @@ TRAINING_MODULES |= {"test_diffusers_testers", "test_docs_snippets"}
 TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_notebooks"}
 TRAINING_MODULES |= {"test_compare", "test_train"}
 TRAINING_MODULES |= {"test_properties", "test_published_pipelines", "test_readme", "test_report", "test_schedulers"}
-TRAINING_FIXTURES = {"embedding", "pretrained", "train", "train_here", "trained", "tuned"}
+TRAINING_FIXTURES = {"embedding", "pretrained", "run_job", "train", "train_here", "trained", "tuned"}
 
 
 def pytest_collection_modifyitems(items):

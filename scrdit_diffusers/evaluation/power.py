@@ -1,6 +1,6 @@
 """Power: how many cells per group it takes to find effects that are known because they were planted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import anndata as ad
@@ -75,12 +75,7 @@ def power_curve(
     rng, found = np.random.default_rng(seed), []
     if isinstance(cells, ad.AnnData):
         all_values, changes, all_rows = take(cells)
-        smallest = min(map(len, all_rows.values()))
-        num_cells = num_cells or [*(number for number in NUM_CELLS if number < smallest), smallest]
-        if not 2 <= min(num_cells) <= max(num_cells) <= smallest:
-            raise ValueError(
-                f"num_cells must be from 2 to the {smallest} cells of the smallest group, got {num_cells}."
-            )
+        num_cells = _check_numbers(num_cells, min(map(len, all_rows.values())))
 
         def draw(number: int) -> Taken:
             rows = {group: rng.choice(of_group, number, replace=False) for group, of_group in all_rows.items()}
@@ -95,13 +90,7 @@ def power_curve(
 
     for number in num_cells:
         for _ in range(num_repeats):
-            values, truth, rows = draw(number)
-            for group in map(str, truth):
-                change = truth[group].to_numpy()
-                called = _call(values[rows[control]].toarray(), values[rows[group]].toarray(), fdr)
-                counted = (change != 0) & (np.abs(change) >= min_log2_fold_change)
-                power = called[counted].mean() if counted.any() else np.nan
-                found.append((number, power, called[change == 0].sum() / max(called.sum(), 1)))
+            found += [(number, *shares) for shares in _measure(draw(number), control, min_log2_fold_change, fdr)]
     table = pd.DataFrame(found, columns=["num_cells", "power", "false_discoveries"]).groupby("num_cells")
     return pd.concat([table.mean(), table.std(ddof=0).add_suffix("_std")], axis=1)
 
@@ -124,6 +113,25 @@ def _take(adata: ad.AnnData, genes: Sequence[str] | None, group_key: str, contro
     changes = truth.drop(columns=control, errors="ignore").sub(of_control, axis=0)
     values = get_matrix(adata, layer, expect_counts=False)
     return values[:, columns], changes.iloc[columns], rows
+
+
+def _check_numbers(num_cells: Sequence[int] | None, smallest: int) -> Sequence[int]:
+    """Choose numbers of cells up to the size of the smallest group, or raise ValueError for given ones beyond it."""
+    num_cells = num_cells or [*(number for number in NUM_CELLS if number < smallest), smallest]
+    if not 2 <= min(num_cells) <= max(num_cells) <= smallest:
+        raise ValueError(f"num_cells must be from 2 to the {smallest} cells of the smallest group, got {num_cells}.")
+    return num_cells
+
+
+def _measure(taken: Taken, control: str, min_log2_fold_change: float, fdr: float) -> Iterator[tuple[float, float]]:
+    """Yield the share of effects that are called, and the share of false ones among the called, for each group."""
+    values, truth, rows = taken
+    for group in map(str, truth):
+        change = truth[group].to_numpy()
+        called = _call(values[rows[control]].toarray(), values[rows[group]].toarray(), fdr)
+        counted = (change != 0) & (np.abs(change) >= min_log2_fold_change)
+        power = called[counted].mean() if counted.any() else np.nan
+        yield power, called[change == 0].sum() / max(called.sum(), 1)
 
 
 def _call(control: np.ndarray, treated: np.ndarray, fdr: float) -> np.ndarray:
