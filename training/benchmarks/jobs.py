@@ -1,23 +1,33 @@
-"""Denoising, annotation, simulation and augmentation beside their baselines, as a Markdown table.
+"""Denoising, annotation, simulation and augmentation beside their baselines, as Markdown tables.
 
-    python training/benchmarks/jobs.py --pipeline split/pipeline --split_dir split --output_dir outputs/jobs
+    python training/benchmarks/jobs.py --datasets blood.h5ad lung.h5ad --labels_key cell_type --output_dir outputs/jobs
 
-The pipeline is trained on the train part of a split by `training/evaluate.py`; everything is measured on the test
-part, and temperatures are fitted on the control part. The same command continues after an interruption.
+splits each dataset as `training/evaluate.py` does, trains on its train part (60%) with the defaults, once for each
+seed, and measures everything on the test part; temperatures are fitted on the control part. The same command continues
+after an interruption. MAGIC, scVI and SMOTE are measured where magic-impute, scvi-tools and imbalanced-learn are
+installed.
 
 - Denoise: molecular cross-validation (Batson et al. 2019). Counts are split binomially 90 to 10, the larger part is
-  denoised, and the Poisson loss of the smaller part is measured, per cell and gene.
+  denoised; the Poisson loss of the smaller part, and, as Open Problems does, the squared error after log1p of counts
+  per 10,000, are means over cells and genes.
 - Annotate: accuracy, macro F1 and expected calibration error (15 bins), beside logistic regressions on 50 PCs and on
-  standardized genes of the log-normalized values.
-- Simulate: cells of the most frequent label in two groups, without effects and with those of 200 expressed genes
-  (log2 fold changes of standard deviation 1): share of unchanged genes with p < 0.05 by the Wilcoxon rank-sum test,
-  and slope of estimated on true effects, weighted by their precision.
-- Augment: macro F1 of a random forest on the labels with fewer than 5 % of the training cells, and on the others,
-  trained on real cells, with duplicates, with class weights, and with new cells of the rare labels.
+  standardized genes of the log-normalized values, the latter clipped at 10 as in CellTypist. All have their temperature
+  fitted on the control part.
+- Unseen: a label is left out of training; AUROC with which scores tell its test cells from the others.
+- Simulate: cells of the most frequent label in two groups, without effects and with those of 200 expressed genes (log2
+  fold changes of standard deviation 1): share of unchanged genes with p < 0.05 by the Wilcoxon rank-sum test (without
+  effects the mean over 20 random divisions of the cells), and slope of estimated on true effects, weighted by their
+  precision.
+- Augment: F1 of the labels with fewer than 5% of the training cells, and of the others, by classifiers trained on real
+  cells, with class weights, with duplicates, with SMOTE, and with new cells of the rare labels.
 """
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata as ad
@@ -26,14 +36,16 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from _common import Record, to_markdown
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from scipy.stats import mannwhitneyu
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from scrdit_diffusers import (
     SCRDiTAnnotatePipeline,
@@ -45,47 +57,98 @@ from scrdit_diffusers import (
 )
 from scrdit_diffusers.values import normalize_log1p
 
+TRAINING = Path(__file__).resolve().parents[1]
+PARTS = ("train", "control", "test")
 KEPT = 0.9  # share of the counts that are denoised
 RARE = 0.05  # share of the training cells
+MIN_UNSEEN = 20  # test cells of a label that is left out of training
 
 
-def log_normalize(counts: np.ndarray) -> np.ndarray:
+def log_normalize(counts: np.ndarray | sp.csr_matrix) -> np.ndarray:
     """Log1p of counts per 10,000, shape (cells, G)."""
     return normalize_log1p(sp.csr_matrix(counts, dtype=np.float32), 1e4).toarray()
 
 
-def measure_denoising(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int) -> dict[str, float]:
-    """Poisson loss of the held-out counts by method; lower is better."""
+def labels_of(cells: ad.AnnData, key: str) -> np.ndarray:
+    """Labels as texts, shape (cells,)."""
+    return cells.obs[key].astype(str).to_numpy()
+
+
+# -- denoise -----------------------------------------------------------------------------------------------------------
+
+
+def smooth_by_neighbors(kept: np.ndarray, train: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """Rates of each cell from its nearest neighbors on 50 PCs, itself included."""
+    everything = np.concatenate([kept, train])
+    pcs = PCA(50, random_state=0).fit_transform(log_normalize(everything))
+    neighbors = NearestNeighbors(n_neighbors=n_neighbors).fit(pcs).kneighbors(pcs[: len(kept)], return_distance=False)
+    profiles = np.stack([everything[rows].sum(axis=0) / everything[rows].sum() for rows in neighbors])
+    return kept.sum(axis=1, keepdims=True) * profiles
+
+
+def smooth_by_magic(kept: np.ndarray, train: np.ndarray, seed: int) -> np.ndarray:
+    """Rates by MAGIC with its defaults, on square roots of normalized counts, as its authors advise."""
+    import magic
+
+    everything = np.concatenate([kept, train])
+    sizes = everything.sum(axis=1, keepdims=True).clip(1)
+    median = np.median(sizes)
+    smoothed = magic.MAGIC(random_state=seed, verbose=0, n_jobs=1).fit_transform(np.sqrt(everything / sizes * median))
+    return (np.asarray(smoothed) ** 2 / median * sizes)[: len(kept)]
+
+
+def smooth_by_scvi(kept: np.ndarray, train: np.ndarray, seed: int) -> np.ndarray:
+    """Rates by scVI with its defaults, trained on the cells that it denoises and the training cells."""
+    import scvi
+
+    scvi.settings.seed = seed
+    everything = ad.AnnData(sp.csr_matrix(np.concatenate([kept, train]), dtype=np.float32))
+    scvi.model.SCVI.setup_anndata(everything)
+    model = scvi.model.SCVI(everything)
+    model.train(accelerator="cpu", enable_progress_bar=False, logger=None)
+    profiles = model.get_normalized_expression(indices=np.arange(len(kept)), n_samples=10, return_numpy=True)
+    return profiles * kept.sum(axis=1, keepdims=True)
+
+
+def measure_denoising(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int) -> dict[str, dict]:
+    """Losses of the held-out counts by method; lower is better."""
     train, test = parts["train"].X.toarray(), parts["test"].X.toarray().astype(int)
-    rng = np.random.default_rng(seed)
-    kept = rng.binomial(test, KEPT)
+    kept = np.random.default_rng(seed).binomial(test, KEPT)
     left = test - kept
-    sizes = kept.sum(axis=1, keepdims=True)
-    cells = ad.AnnData(sp.csr_matrix(kept, dtype=np.float32), obs=parts["test"].obs, var=parts["test"].var)
     denoise = SCRDiTDenoisePipeline.from_pipe(pipe)
     denoise.set_progress_bar_config(disable=True)
-    rates = {"none": kept.astype(float)}
-    everything = np.concatenate([kept, train])
-    logs = log_normalize(everything)
-    pcs = PCA(50, random_state=0).fit_transform(logs)
-    for k in (15, 30, 60):
-        neighbors = NearestNeighbors(n_neighbors=k).fit(pcs).kneighbors(pcs[: len(kept)], return_distance=False)
-        rates[f"{k} nearest neighbors on PCs"] = sizes * np.stack(
-            [everything[rows].sum(axis=0) / everything[rows].sum() for rows in neighbors]
-        )
-    labels = parts["train"].obs[key].astype(str).to_numpy()
-    means = {label: train[labels == label].sum(axis=0) / train[labels == label].sum() for label in set(labels)}
-    rates["mean of the label"] = sizes * np.stack([means[label] for label in parts["test"].obs[key].astype(str)])
-    for use_labels in (True, False):
+    cells = ad.AnnData(sp.csr_matrix(kept, dtype=np.float32), obs=parts["test"].obs, var=parts["test"].var)
+
+    def ours(use_labels: bool) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
-        name = "ours" if use_labels else "ours, without labels"
-        rates[name] = denoise(cells, use_labels=use_labels, generator=generator).layers["denoised"]
+        return denoise(cells, use_labels=use_labels, generator=generator).layers["denoised"]
 
-    def loss(rate: np.ndarray) -> float:
-        expected = np.maximum(rate * (1 - KEPT) / KEPT, 1e-4)  # a rate of zero would have an infinite loss
-        return float((expected - left * np.log(expected)).mean())
+    def mean_of_label() -> np.ndarray:
+        labels = labels_of(parts["train"], key)
+        means = {label: train[labels == label].sum(axis=0) / train[labels == label].sum() for label in set(labels)}
+        return kept.sum(axis=1, keepdims=True) * np.stack([means[label] for label in labels_of(parts["test"], key)])
 
-    return {name: loss(rate) for name, rate in rates.items()}
+    methods: dict[str, Callable[[], np.ndarray]] = {
+        "ours": lambda: ours(True),
+        "ours, without labels": lambda: ours(False),
+        "no denoising": lambda: kept.astype(float),
+        "mean of the label": mean_of_label,
+    }
+    methods |= {f"{k} nearest neighbors": partial(smooth_by_neighbors, kept, train, k) for k in (15, 30, 60)}
+    methods |= {"MAGIC": lambda: smooth_by_magic(kept, train, seed)} if find_spec("magic") else {}
+    methods |= {"scVI": lambda: smooth_by_scvi(kept, train, seed)} if find_spec("scvi") else {}
+    results = {}
+    for name, method in methods.items():
+        expected = np.maximum(method() * (1 - KEPT) / KEPT, 1e-4)  # a rate of zero would have an infinite loss
+        errors = log_normalize(expected) - log_normalize(left)
+        results[name] = {
+            "Poisson loss": float((expected - left * np.log(expected)).mean()),
+            "squared error of log1p": float((errors**2).mean()),
+        }
+    return results
+
+
+# -- annotate ----------------------------------------------------------------------------------------------------------
 
 
 def calibration_error(probabilities: np.ndarray, codes: np.ndarray, bins: int = 15) -> float:
@@ -96,19 +159,38 @@ def calibration_error(probabilities: np.ndarray, codes: np.ndarray, bins: int = 
     return float(sum(gaps))
 
 
-def measure_annotation(
-    pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int
-) -> dict[str, dict[str, float]]:
+def calibrate(scores: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
+    """Probabilities of the test cells with the temperature that fits the control cells best."""
+
+    def loss(log_temperature: float) -> float:
+        return -log_softmax(scores["control"] / np.exp(log_temperature), axis=1)[np.arange(len(codes)), codes].mean()
+
+    temperature = np.exp(minimize_scalar(loss, bounds=(-3, 8), method="bounded").x)
+    return np.exp(log_softmax(scores["test"] / temperature, axis=1))
+
+
+def classifiers() -> dict[str, object]:
+    """Logistic regressions of log-normalized values."""
+    return {
+        "logistic regression, 50 PCs": make_pipeline(PCA(50, random_state=0), LogisticRegression(max_iter=2000)),
+        "logistic regression, genes": make_pipeline(
+            StandardScaler(),
+            FunctionTransformer(partial(np.clip, a_min=None, a_max=10)),
+            LogisticRegression(max_iter=500),
+        ),
+    }
+
+
+def measure_annotation(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int) -> dict[str, dict]:
     """Accuracy, macro F1 and calibration error of each method."""
     names = pipe.processor.conditions[key]
-    codes = {part: pd.Categorical(cells.obs[key].astype(str), categories=names).codes for part, cells in parts.items()}
-    logs = {part: log_normalize(cells.X.toarray()) for part, cells in parts.items()}
+    codes = {part: pd.Categorical(labels_of(cells, key), categories=names).codes for part, cells in parts.items()}
+    logs = {part: log_normalize(cells.X) for part, cells in parts.items()}
     found = {}
-    for name, model in {
-        "logistic regression, 50 PCs": make_pipeline(PCA(50, random_state=0), LogisticRegression(max_iter=2000)),
-        "logistic regression, genes": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-    }.items():
-        found[name] = model.fit(logs["train"], codes["train"]).predict_proba(logs["test"])
+    for name, model in classifiers().items():
+        model.fit(logs["train"], codes["train"])
+        scores = {part: model.decision_function(logs[part]) for part in ("control", "test")}
+        found[name] = calibrate(scores, codes["control"])
     annotate = SCRDiTAnnotatePipeline.from_pipe(pipe)
     annotate.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -127,9 +209,38 @@ def measure_annotation(
     return results
 
 
+def measure_unseen(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, label: str) -> dict[str, dict]:
+    """AUROC of scores that tell test cells of a label that was left out of training from the others."""
+    train = parts["train"][labels_of(parts["train"], key) != label]
+    unseen = labels_of(parts["test"], key) == label
+    train_logs, logs = log_normalize(train.X), log_normalize(parts["test"].X)
+    pca = PCA(50, random_state=0).fit(train_logs)
+    nearest = NearestNeighbors(n_neighbors=5).fit(pca.transform(train_logs))
+    classifier = LogisticRegression(max_iter=2000).fit(pca.transform(train_logs), labels_of(train, key))
+    annotate = SCRDiTAnnotatePipeline.from_pipe(pipe)
+    annotate.set_progress_bar_config(disable=True)
+    table = annotate(parts["test"], key, generator=torch.Generator().manual_seed(0))
+    scores = {
+        "ours": table["unlikeness"],
+        "ours, 1 - probability of the label": 1 - table["probability"],
+        "distance to the 5 nearest training cells, 50 PCs": nearest.kneighbors(pca.transform(logs))[0].mean(axis=1),
+        "1 - probability of the label, logistic regression": 1
+        - classifier.predict_proba(pca.transform(logs)).max(axis=1),
+    }
+    return {name: {"AUROC": float(roc_auc_score(unseen, score))} for name, score in scores.items()}
+
+
+# -- simulate ----------------------------------------------------------------------------------------------------------
+
+
+def share_significant(control: np.ndarray, treated: np.ndarray) -> float:
+    """Share of the genes with p < 0.05 by the Wilcoxon rank-sum test."""
+    return float((mannwhitneyu(control, treated).pvalue < 0.05).mean())
+
+
 def measure_simulation(
     pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int, num_cells: int
-) -> dict[str, float]:
+) -> dict[str, dict]:
     """Share of false positives with and without effects, and slope of estimated on true effects."""
     label = parts["train"].obs[key].value_counts().index[0]
     train = parts["train"][parts["train"].obs[key] == label]
@@ -138,110 +249,188 @@ def measure_simulation(
     obs = pd.DataFrame({key: label, "group": np.repeat(["control", "treated"], num_cells)})
     obs.index = obs.index.astype(str)
     expressed = train.var_names[np.asarray(train.X.mean(axis=0)).ravel() > 0.1]
-    results = {}
-    for name, effects in {
-        "no effects": {},
-        "with effects": draw_effects(expressed, ["treated"], min(200, len(expressed) // 2), seed=seed),
-    }.items():
-        cells = simulate(obs, effects, generator=torch.Generator().manual_seed(seed))
-        control, treated = (cells[obs["group"] == group].X.toarray() for group in ("control", "treated"))
-        tested = np.flatnonzero(cells.var_names.isin(expressed) & ~cells.var["changed"])
-        p = np.array([mannwhitneyu(control[:, gene], treated[:, gene]).pvalue for gene in tested])
-        results[f"unchanged genes with p < 0.05, {name}"] = float((p < 0.05).mean())
-        results[f"unchanged genes, {name}"] = len(p)
-        results[f"library size of the control over that without effects, {name}"] = float(control.sum(axis=1).mean())
-        if effects:
-            true = cells.varm["log2_fold_change"]["treated"].to_numpy()
-            used = (true != 0) & (control.mean(axis=0) > 0.05) & (treated.mean(axis=0) > 0)
-            estimated = np.log2(treated[:, used].mean(axis=0) / control[:, used].mean(axis=0))
-            precision = 1 / sum(
-                side[:, used].var(axis=0) / side[:, used].mean(axis=0) ** 2 for side in (control, treated)
-            )
-            results["slope of effects"] = float(
-                (precision * true[used] * estimated).sum() / (precision * true[used] ** 2).sum()
-            )
-    base = results.pop("library size of the control over that without effects, no effects")
-    results["library size of the control over that without effects, with effects"] /= base
-    return results
+    generator = torch.Generator().manual_seed(seed)
 
-
-def measure_augmentation(
-    pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int
-) -> dict[str, dict[str, float]]:
-    """Macro F1 on rare and on other labels by what the forest was trained on; empty if no label is rare."""
-    train, test = parts["train"], parts["test"]
-    share = train.obs[key].astype(str).value_counts(normalize=True)
-    rare = sorted(share.index[share < RARE])
-    if not rare:
-        return {}
-    target = int(np.ceil(RARE * train.n_obs))
-    grown = augment(pipe, train, key, dict.fromkeys(rare, target), generator=torch.Generator().manual_seed(seed))
+    null = simulate(obs, {}, generator=generator)
+    counts = null[:, expressed].X.toarray()
     rng = np.random.default_rng(seed)
-    labels = train.obs[key].astype(str).to_numpy()
+    divisions = [np.split(rng.permutation(len(counts)), 2) for _ in range(20)]
+    no_effects = [share_significant(counts[one], counts[other]) for one, other in divisions]
+
+    effects = draw_effects(expressed, ["treated"], min(200, len(expressed) // 2), seed=seed)
+    cells = simulate(obs, effects, generator=generator)
+    control, treated = (cells[obs["group"] == group].X.toarray() for group in ("control", "treated"))
+    true = cells.varm["log2_fold_change"]["treated"].to_numpy()
+    unchanged = cells.var_names.isin(expressed) & ~cells.var["changed"].to_numpy()
+    used = (true != 0) & (control.mean(axis=0) > 0.05) & (treated.mean(axis=0) > 0)
+    estimated = np.log2(treated[:, used].mean(axis=0) / control[:, used].mean(axis=0))
+    precision = 1 / sum(side[:, used].var(axis=0) / side[:, used].mean(axis=0) ** 2 for side in (control, treated))
+    results = {
+        "slope of effects": float((precision * true[used] * estimated).sum() / (precision * true[used] ** 2).sum()),
+        "genes with p < 0.05, no effects": float(np.mean(no_effects)),
+        "unchanged genes with p < 0.05": share_significant(control[:, unchanged], treated[:, unchanged]),
+        "library size of the control over that without effects": float(
+            control.sum(axis=1).mean() / null.X.sum(axis=1).mean()
+        ),
+    }
+    return {"ours": results}
+
+
+# -- augment -----------------------------------------------------------------------------------------------------------
+
+
+def rare_labels(train: ad.AnnData, key: str) -> list[str]:
+    """Labels with fewer than 5% of the training cells, and at least 6, which SMOTE needs."""
+    numbers = train.obs[key].astype(str).value_counts()
+    return sorted(numbers.index[(numbers < RARE * train.n_obs) & (numbers >= 6)])
+
+
+def measure_augmentation(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int) -> dict[str, dict]:
+    """F1 of each rare label and mean F1 of the others, by classifier and by what it was trained on."""
+    train, test = parts["train"], ad.concat([parts["control"], parts["test"]])
+    labels, true = labels_of(train, key), labels_of(test, key)
+    rare = rare_labels(train, key)
+    target = int(np.ceil(RARE * train.n_obs))
+    wanted = dict.fromkeys(rare, target)
+    grown = augment(pipe, train, key, wanted, generator=torch.Generator().manual_seed(seed))
+    rng = np.random.default_rng(seed)
     copies = [rng.choice(np.flatnonzero(labels == label), target - (labels == label).sum()) for label in rare]
     rows = np.concatenate([np.arange(train.n_obs), *copies])
+    logs = log_normalize(train.X)
     sets = {
-        "real cells": (train, None),
-        "real cells, class weights": (train, "balanced"),
-        "and duplicates": (train[rows], None),
-        "and ours": (grown, None),
+        "real cells": (logs, labels, None),
+        "real cells, class weights": (logs, labels, "balanced"),
+        "and duplicates": (logs[rows], labels[rows], None),
+        "and ours": (log_normalize(grown.X), labels_of(grown, key), None),
     }
-    results = {}
-    true = test.obs[key].astype(str)
-    for name, (cells, weights) in sets.items():
+    if find_spec("imblearn"):
+        from imblearn.over_sampling import SMOTE
+
+        sets["and SMOTE"] = (*SMOTE(sampling_strategy=wanted, random_state=seed).fit_resample(logs, labels), None)
+    results: dict[str, dict] = {}
+    test_logs = log_normalize(test.X)
+    others = sorted(set(labels) - set(rare))
+    for name, (values, known, weights) in sets.items():
         forest = RandomForestClassifier(500, class_weight=weights, random_state=seed)
-        forest.fit(log_normalize(cells.X.toarray()), cells.obs[key].astype(str))
-        predicted = forest.predict(log_normalize(test.X.toarray()))
-        others = sorted(set(share.index) - set(rare))
-        results[name] = {
-            "F1 of rare labels": float(f1_score(true, predicted, labels=rare, average="macro")),
-            "F1 of other labels": float(f1_score(true, predicted, labels=others, average="macro")),
-        }
+        regression = make_pipeline(PCA(50, random_state=0), LogisticRegression(max_iter=2000, class_weight=weights))
+        for kind, model in (("forest", forest), ("logistic regression", regression)):
+            predicted = model.fit(values, known).predict(test_logs)
+            scores = dict(zip(rare, f1_score(true, predicted, labels=rare, average=None), strict=True))
+            scores["other labels"] = f1_score(true, predicted, labels=others, average="macro")
+            results[f"{kind}: {name}"] = {label: float(score) for label, score in scores.items()}
     return results
 
 
-def main() -> None:
-    """Measure each job and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True)
-    parser.add_argument("--split_dir", required=True, help="train.h5ad, test.h5ad and control.h5ad")
-    parser.add_argument("--labels_key", default="cell_type")
-    parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--num_cells", type=int, default=2000, help="simulated cells of each group")
-    parser.add_argument("--output_dir", default="outputs/jobs", help="folder of the results")
-    args = parser.parse_args()
-    pipe = SCRDiTPipeline.from_pretrained(args.pipeline)
-    pipe.set_progress_bar_config(disable=True)
-    genes, key = pipe.processor.var_names, args.labels_key
-    parts = {
-        name: ad.read_h5ad(Path(args.split_dir) / f"{name}.h5ad")[:, genes].copy()
-        for name in ("train", "control", "test")
-    }
-    given = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_seeds")}
-    record = Record(Path(args.output_dir) / "jobs.json", given, results={})
-    jobs: dict[str, Callable[[int], dict]] = {
-        "denoise": lambda seed: {"Poisson loss": measure_denoising(pipe, parts, key, seed)},
-        "annotate": lambda seed: measure_annotation(pipe, parts, key, seed),
-        "simulate": lambda seed: {"ours": measure_simulation(pipe, parts, key, seed, args.num_cells)},
-        "augment": lambda seed: measure_augmentation(pipe, parts, key, seed),
-    }
-    for job, measure in jobs.items():
-        for seed in range(args.num_seeds):
-            if f"{job} {seed}" not in record["results"]:
-                record["results"][f"{job} {seed}"] = measure(seed)
-                record.save()
-        print(f"\n## {job}\n\n{format_job(record['results'], job)}", flush=True)
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """A dataset: its split, the pipelines trained on it, and the record of results.
+
+    Parameters
+    ----------
+    path
+        AnnData file.
+    args
+        Arguments of the command.
+    """
+
+    def __init__(self, path: Path, args: argparse.Namespace):
+        self.name, self.key = path.stem, args.labels_key
+        self.folder = Path(args.output_dir) / path.stem
+        self.num_cells = args.num_cells
+        given = {"labels_key": args.labels_key, "num_cells": args.num_cells}
+        self.record = Record(self.folder / "jobs.json", given, results={})
+        if not (self.folder / "split.json").exists():
+            self._run("evaluate", "--dataset", path, "--labels_key", self.key, "--split_dir", self.folder)
+        self.all_genes = {part: ad.read_h5ad(self.folder / f"{part}.h5ad") for part in PARTS}
+
+    def _run(self, script: str, *arguments: object) -> None:
+        subprocess.run([sys.executable, str(TRAINING / f"{script}.py"), *map(str, arguments)], check=True)
+
+    def _train(self, cells: Path, seed: int, output: Path) -> SCRDiTPipeline:
+        """Train with the defaults, or load what was trained before."""
+        if not (output / "model_index.json").exists():
+            again = ["--resume_from_checkpoint", "latest"] if list(output.glob("checkpoint-*")) else []
+            options = ["--labels_key", self.key, "--seed", seed, "--output_dir", output, *again]
+            self._run("train", "--dataset", cells, *options)
+        pipe = SCRDiTPipeline.from_pretrained(output)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _parts(self, pipe: SCRDiTPipeline) -> dict[str, ad.AnnData]:
+        return {part: cells[:, pipe.processor.var_names].copy() for part, cells in self.all_genes.items()}
+
+    def unseen_labels(self, number: int) -> list[str]:
+        """Labels to leave out of training, spread over those with enough test cells from frequent to rare."""
+        counts = self.all_genes["test"].obs[self.key].astype(str).value_counts()
+        enough = list(counts.index[counts >= MIN_UNSEEN])
+        return [enough[i] for i in np.linspace(0, len(enough) - 1, min(number, len(enough))).round().astype(int)]
+
+    def measure(self, job: str, seed: int, unseen: list[str]) -> None:
+        """Measure a job with the pipeline of a seed, unless it is in the record."""
+        names = [f"{job} {label}" for label in unseen] if job == "unseen" else [f"{job} {seed}"]
+        for name in names:
+            if name in self.record["results"] or (job == "unseen" and seed > 0):
+                continue
+            if job == "unseen":
+                found = self._measure_unseen(name.removeprefix("unseen "))
+            else:
+                pipe = self._train(self.folder / "train.h5ad", seed, self.folder / f"pipeline-{seed}")
+                parts = self._parts(pipe)
+                found = {
+                    "denoise": measure_denoising,
+                    "annotate": measure_annotation,
+                    "simulate": partial(measure_simulation, num_cells=self.num_cells),
+                    "augment": measure_augmentation,
+                }[job](pipe, parts, self.key, seed)
+            self.record["results"][name] = found
+            self.record.save()
+
+    def _measure_unseen(self, label: str) -> dict[str, dict]:
+        number = sorted(set(labels_of(self.all_genes["train"], self.key))).index(label)
+        path = self.folder / f"without-{number}.h5ad"
+        if not path.exists():
+            train = self.all_genes["train"]
+            train[labels_of(train, self.key) != label].write_h5ad(path)
+        pipe = self._train(path, 0, self.folder / f"pipeline-without-{number}")
+        return measure_unseen(pipe, self._parts(pipe), self.key, label)
 
 
 def format_job(results: dict[str, dict], job: str) -> str:
-    """Format the mean of a job's values over the seeds, and their range."""
-    seeds = [value for name, value in results.items() if name.startswith(f"{job} ")]
+    """Format the mean of a job's values over the seeds (or labels left out), and their range."""
+    runs = [value for name, value in results.items() if name.startswith(f"{job} ")]
     rows = []
-    for method, values in seeds[0].items():
+    for method, values in runs[0].items():
         for metric in values:
-            numbers = [seed[method][metric] for seed in seeds]
+            numbers = [run[method][metric] for run in runs]
             rows.append([method, metric, f"{np.mean(numbers):.4g}", f"{min(numbers):.4g} to {max(numbers):.4g}"])
-    return to_markdown(["method", "metric", "mean", "range over seeds"], rows)
+    return to_markdown(["method", "metric", "mean", f"range of {len(runs)}"], rows)
+
+
+def main() -> None:
+    """Measure each job on each dataset and print the tables."""
+    jobs = ["denoise", "annotate", "unseen", "simulate", "augment"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", required=True, nargs="+", type=Path, help="AnnData files of raw counts")
+    parser.add_argument("--labels_key", default="cell_type")
+    parser.add_argument("--jobs", nargs="+", default=jobs, choices=jobs)
+    parser.add_argument("--num_seeds", type=int, default=3, help="trained pipelines of each dataset")
+    parser.add_argument("--num_unseen", type=int, default=3, help="labels left out of training, one at a time")
+    parser.add_argument("--num_cells", type=int, default=2000, help="simulated cells of each group")
+    parser.add_argument("--output_dir", default="outputs/jobs", help="folder of the splits, pipelines and results")
+    args = parser.parse_args()
+    studies = [Study(path, args) for path in args.datasets]
+    for seed in range(args.num_seeds):
+        for study in studies:
+            unseen = study.unseen_labels(args.num_unseen)
+            for job in args.jobs:
+                if job != "augment" or rare_labels(study.all_genes["train"], study.key):
+                    study.measure(job, seed, unseen)
+    for study in studies:
+        for job in args.jobs:
+            if any(name.startswith(f"{job} ") for name in study.record["results"]):
+                print(f"\n## {study.name}: {job}\n\n{format_job(study.record['results'], job)}", flush=True)
 
 
 if __name__ == "__main__":
