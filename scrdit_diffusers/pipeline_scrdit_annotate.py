@@ -17,7 +17,7 @@ from .processing_scrdit import SCRDiTProcessor
 from .sampling import check_count_head, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
-TIMESTEPS = (700, 600, 500)
+TIMESTEPS = (999, 900, 800, 700, 600, 500)
 TEMPERATURE = 3.5
 
 
@@ -27,10 +27,12 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
     The network sees the cell at several noise levels t, once under each label y, and expects a distribution for each
     gene from all *other* genes. The score of a label is the log-likelihood of the counts under these,
 
-        l(y) = mean_t sum_g log p(k_g | x_t without gene g, y, library size)
+        l(y) = mean_t l_t(y),  l_t(y) = sum_g log p(k_g | x_t without gene g, y, library size)
 
-    a pseudo-likelihood: genes inform each other, and each counts once. As they are not independent, the posterior of
-    the labels is softmax(l(y) / temperature + log prior(y)).
+    a pseudo-likelihood: genes inform each other, and each counts once. At high noise only the label says what to
+    expect, and genes count as independent; at low noise the other genes say so too, and little is left to the label. As
+    genes are not independent, the posterior of the labels is softmax(l(y) / temperature + log prior(y)). What the other
+    genes say beyond the label, l at the lowest noise minus l at the highest, is large for cells unlike all labels.
 
     Parameters
     ----------
@@ -89,29 +91,29 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         generator: torch.Generator | None = None,
         batch_size: int = 256,
     ) -> np.ndarray:
-        """Log-likelihood l(y) of each cell under each label and, in the last column, under none.
+        """Log-likelihood l_t(y) of each cell under each label at each noise level.
 
         Parameters as in [`SCRDiTAnnotatePipeline.__call__`]. Other conditions of the model are left open.
 
         Returns
         -------
-        Nats, shape (cells, labels + 1).
+        Nats, shape (cells, labels, timesteps).
         """
         counts, library_sizes = self.processor.get_counts(adata, layer)  # (cells, G), (cells,)
         keys = list(self.processor.conditions)
         num_labels = len(self.processor.conditions[labels_key])
         null = torch.tensor(self.processor.num_classes, dtype=torch.long, device=self._execution_device)  # (K,)
-        found = np.zeros((counts.shape[0], num_labels + 1))
+        found = np.zeros((counts.shape[0], num_labels, len(timesteps)))
         starts = range(0, counts.shape[0], batch_size)
         with self.progress_bar(total=len(starts) * len(timesteps)) as progress_bar:
             for start in starts:
                 chunk = slice(start, start + batch_size)
                 batch = (counts[chunk], library_sizes[chunk])
                 k, x_0, library_size = read_batch(self.processor, *batch, null.device)  # (B, G), (B, G), (B,)
-                for timestep in timesteps:
+                for level, timestep in enumerate(timesteps):
                     t = torch.full((len(k),), timestep, device=null.device)  # (B,)
                     noise = randn_tensor(x_0.shape, generator=generator, device=null.device, dtype=torch.float32)
-                    for code in range(num_labels + 1):
+                    for code in range(num_labels):
                         labels = null.repeat(len(k), 1)  # (B, K)
                         labels[:, keys.index(labels_key)] = code
                         posterior = self.transformer.count_head(labels, library_size)
@@ -119,7 +121,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
                         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # (B, G)
                         output = self.transformer(x_t.to(self.transformer.dtype), t, labels, library_size)
                         nll = posterior.nll(k, output.count_log_mean.float()) * k.shape[1]  # (B,)
-                        found[chunk, code] -= nll.cpu().numpy() / len(timesteps)
+                        found[chunk, code, level] = -nll.cpu().numpy()
                     progress_bar.update()
         self.maybe_free_model_hooks()
         return found
@@ -152,7 +154,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
             Divides the log-likelihoods; [`SCRDiTAnnotatePipeline.fit_temperature`] finds it on labeled cells. With a
             flat prior it changes the probabilities, not the label.
         timesteps
-            Noise levels at which the network sees the cells.
+            Noise levels at which the network sees the cells, each one call of the network for each label.
         generator
             Makes the result reproducible; `None` draws from PyTorch's global state.
         batch_size
@@ -161,8 +163,8 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         Returns
         -------
         A row per cell, indexed like `adata.obs`: `labels_key` (categorical), `probability` of that label, `unlikeness`
-        (nats per gene by which the cell is less likely under its label than expected of a cell without one; higher
-        for cells unlike all labels), and a column `p_<label>` for each label.
+        (nats per gene that the cell's other genes say beyond its label, the higher the less it is like cells with that
+        label; NaN with one timestep), and a column `p_<label>` for each label.
 
         Raises
         ------
@@ -181,7 +183,11 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         table = pd.DataFrame(np.exp(log_posterior), index=adata.obs_names, columns=[f"p_{name}" for name in names])
         table.insert(0, labels_key, pd.Series(pd.Categorical.from_codes(best, categories=names), table.index))
         table.insert(1, "probability", np.exp(log_posterior[rows, best]))
-        table.insert(2, "unlikeness", (likelihood[:, -1] - likelihood[rows, best]) / self.processor.num_genes)
+        if len(set(timesteps)) > 1:
+            gain = likelihood[:, :, np.argmin(timesteps)] - likelihood[:, :, np.argmax(timesteps)]  # (cells, labels)
+            table.insert(2, "unlikeness", gain[rows, best] / self.processor.num_genes)
+        else:
+            table.insert(2, "unlikeness", np.nan)
         return table
 
     def fit_temperature(self, adata: ad.AnnData, labels_key: str, prior: str = "flat", **kwargs) -> float:
@@ -219,7 +225,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         return float(np.exp(minimize_scalar(loss, bounds=(-3, 8), method="bounded").x))
 
     def _log_posterior(self, likelihood: np.ndarray, labels_key: str, prior: str, temperature: float) -> np.ndarray:
-        scores = likelihood[:, :-1] / temperature  # (cells, labels)
+        scores = likelihood.mean(axis=2) / temperature  # (cells, labels)
         if prior == "composition":
             numbers = np.array(list(self.processor.label_counts[labels_key].values()), dtype=float)
             scores += np.log(numbers / numbers.sum())
