@@ -17,7 +17,8 @@ installed.
 - Simulate: cells of the most frequent label in two groups, without effects and with those of 200 expressed genes (log2
   fold changes of standard deviation 1): share of unchanged genes with p < 0.05 by the Wilcoxon rank-sum test (without
   effects the mean over 20 random divisions of the cells), and slope of estimated on true effects, weighted by their
-  precision.
+  precision. Power to find effects of 20, 50 and 100 cells per group, beside that of real cells that were not trained
+  on; there all effects are negative, so that real cells can be thinned to them.
 - Augment: F1 of the labels with fewer than 5% of the training cells, and of the others, by classifiers trained on real
   cells, with class weights, with duplicates, with SMOTE, and with new cells of the rare labels.
 """
@@ -55,6 +56,7 @@ from scrdit_diffusers import (
     augment,
     draw_effects,
 )
+from scrdit_diffusers.evaluation.power import power_curve
 from scrdit_diffusers.values import normalize_log1p
 
 TRAINING = Path(__file__).resolve().parents[1]
@@ -273,7 +275,31 @@ def measure_simulation(
             control.sum(axis=1).mean() / null.X.sum(axis=1).mean()
         ),
     }
-    return {"ours": results}
+    effects = {"treated": {gene: -abs(change) for gene, change in effects["treated"].items()}}
+    simulated = simulate(obs.groupby("group").head(500), effects, generator=generator)
+    held_out = ad.concat([parts["control"], parts["test"]])
+    real = thin(held_out[labels_of(held_out, key) == label], effects["treated"], rng)
+    return {
+        "ours": results | measure_power(simulated, expressed, seed),
+        "real cells": dict.fromkeys(results, np.nan) | measure_power(real, expressed, seed),
+    }
+
+
+def thin(cells: ad.AnnData, changes: dict[str, float], rng: np.random.Generator) -> ad.AnnData:
+    """Divide real cells into a control and a group whose counts are thinned to negative log2 fold changes."""
+    truth = pd.DataFrame({"treated": pd.Series(changes).reindex(cells.var_names, fill_value=0.0)})
+    counts = cells.X.toarray().astype(int)
+    treated = rng.permutation(len(counts)) % 2 == 1
+    counts[treated] = rng.binomial(counts[treated], 2.0 ** truth["treated"].to_numpy())
+    obs = pd.DataFrame({"group": np.where(treated, "treated", "control")}, index=cells.obs_names)
+    return ad.AnnData(sp.csr_matrix(counts, dtype=np.float32), obs, cells.var[[]], varm={"log2_fold_change": truth})
+
+
+def measure_power(cells: ad.AnnData, genes: pd.Index, seed: int) -> dict[str, float]:
+    """Share of the effects found at a false discovery rate of 5%, by the number of cells per group."""
+    most = cells.obs["group"].value_counts().min()
+    table = power_curve(cells, genes, [number for number in (20, 50, 100) if number <= most], seed=seed)
+    return {f"power, {number} cells": float(power) for number, power in table["power"].items()}
 
 
 # -- augment -----------------------------------------------------------------------------------------------------------
