@@ -45,7 +45,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from scrdit_diffusers import (
@@ -71,6 +71,11 @@ def log_normalize(counts: np.ndarray | sp.csr_matrix) -> np.ndarray:
     return normalize_log1p(sp.csr_matrix(counts, dtype=np.float32), 1e4).toarray()
 
 
+def new_pca(values: np.ndarray) -> PCA:
+    """PCA of log-normalized values with 50 components, or as many as there can be."""
+    return PCA(min(50, *values.shape), random_state=0)
+
+
 def labels_of(cells: ad.AnnData, key: str) -> np.ndarray:
     """Labels as texts, shape (cells,)."""
     return cells.obs[key].astype(str).to_numpy()
@@ -82,7 +87,8 @@ def labels_of(cells: ad.AnnData, key: str) -> np.ndarray:
 def smooth_by_neighbors(kept: np.ndarray, train: np.ndarray, n_neighbors: int) -> np.ndarray:
     """Rates of each cell from its nearest neighbors on 50 PCs, itself included."""
     everything = np.concatenate([kept, train])
-    pcs = PCA(50, random_state=0).fit_transform(log_normalize(everything))
+    logs = log_normalize(everything)
+    pcs = new_pca(logs).fit_transform(logs)
     neighbors = NearestNeighbors(n_neighbors=n_neighbors).fit(pcs).kneighbors(pcs[: len(kept)], return_distance=False)
     profiles = np.stack([everything[rows].sum(axis=0) / everything[rows].sum() for rows in neighbors])
     return kept.sum(axis=1, keepdims=True) * profiles
@@ -171,10 +177,10 @@ def calibrate(scores: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
     return np.exp(log_softmax(scores["test"] / temperature, axis=1))
 
 
-def classifiers() -> dict[str, object]:
-    """Logistic regressions of log-normalized values."""
+def classifiers(values: np.ndarray) -> dict[str, Pipeline]:
+    """Logistic regressions of log-normalized values like these."""
     return {
-        "logistic regression, 50 PCs": make_pipeline(PCA(50, random_state=0), LogisticRegression(max_iter=2000)),
+        "logistic regression, 50 PCs": make_pipeline(new_pca(values), LogisticRegression(max_iter=2000)),
         "logistic regression, genes": make_pipeline(
             StandardScaler(),
             FunctionTransformer(partial(np.clip, a_min=None, a_max=10)),
@@ -189,7 +195,7 @@ def measure_annotation(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: 
     codes = {part: pd.Categorical(labels_of(cells, key), categories=names).codes for part, cells in parts.items()}
     logs = {part: log_normalize(cells.X) for part, cells in parts.items()}
     found = {}
-    for name, model in classifiers().items():
+    for name, model in classifiers(logs["train"]).items():
         model.fit(logs["train"], codes["train"])
         scores = {part: model.decision_function(logs[part]) for part in ("control", "test")}
         found[name] = calibrate(scores, codes["control"])
@@ -216,7 +222,7 @@ def measure_unseen(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str,
     train = parts["train"][labels_of(parts["train"], key) != label]
     unseen = labels_of(parts["test"], key) == label
     train_logs, logs = log_normalize(train.X), log_normalize(parts["test"].X)
-    pca = PCA(50, random_state=0).fit(train_logs)
+    pca = new_pca(train_logs).fit(train_logs)
     nearest = NearestNeighbors(n_neighbors=5).fit(pca.transform(train_logs))
     classifier = LogisticRegression(max_iter=2000).fit(pca.transform(train_logs), labels_of(train, key))
     annotate = SCRDiTAnnotatePipeline.from_pipe(pipe)
@@ -248,8 +254,8 @@ def measure_simulation(
     train = parts["train"][parts["train"].obs[key] == label]
     simulate = SCRDiTSimulatePipeline.from_pipe(pipe)
     simulate.set_progress_bar_config(disable=True)
-    obs = pd.DataFrame({key: label, "group": np.repeat(["control", "treated"], num_cells)})
-    obs.index = obs.index.astype(str)
+    obs = train.obs[pipe.processor.condition_keys].sample(2 * num_cells, replace=True, random_state=seed)
+    obs = obs.assign(group=np.repeat(["control", "treated"], num_cells)).reset_index(drop=True)
     expressed = train.var_names[np.asarray(train.X.mean(axis=0)).ravel() > 0.1]
     generator = torch.Generator().manual_seed(seed)
 
@@ -281,7 +287,7 @@ def measure_simulation(
     real = thin(held_out[labels_of(held_out, key) == label], effects["treated"], rng)
     return {
         "ours": results | measure_power(simulated, expressed, seed),
-        "real cells": dict.fromkeys(results, np.nan) | measure_power(real, expressed, seed),
+        "real cells": measure_power(real, expressed, seed),
     }
 
 
@@ -338,7 +344,7 @@ def measure_augmentation(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key
     others = sorted(set(labels) - set(rare))
     for name, (values, known, weights) in sets.items():
         forest = RandomForestClassifier(500, class_weight=weights, random_state=seed)
-        regression = make_pipeline(PCA(50, random_state=0), LogisticRegression(max_iter=2000, class_weight=weights))
+        regression = make_pipeline(new_pca(values), LogisticRegression(max_iter=2000, class_weight=weights))
         for kind, model in (("forest", forest), ("logistic regression", regression)):
             predicted = model.fit(values, known).predict(test_logs)
             scores = dict(zip(rare, f1_score(true, predicted, labels=rare, average=None), strict=True))
