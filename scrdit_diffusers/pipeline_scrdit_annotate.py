@@ -17,8 +17,8 @@ from .processing_scrdit import SCRDiTProcessor
 from .sampling import check_count_head, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
-TIMESTEPS = (999, 900, 800, 700, 600, 500)
-TEMPERATURE = 3.5
+TIMESTEPS = (999, 800, 700, 600, 500, 400)
+TEMPERATURE = 5.0
 
 
 class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
