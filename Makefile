@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SPACE := $(VENV)/space
 
 .DEFAULT_GOAL := help
-.PHONY: help demo space test quick lint format wheel docs benchmark sizes clean
+.PHONY: help demo space test newest oldest quick fuzz lint format wheel docs benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,18 @@ test: $(INSTALLED) $(SPACE)  ## run the tests
 		--target $(VENV)/torchao torchao
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/test_first_class.py -k int8
 	PYTHONPATH=$(SPACE) $(BIN)/python -m pytest -m '' tests/test_space_app.py
+
+# Not in .venv but in outputs/; PIP_INDEX_URL and the like hold. Old libraries warn of what they call in newer ones.
+newest:  ## run the tests on the newest versions of all dependencies
+	$(PYTHON) -m venv outputs/newest
+	outputs/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	outputs/newest/bin/python -m pytest
+
+oldest:  ## run the tests on the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv outputs/oldest
+	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' >outputs/oldest/constraints.txt
+	outputs/oldest/bin/python -m pip install --quiet --constraint outputs/oldest/constraints.txt --editable '.[test]'
+	outputs/oldest/bin/python -m pytest -W ignore::DeprecationWarning
 
 quick: lint  ## check style and types, and run the tests that need no training (under 90 seconds)
 	$(BIN)/python -m pytest -q -m 'not slow and not training'

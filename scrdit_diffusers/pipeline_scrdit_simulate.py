@@ -175,7 +175,8 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         probability = torch.ones(len(obs), len(table)) / largest  # (cells, G)
         for group in table:
             fold_change = torch.from_numpy(2.0 ** table[group].to_numpy()).float()  # (G,)
-            probability[(obs[group_key].astype(str) == group).to_numpy()] = fold_change / largest
+            of_group = (obs[group_key].astype(str) == group).to_numpy(copy=True)  # pandas 3 shows it read-only
+            probability[of_group] = fold_change / largest
         means = np.empty(noisy.shape, dtype=np.float32)
         counts = []
         for start in range(0, len(obs), batch_size):
