@@ -44,7 +44,7 @@ newest:  ## run the tests on the newest versions of all dependencies
 
 oldest:  ## run the tests on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv outputs/oldest
-	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' >outputs/oldest/constraints.txt
+	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' >outputs/oldest/constraints.txt
 	outputs/oldest/bin/python -m pip install --quiet --constraint outputs/oldest/constraints.txt --editable '.[test]'
 	outputs/oldest/bin/python -m pytest -W ignore::DeprecationWarning
 
@@ -63,12 +63,16 @@ format: $(INSTALLED)  ## mend style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, run the demo there: outputs/wheel
+wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, run its commands there: outputs/wheel
 	rm -rf outputs/wheel
 	$(BIN)/python -m hatchling build -t wheel -d outputs/wheel
 	$(PYTHON) -m venv outputs/wheel/venv
 	outputs/wheel/venv/bin/pip install --quiet --constraint constraints.txt "$$(ls outputs/wheel/*.whl)[train]"
-	cd outputs/wheel && venv/bin/scrdit demo
+	cd outputs/wheel && export PATH="$$PWD/venv/bin:$$PATH" && scrdit demo && \
+		scrdit evaluate --dataset outputs/demo/train.h5ad --labels_key cell_type --split_dir split && \
+		scrdit train --dataset split/train.h5ad --labels_key cell_type --max_train_steps 50 --output_dir model && \
+		scrdit generate --pipeline model --num_cells 50 --output cells.h5ad && \
+		scrdit evaluate --split_dir split --pipeline model --output_dir evaluation
 
 docs: $(INSTALLED)  ## build the documentation: outputs/docs/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d outputs/doctrees docs outputs/docs
