@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SPACE := $(VENV)/space
 
 .DEFAULT_GOAL := help
-.PHONY: help demo space test quick lint format wheel docs benchmark sizes clean
+.PHONY: help demo space test newest oldest quick fuzz lint format wheel docs benchmark sizes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,18 @@ test: $(INSTALLED) $(SPACE)  ## run the tests
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/test_first_class.py -k int8
 	PYTHONPATH=$(SPACE) $(BIN)/python -m pytest -m '' tests/test_space_app.py
 
+# Not in .venv but in outputs/; PIP_INDEX_URL and the like hold. Old libraries warn of what they call in newer ones.
+newest:  ## run the tests on the newest versions of all dependencies
+	$(PYTHON) -m venv outputs/newest
+	outputs/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	outputs/newest/bin/python -m pytest
+
+oldest:  ## run the tests on the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv outputs/oldest
+	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' >outputs/oldest/constraints.txt
+	outputs/oldest/bin/python -m pip install --quiet --constraint outputs/oldest/constraints.txt --editable '.[test]'
+	outputs/oldest/bin/python -m pytest -W ignore::DeprecationWarning
+
 quick: lint  ## check style and types, and run the tests that need no training (under 90 seconds)
 	$(BIN)/python -m pytest -q -m 'not slow and not training'
 
@@ -51,12 +63,16 @@ format: $(INSTALLED)  ## mend style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, run the demo there: outputs/wheel
+wheel: $(INSTALLED)  ## build the wheel, install it into an empty environment, run its commands there: outputs/wheel
 	rm -rf outputs/wheel
 	$(BIN)/python -m hatchling build -t wheel -d outputs/wheel
 	$(PYTHON) -m venv outputs/wheel/venv
 	outputs/wheel/venv/bin/pip install --quiet --constraint constraints.txt "$$(ls outputs/wheel/*.whl)[train]"
-	cd outputs/wheel && venv/bin/scrdit demo
+	cd outputs/wheel && export PATH="$$PWD/venv/bin:$$PATH" && scrdit demo && \
+		scrdit evaluate --dataset outputs/demo/train.h5ad --labels_key cell_type --split_dir split && \
+		scrdit train --dataset split/train.h5ad --labels_key cell_type --max_train_steps 50 --output_dir model && \
+		scrdit generate --pipeline model --num_cells 50 --output cells.h5ad && \
+		scrdit evaluate --split_dir split --pipeline model --output_dir evaluation
 
 docs: $(INSTALLED)  ## build the documentation: outputs/docs/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d outputs/doctrees docs outputs/docs

@@ -209,7 +209,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         probability = (lowered / factor).repeat(len(obs), 1)  # (cells, G)
         for group in table:
             fold_change = torch.from_numpy(2.0 ** table[group].to_numpy()).float()  # (G,)
-            chosen = (obs[group_key].map(str) == group).to_numpy()
+            chosen = (obs[group_key].map(str) == group).to_numpy(copy=True)  # pandas 3 shows it read-only
             probability[chosen] = (fold_change * lowered / factor).clamp(max=1)
         means = np.empty(noisy.shape, dtype=np.float32)
         counts = []

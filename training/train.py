@@ -477,7 +477,7 @@ def provenance() -> dict[str, str | None]:
 
 def mix_seeds(*seeds: int) -> int:
     """Mix several seeds into one; trailing zeros do not count."""
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seeded_generator(device: torch.device, *seeds: int) -> torch.Generator:

@@ -315,7 +315,7 @@ class CellDataset:
         while index in self.var:  # a column of the user's
             index = f"_{index}"
         var = self.var.rename_axis(index)
-        for key in var.select_dtypes("object"):
+        for key in var.columns[var.dtypes == "object"]:
             if column_type(var[key]) == datasets.Value("string"):  # also where types are mixed
                 var[key] = var[key].map(label_text, na_action="ignore")
         vocabulary = pa.Table.from_pandas(var)
@@ -409,7 +409,8 @@ def split_cells(
     rng = np.random.default_rng(seed)
     groups = [np.arange(len(obs))]
     if labels_key:
-        grouped = obs[labels_key].reset_index(drop=True).groupby(labels_key, observed=True, sort=True)
+        by = labels_key if len(labels_key) > 1 else labels_key[0]  # pandas 3 warns of a list with a single name
+        grouped = obs[labels_key].reset_index(drop=True).groupby(by, observed=True, sort=True)
         groups = [np.asarray(cells) for cells in grouped.groups.values()]
     aside = np.sort(np.concatenate([rng.permutation(cells)[: round(fraction * len(cells))] for cells in groups]))
     return np.setdiff1d(np.arange(len(obs)), aside), aside
