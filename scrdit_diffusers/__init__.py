@@ -16,6 +16,7 @@ from .initialization import count_bins, initialize_from_cells
 from .objective import FoldChangePrior, diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .pipeline_scrdit_annotate import SCRDiTAnnotatePipeline
+from .pipeline_scrdit_complete import SCRDiTCompletePipeline
 from .pipeline_scrdit_denoise import SCRDiTDenoisePipeline
 from .pipeline_scrdit_simulate import SCRDiTSimulatePipeline, draw_effects
 from .processing_scrdit import SCRDiTProcessor
@@ -31,6 +32,7 @@ __all__ = [
     "CellDataset",
     "FoldChangePrior",
     "SCRDiTAnnotatePipeline",
+    "SCRDiTCompletePipeline",
     "SCRDiTCountHead",
     "SCRDiTDenoisePipeline",
     "SCRDiTPipeline",

@@ -57,6 +57,13 @@ class GeneGroup(NamedTuple):
         """Position of each gene's last bin that is not padding, shape (genes, 1)."""
         return (self.upper > self.lower).sum(dim=1, keepdim=True) - 1
 
+    def ends(self, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up the ends of one bin for each gene and cell; both have the shape of `bins`, (genes, 1, B)."""
+        lower, upper = (
+            end[..., None].expand(-1, -1, bins.shape[-1]).gather(1, bins) for end in (self.lower, self.upper)
+        )
+        return lower, upper
+
 
 class CountPosterior(NamedTuple):
     """Posterior of the counts of B cells with given labels and library sizes, at any timestep.
@@ -101,11 +108,12 @@ class CountPosterior(NamedTuple):
         timestep
             Shape (B,); need not be integers.
         """
-        return self._expected([group.value for group in self.groups], log_mean, noisy, timestep)
+        probabilities = self.probabilities(log_mean, noisy, timestep)
+        return self._expected([group.value for group in self.groups], probabilities)
 
-    def mean_count(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Posterior mean of the counts that `sample` draws, shape (B, G); parameters as in `mean`."""
-        return self._expected([group.mean_count for group in self.groups], log_mean, noisy, timestep)
+    def mean_count(self, probabilities: list[torch.Tensor]) -> torch.Tensor:
+        """Mean (B, G) of counts that follow `probabilities`."""
+        return self._expected([group.mean_count for group in self.groups], probabilities)
 
     def nll(
         self,
@@ -140,19 +148,65 @@ class CountPosterior(NamedTuple):
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
-        uniform = uniform[:, self.gene_order].T[:, None]  # (G, 1, B)
-        drawn = []
-        for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
-            probability = logit.softmax(dim=1)  # (genes, bins, B)
+        return self.quantile(self.probabilities(log_mean, noisy, timestep), uniform)
+
+    def probabilities(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Probability of each bin, of shape (genes, bins, B) for each group of genes; parameters as in `nll`."""
+        return [logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep)]
+
+    def quantile(self, probabilities: list[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
+        """Find the counts (B, G) at levels (B, G) in [0, 1) of the distribution function of `probabilities`."""
+        level = level[:, self.gene_order].T[:, None]  # (G, 1, B)
+        counts = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
             cumulative = probability.cumsum(dim=1)
-            quantile = uniform[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
+            quantile = level[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
             chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last[..., None])  # (genes, 1, B)
             below = cumulative.gather(1, chosen) - probability.gather(1, chosen)
             inside = (quantile - below) / probability.gather(1, chosen).clamp(min=1e-30)  # where in the bin, 0 to 1
-            ends = (group.lower, group.upper)
-            low, high = (end[..., None].expand_as(probability).gather(1, chosen) for end in ends)
-            drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
-        return self._unsort(torch.cat(drawn))
+            low, high = group.ends(chosen)
+            counts.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
+        return self._unsort(torch.cat(counts))
+
+    def transport(
+        self,
+        counts: torch.Tensor,
+        uniform: torch.Tensor,
+        source: list[torch.Tensor],
+        target: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Find counts (B, G) that are as high or low among `target` as `counts` (B, G) are among `source`.
+
+        That is the quantile function of `target` at the level that the distribution function of `source` has at the
+        count. A count has a range of levels, in which `uniform` (B, G), from 0 to 1, says the place, so that counts
+        which follow `source` become counts that follow `target`. Levels above one half are kept as their distance from
+        1, so that a count far beyond what `source` expects stays one.
+        """
+        counts, uniform = (per_gene[:, self.gene_order].T[:, None].float() for per_gene in (counts, uniform))
+        moved = []
+        for before, after, group in zip(source, target, self.groups, strict=True):
+            count, place = counts[group.genes], uniform[group.genes]  # (genes, 1, B)
+            chosen = torch.searchsorted(group.upper.contiguous(), count[:, 0].contiguous(), right=True)[:, None]
+            chosen = chosen.minimum(group.last[..., None])  # (genes, 1, B)
+            low, high = group.ends(chosen)
+            inside = (count.minimum(high - 1) - low + place) / (high - low)  # where in the bin, 0 to 1
+            below, above = _tails(before)  # (genes, bins + 1, B)
+            width = before.gather(1, chosen)  # (genes, 1, B)
+            level = below.gather(1, chosen) + inside * width
+            rest = above.gather(1, chosen + 1) + (1 - inside) * width  # 1 - level, but exact near 0
+
+            below, above = _tails(after)
+            upper_half = rest < level
+            chosen = torch.where(upper_half, (above > rest).sum(1, keepdim=True), (below <= level).sum(1, keepdim=True))
+            chosen = (chosen - 1).clamp(min=0).minimum(group.last[..., None])  # (genes, 1, B)
+            width = after.gather(1, chosen).clamp(min=1e-30)
+            from_low = (level - below.gather(1, chosen)) / width
+            inside = torch.where(upper_half, 1 - (rest - above.gather(1, chosen + 1)) / width, from_low)
+            low, high = group.ends(chosen)
+            moved.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
+        return self._unsort(torch.cat(moved))
 
     def logits(
         self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
@@ -187,15 +241,12 @@ class CountPosterior(NamedTuple):
         alpha_bar = torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[above], timestep - below)
         return alpha_bar.clamp(1e-8, 1 - 1e-5)
 
-    def _expected(
-        self, values: list[torch.Tensor], log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
-    ) -> torch.Tensor:
-        """Posterior mean (B, G) of what bins stand for, given as (genes, bins) for each group of genes."""
-        logits = self.logits(log_mean, noisy, timestep)
-        with torch.autocast(noisy.device.type, enabled=False):
+    def _expected(self, values: list[torch.Tensor], probabilities: list[torch.Tensor]) -> torch.Tensor:
+        """Mean (B, G) of what bins stand for, given as (genes, bins) for each group of genes."""
+        with torch.autocast(probabilities[0].device.type, enabled=False):
             means = [
-                torch.bmm(logit.softmax(dim=1).transpose(1, 2), value[..., None])[..., 0]  # (genes, B)
-                for logit, value in zip(logits, values, strict=True)
+                torch.bmm(probability.transpose(1, 2), value[..., None])[..., 0]  # (genes, B)
+                for probability, value in zip(probabilities, values, strict=True)
             ]
         return self._unsort(torch.cat(means))
 
@@ -339,6 +390,13 @@ class SCRDiTCountHead(nn.Module):
         """Count the bins of each gene, in the order of the model, shape (G,)."""
         used = torch.cat([(upper > lower).sum(dim=1) for lower, upper, _ in self.bins()])  # group by group
         return torch.empty_like(used).index_copy(0, self.gene_order, used)
+
+
+def _tails(probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up probabilities (genes, bins, B) of all bins before each, and of it and all after: (genes, bins + 1, B)."""
+    below = F.pad(probability.cumsum(dim=1), (0, 0, 1, 0))
+    above = F.pad(probability.flip(1).cumsum(dim=1).flip(1), (0, 0, 0, 1))
+    return below, above
 
 
 def _append_no_label(table: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import scipy.sparse as sp
 import torch
 from diffusers import SchedulerMixin
 
+from .count_head import CountPosterior
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 
@@ -196,7 +197,7 @@ class Denoiser:
     def mean_counts(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """Mean (B, G) of the counts that [`Denoiser.draw_counts`] draws."""
         posterior, *given = self._count_posterior(output, t, x_t)
-        return posterior.mean_count(*given)  # (B, G)
+        return posterior.mean_count(posterior.probabilities(*given))  # (B, G)
 
     def _count_posterior(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> tuple:
         """Posterior of the counts, and what its methods take: log means, noisy cells (B, G), timesteps (B,)."""
@@ -215,6 +216,14 @@ def read_batch(
     k = torch.from_numpy(counts.toarray()).to(device, torch.float32)  # (B, G)
     x_0 = torch.from_numpy(processor.transform(counts)).to(device, torch.float32)  # (B, G)
     return k, x_0, torch.from_numpy(library_sizes).to(device, torch.float32)  # (B,)
+
+
+def add_noise(
+    posterior: CountPosterior, x_0: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """Bring measured cells (B, G) in model space to the noise level of timesteps (B,), with standard normal noise."""
+    alpha_bar = posterior.alpha_bar(timestep)[:, None]  # (B, 1)
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # (B, G)
 
 
 def denoise(
