@@ -19,6 +19,7 @@ from .pipeline_scrdit_annotate import SCRDiTAnnotatePipeline
 from .pipeline_scrdit_complete import SCRDiTCompletePipeline
 from .pipeline_scrdit_denoise import SCRDiTDenoisePipeline
 from .pipeline_scrdit_simulate import SCRDiTSimulatePipeline, draw_effects
+from .pipeline_scrdit_translate import SCRDiTTranslatePipeline
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
 from .schedulers import default_scheduler
@@ -40,6 +41,7 @@ __all__ = [
     "SCRDiTProcessor",
     "SCRDiTSimulatePipeline",
     "SCRDiTTransformer",
+    "SCRDiTTranslatePipeline",
     "augment",
     "count_bins",
     "default_scheduler",
