@@ -18,6 +18,7 @@ from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .pipeline_scrdit_annotate import SCRDiTAnnotatePipeline
 from .pipeline_scrdit_complete import SCRDiTCompletePipeline
 from .pipeline_scrdit_denoise import SCRDiTDenoisePipeline
+from .pipeline_scrdit_interpolate import SCRDiTInterpolatePipeline
 from .pipeline_scrdit_simulate import SCRDiTSimulatePipeline, draw_effects
 from .pipeline_scrdit_translate import SCRDiTTranslatePipeline
 from .processing_scrdit import SCRDiTProcessor
@@ -36,6 +37,7 @@ __all__ = [
     "SCRDiTCompletePipeline",
     "SCRDiTCountHead",
     "SCRDiTDenoisePipeline",
+    "SCRDiTInterpolatePipeline",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
     "SCRDiTProcessor",

@@ -170,43 +170,47 @@ class CountPosterior(NamedTuple):
             counts.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
         return self._unsort(torch.cat(counts))
 
-    def transport(
-        self,
-        counts: torch.Tensor,
-        uniform: torch.Tensor,
-        source: list[torch.Tensor],
-        target: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """Find counts (B, G) that are as high or low among `target` as `counts` (B, G) are among `source`.
+    def scores(self, probabilities: list[torch.Tensor], counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Find how high or low counts (B, G) are among `probabilities`, as standard normal scores (B, G), float64.
 
-        That is the quantile function of `target` at the level that the distribution function of `source` has at the
-        count. A count has a range of levels, in which `uniform` (B, G), from 0 to 1, says the place, so that counts
-        which follow `source` become counts that follow `target`. Levels above one half are kept as their distance from
-        1, so that a count far beyond what `source` expects stays one.
+        The score is the normal quantile at the level that the distribution function has at the count. A count has a
+        range of levels, in which `uniform` (B, G), from 0 to 1, says the place: counts that follow `probabilities` have
+        normal scores. Unlike levels, scores tell apart counts far above all that is expected.
         """
         counts, uniform = (per_gene[:, self.gene_order].T[:, None].float() for per_gene in (counts, uniform))
-        moved = []
-        for before, after, group in zip(source, target, self.groups, strict=True):
-            count, place = counts[group.genes], uniform[group.genes]  # (genes, 1, B)
+        scores = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
+            count = counts[group.genes]  # (genes, 1, B)
             chosen = torch.searchsorted(group.upper.contiguous(), count[:, 0].contiguous(), right=True)[:, None]
             chosen = chosen.minimum(group.last[..., None])  # (genes, 1, B)
             low, high = group.ends(chosen)
-            inside = (count.minimum(high - 1) - low + place) / (high - low)  # where in the bin, 0 to 1
-            below, above = _tails(before)  # (genes, bins + 1, B)
-            width = before.gather(1, chosen)  # (genes, 1, B)
+            inside = (count.minimum(high - 1) - low + uniform[group.genes]) / (high - low)  # where in the bin, 0 to 1
+            below, above = _tails(probability)  # (genes, bins + 1, B)
+            width = probability.gather(1, chosen)  # (genes, 1, B)
             level = below.gather(1, chosen) + inside * width
             rest = above.gather(1, chosen + 1) + (1 - inside) * width  # 1 - level, but exact near 0
+            score = torch.special.ndtri(level.minimum(rest).clamp(min=1e-37).double())  # what float32 tells from 0
+            scores.append(torch.where(level < rest, score, -score)[:, 0])
+        return self._unsort(torch.cat(scores))
 
-            below, above = _tails(after)
-            upper_half = rest < level
-            chosen = torch.where(upper_half, (above > rest).sum(1, keepdim=True), (below <= level).sum(1, keepdim=True))
-            chosen = (chosen - 1).clamp(min=0).minimum(group.last[..., None])  # (genes, 1, B)
-            width = after.gather(1, chosen).clamp(min=1e-30)
+    def at_scores(self, probabilities: list[torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+        """Find the counts (B, G) that have these scores (B, G), see `scores`, among `probabilities`."""
+        scores = scores[:, self.gene_order].T[:, None]  # (G, 1, B)
+        counts = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
+            score = scores[group.genes]  # (genes, 1, B)
+            level, rest = (torch.special.ndtr(side).float() for side in (score, -score))
+            below, above = _tails(probability)  # (genes, bins + 1, B)
+            from_low, from_high = (below <= level).sum(1, keepdim=True), (above > rest).sum(1, keepdim=True)
+            chosen = torch.where(score < 0, from_low, from_high) - 1  # (genes, 1, B)
+            chosen = chosen.clamp(min=0).minimum(group.last[..., None])
+            width = probability.gather(1, chosen).clamp(min=1e-30)
             from_low = (level - below.gather(1, chosen)) / width
-            inside = torch.where(upper_half, 1 - (rest - above.gather(1, chosen + 1)) / width, from_low)
+            from_high = 1 - (rest - above.gather(1, chosen + 1)) / width
             low, high = group.ends(chosen)
-            moved.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
-        return self._unsort(torch.cat(moved))
+            count = low + (torch.where(score < 0, from_low, from_high) * (high - low)).floor()
+            counts.append(count.clamp(low, high - 1)[:, 0])
+        return self._unsort(torch.cat(counts))
 
     def logits(
         self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None

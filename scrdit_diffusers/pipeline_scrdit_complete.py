@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .checks import check_gene_names, get_matrix
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import Denoiser, check_finite, denoise, draw_uniform, read_batch, set_timesteps
+from .sampling import Denoiser, check_count_head, check_finite, denoise, draw_uniform, read_batch, set_timesteps
 from .schedulers import check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
@@ -79,8 +79,9 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         """Raise ValueError or TypeError for arguments that [`SCRDiTCompletePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
-        if self.transformer.count_head is None or self.config.decode_timestep is None:
-            raise ValueError("transformer has no count head: train with the default --decode posterior to complete.")
+        check_count_head(self.transformer, self.processor, "complete")
+        if self.config.decode_timestep is None:
+            raise ValueError("decode_timestep: neither the pipeline nor the transformer's config has one; give it.")
         if self.processor.value_space != "counts":
             raise ValueError(
                 f"The model was trained with value_space={self.processor.value_space!r}, whose counts need all genes: "

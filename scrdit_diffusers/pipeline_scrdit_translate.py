@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import add_noise, check_finite, draw_uniform, read_batch, to_data_values
+from .sampling import check_count_head, draw_uniform, expected_log_mean, read_batch, to_data_values
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (999, 600)
@@ -70,8 +70,7 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
         """Raise ValueError or TypeError for arguments that [`SCRDiTTranslatePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
-        if self.transformer.count_head is None:
-            raise ValueError("transformer has no count head: train with the default --decode posterior to translate.")
+        check_count_head(self.transformer, self.processor, "translate")
         if not isinstance(target, Mapping) or not target:
             raise TypeError(f'target must be a dict such as {{"batch": "B"}}, got {target!r}.')
         conditions = self.processor.conditions
@@ -114,28 +113,6 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
             rank = np.interp(inside, before, levels)
             log_sizes[rows] += np.interp(rank, levels, after) - inside
         return np.exp(log_sizes)
-
-    def expected_counts(
-        self,
-        x_0: torch.Tensor,
-        timestep: int,
-        class_labels: torch.Tensor,
-        library_size: torch.Tensor,
-        noise: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Find the distribution of each gene's count given the others of `x_0` (B, G), as probabilities of bins.
-
-        Log means are averaged over the draws of `noise`, each (B, G).
-        """
-        t = torch.full((len(x_0),), timestep, device=x_0.device)  # (B,)
-        posterior = self.transformer.count_head(class_labels, library_size)
-        log_mean = torch.zeros_like(x_0)  # (B, G)
-        for draw in noise:
-            x_t = add_noise(posterior, x_0, t, draw)  # (B, G)
-            output = self.transformer(x_t.to(self.transformer.dtype), t, class_labels, library_size)
-            log_mean += output.count_log_mean.float() / len(noise)
-        check_finite(log_mean)
-        return posterior.probabilities(log_mean)
 
     @torch.no_grad()
     def __call__(
@@ -202,17 +179,22 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
                 k, x_0, size = read_batch(self.processor, counts[chunk], library_sizes[chunk], device)
                 new_size = torch.from_numpy(new_sizes[chunk]).to(device, torch.float32)  # (B,)
                 before, after = (torch.from_numpy(codes[chunk]).to(device) for codes in (source, goal))  # (B, K)
-                posterior = self.transformer.count_head(after, new_size)
-                rank = draw_uniform(k.shape, generator, device)  # (B, G)
+                heads = [self.transformer.count_head(*given) for given in ((before, size), (after, new_size))]
+                place = draw_uniform(k.shape, generator, device)  # (B, G)
                 new, new_x_0 = k, x_0  # (B, G)
                 for timestep in timesteps:
                     noise = [
                         randn_tensor(k.shape, generator=generator, device=device, dtype=torch.float32)  # (B, G)
                         for _ in range(num_draws)
                     ]
-                    expected = self.expected_counts(x_0, timestep, before, size, noise)
-                    expected_after = self.expected_counts(new_x_0, timestep, after, new_size, noise)
-                    new = posterior.transport(k, rank, expected, expected_after)  # (B, G)
+                    expected = [
+                        head.probabilities(expected_log_mean(self.transformer, head, x, timestep, *given, noise))
+                        for head, x, given in zip(
+                            heads, (x_0, new_x_0), ((before, size), (after, new_size)), strict=True
+                        )
+                    ]
+                    scores = heads[0].scores(expected[0], k, place)  # (B, G)
+                    new = heads[1].at_scores(expected[1], scores)  # (B, G)
                     new = torch.where(changed[chunk, None].to(device), new, k)  # (B, G)
                     new_x_0 = torch.from_numpy(self.processor.transform(new.cpu().numpy())).to(x_0)  # (B, G)
                     progress_bar.update()

@@ -88,7 +88,7 @@ def test_the_mean_becomes_that_of_the_target_and_cells_keep_their_ranks(of_batch
     translated = of_batches(source, {"batch": "b2"}, timesteps=(999,), generator=seeded()).X.toarray()
     before = source.X.toarray()
     assert translated[:, GENE].mean() == pytest.approx(real[:, GENE].mean(), rel=0.1)
-    np.testing.assert_allclose(translated.mean(axis=0), real.mean(axis=0), rtol=0.15, atol=0.15)
+    np.testing.assert_allclose(translated.mean(axis=0), real.mean(axis=0), rtol=0.25, atol=0.15)
     assert np.corrcoef(before[:, GENE], translated[:, GENE])[0, 1] > 0.9
     others = [g for g in range(23) if g != GENE]
     correlations = [np.corrcoef(before[:, g], translated[:, g])[0, 1] for g in others]
