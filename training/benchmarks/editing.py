@@ -11,10 +11,10 @@ The pipeline is trained on the train part of a split by `training/evaluate.py`, 
 out: these are then in `held_out.h5ad` of the same folder. The same command continues after an interruption.
 
 - Complete: cells of the test part keep 300 genes, the most variable ones of the training cells or random ones. Mean
-  over the missing genes of the correlation, over cells, between expected and true counts after log1p; share of true counts
-  within the 90% interval, of all and of those with a mean of at least 1; AUROC of a classifier on all genes that tells
-  completed from real cells, beside cells generated with the same labels. The numbers of ridge regression and neighbors
-  are chosen on the control part.
+  over the missing genes of the correlation, over cells, between expected and true counts after log1p; share of true
+  counts within the 90% interval, of all and of those with a mean of at least 1; AUROC of a classifier on all genes that
+  tells completed from real cells, beside cells generated with the same labels. The penalty of ridge regression and the
+  number of neighbors are chosen on the control part.
 - Translate: cells of the control and test parts with other labels of the condition are translated to the target and
   compared with the real ones there: energy distance on 50 PCs within each of `--labels_key`, AUROC of classifiers on
   PCs and genes, share kept of each cell's 5 nearest neighbors among those of the same labels, and of the labels by a
