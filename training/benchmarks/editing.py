@@ -340,11 +340,12 @@ def main() -> None:
         jobs["path"] = lambda seed: measure_path(*common, seed, args.num_cells, *args.path)
     given = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_seeds", "complete")}
     record = Record(Path(args.output_dir) / "editing.json", given, results={})
-    for job, measure in jobs.items():
-        for seed in range(args.num_seeds):
+    for seed in range(args.num_seeds):
+        for job, measure in jobs.items():
             if f"{job} {seed}" not in record["results"]:
                 record["results"][f"{job} {seed}"] = measure(seed)
                 record.save()
+    for job in jobs:
         seeds = [record["results"][f"{job} {seed}"] for seed in range(args.num_seeds)]
         print(f"\n## {job}\n\n{format_table(seeds)}", flush=True)
 
