@@ -55,7 +55,7 @@ class GenerationArguments:
         [], "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition."
     )
     obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
-    num_inference_steps: int = arg(25, "Steps of the scheduler.")
+    num_inference_steps: int | None = arg(None, "Steps of the scheduler. Default: the pipeline's.")
     lora_weights: str | None = arg(None, "Folder or Hub id of an adapter for the pipeline.")
     library_size: float | None = arg(
         None, "Total count of each cell over the model's genes. Default: drawn from the training cells."
