@@ -37,7 +37,7 @@ class GeneGroup(NamedTuple):
     common
         Part of the log posterior that all cells share, shape (genes, bins).
     log_base
-        Log of h(k) under each label and, last, under no label, shape (genes, bins, labels + 1).
+        Log of h(k) under each of the K labels of the B cells, K times (genes, bins, B).
     """
 
     genes: slice
@@ -45,7 +45,7 @@ class GeneGroup(NamedTuple):
     upper: torch.Tensor
     value: torch.Tensor
     common: torch.Tensor
-    log_base: torch.Tensor
+    log_base: list[torch.Tensor]
 
     @property
     def mean_count(self) -> torch.Tensor:
@@ -61,7 +61,8 @@ class GeneGroup(NamedTuple):
 class CountPosterior(NamedTuple):
     """Posterior of the counts of B cells with given labels and library sizes, at any timestep.
 
-    The methods take the log mean count of each gene: `log_mean` plus what the network adds to it.
+    It does not depend on the noisy cells, so that one serves all timesteps of a batch. The methods take the log mean
+    count of each gene: `log_mean` plus what the network adds to it.
 
     Parameters
     ----------
@@ -71,8 +72,6 @@ class CountPosterior(NamedTuple):
         Log mean count of each gene by labels and library size alone, shape (B, G).
     log_dispersion
         Log theta, shape (B, G).
-    label_rows
-        Row of each cell's labels in a table of all labels, shape (B, K).
     alphas_cumprod
         Noise process, shape (T,).
     gene_order
@@ -84,7 +83,6 @@ class CountPosterior(NamedTuple):
     library_size: torch.Tensor
     log_mean: torch.Tensor
     log_dispersion: torch.Tensor
-    label_rows: torch.Tensor
     alphas_cumprod: torch.Tensor
     gene_order: torch.Tensor
     groups: list[GeneGroup]
@@ -147,11 +145,11 @@ class CountPosterior(NamedTuple):
             cumulative = probability.cumsum(dim=1)
             quantile = uniform[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
             chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last[..., None])  # (genes, 1, B)
-            below = cumulative.gather(1, chosen) - probability.gather(1, chosen)
-            inside = (quantile - below) / probability.gather(1, chosen).clamp(min=1e-30)  # where in the bin, 0 to 1
-            ends = (group.lower, group.upper)
-            low, high = (end[..., None].expand_as(probability).gather(1, chosen) for end in ends)
-            drawn.append((low + (inside * (high - low)).floor()).clamp(low, high - 1)[:, 0])
+            inside = probability.gather(1, chosen)  # (genes, 1, B)
+            below = cumulative.gather(1, chosen) - inside
+            share = ((quantile - below) / inside.clamp(min=1e-30))[:, 0]  # where in the bin, 0 to 1, (genes, B)
+            low, high = (end.gather(1, chosen[:, 0]) for end in (group.lower, group.upper))  # 2 x (genes, B)
+            drawn.append((low + (share * (high - low)).floor()).clamp(low, high - 1))
         return self._unsort(torch.cat(drawn))
 
     def logits(
@@ -172,11 +170,13 @@ class CountPosterior(NamedTuple):
         logits = []
         for group in self.groups:
             count, value = group.mean_count[..., None], group.value[..., None]  # (genes, bins, 1)
+            logit = group.common[..., None].repeat(1, 1, len(log_mean))  # (genes, bins, B)
             # Not a matmul, which TF32 and autocast would round: logits in the hundreds must be right to 0.01.
-            logit = torch.addcmul(group.common[..., None], log_odds[group.genes], count)  # (genes, bins, B)
-            for row in self.label_rows.unbind(dim=1):
-                logit = logit + group.log_base[..., row]
-            logits.append(torch.addcmul(logit, torch.addcmul(linear[group.genes], quadratic, value), value))
+            # In place, and with at most one operand that all cells share, this takes a quarter of the time.
+            logit.addcmul_(log_odds[group.genes], count)
+            for log_base in group.log_base:
+                logit += log_base
+            logits.append(logit.addcmul_(torch.addcmul(linear[group.genes], quadratic, value), value))
         return logits
 
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
@@ -194,7 +194,7 @@ class CountPosterior(NamedTuple):
         logits = self.logits(log_mean, noisy, timestep)
         with torch.autocast(noisy.device.type, enabled=False):
             means = [
-                torch.bmm(logit.softmax(dim=1).transpose(1, 2), value[..., None])[..., 0]  # (genes, B)
+                torch.bmm(value[:, None], logit.softmax(dim=1))[:, 0]  # (genes, B)
                 for logit, value in zip(logits, values, strict=True)
             ]
         return self._unsort(torch.cat(means))
@@ -300,10 +300,9 @@ class SCRDiTCountHead(nn.Module):
             library_size=log_size,
             log_mean=self.log_mean.float() + (log_size * std)[:, None] + label_log_mean,
             log_dispersion=log_dispersion,
-            label_rows=rows,
             alphas_cumprod=self.alphas_cumprod.float()[:],
             gene_order=self.gene_order[:],
-            groups=self._gene_groups(label_log_dispersion, num_conditions=rows.shape[1]),
+            groups=self._gene_groups(label_log_dispersion, rows),
         )
 
     def _label_rows(self, class_labels: torch.Tensor) -> torch.Tensor:
@@ -315,8 +314,8 @@ class SCRDiTCountHead(nn.Module):
         ]
         return torch.stack(rows, dim=1) if rows else class_labels
 
-    def _gene_groups(self, label_log_dispersion: torch.Tensor, num_conditions: int) -> list[GeneGroup]:
-        """Collect what all cells share, for each group of genes."""
+    def _gene_groups(self, label_log_dispersion: torch.Tensor, rows: torch.Tensor) -> list[GeneGroup]:
+        """Collect what all cells share and what depends on their labels (B, K), for each group of genes."""
         dispersion = (self.log_dispersion.float() + label_log_dispersion).exp()  # (labels + 1, G)
         dispersion = dispersion.T[self.gene_order, None]  # (G, 1, labels + 1)
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
@@ -325,8 +324,9 @@ class SCRDiTCountHead(nn.Module):
             log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
             # Each of the K labels adds its change from no label.
-            common = (1 - num_conditions) * log_base[..., -1] + log_b[genes, :num_bins] + log_width  # (genes, bins)
-            groups.append(GeneGroup(genes, lower, upper, value, common, log_base))
+            common = (1 - rows.shape[1]) * log_base[..., -1] + log_b[genes, :num_bins] + log_width  # (genes, bins)
+            label_log_base = [log_base[..., row] for row in rows.unbind(dim=1)]  # K x (genes, bins, B)
+            groups.append(GeneGroup(genes, lower, upper, value, common, label_log_base))
         return groups
 
     def bins(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

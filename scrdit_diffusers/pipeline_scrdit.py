@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin
+from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin, UniPCMultistepScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_label
 from .hub import SafePipelineMixin
+from .launch import has_bfloat16
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
 from .sampling import (
     Denoiser,
@@ -49,7 +50,7 @@ class SCRDiTPipelineOutput(BaseOutput):
         With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalized values. Other
         fields: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
         and `obs["synthetic"]` (bool, True), `var["gene_ids"]` where known, and `uns["scrdit"]` (dict: model,
-        scheduler, steps, guidance scale, seed, versions).
+        scheduler, steps, dtype, guidance scale, seed, versions).
     samples
         With other output types, an array or tensor (cells, G): values for "np" and "pt", model space for "latent".
     obs
@@ -86,6 +87,13 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         inverted, which rounds in "counts" space.
     min_timestep
         Lowest timestep on which the transformer was trained; `None` takes that of its config.
+    default_num_inference_steps
+        Network calls if a call does not say `num_inference_steps`, with the scheduler of the training (UniPC) and
+        counts drawn from their posterior. `None` takes that of the transformer's config; if that is `None` too, and in
+        all other cases, it is 25.
+    autocast_dtype
+        "bfloat16" computes the network's matmuls in it, on processors that can (elsewhere in the dtype of the weights);
+        "float32" does not. `None` takes that of the transformer's config; if that is `None` too, it is "float32".
 
     References
     ----------
@@ -102,16 +110,19 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         processor: SCRDiTProcessor,
         decode_timestep: int | None = None,
         min_timestep: int | None = None,
+        default_num_inference_steps: int | None = None,
+        autocast_dtype: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
-        if transformer is not None:  # which carries both to `SCRDiTPipeline(**pipe.components)`
-            if decode_timestep is None:
-                decode_timestep = transformer.config.get("decode_timestep")
-            if min_timestep is None:
-                min_timestep = transformer.config.get("min_timestep", 0)
-            transformer.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
-        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep or 0)
+        settings: dict[str, Any] = dict(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        settings |= dict(default_num_inference_steps=default_num_inference_steps, autocast_dtype=autocast_dtype)
+        if transformer is not None:  # which carries them to `SCRDiTPipeline(**pipe.components)`
+            settings = {k: transformer.config.get(k) if value is None else value for k, value in settings.items()}
+        settings["min_timestep"] = settings["min_timestep"] or 0
+        if transformer is not None:
+            transformer.register_to_config(**settings)
+        self.register_to_config(**settings)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
 
     @property
@@ -368,7 +379,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         conditions: Mapping[str, str | Sequence[str]] | None = None,
         obs: pd.DataFrame | None = None,
         library_size: float | Sequence[float] | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         decode: str | None = None,
@@ -400,7 +411,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
             on average. For log-normalized values, it is the total over all genes before normalization.
         num_inference_steps
-            Steps of the scheduler or, if counts are drawn from their posterior, network calls.
+            Steps of the scheduler or, if counts are drawn from their posterior, network calls. `None`: the pipeline's
+            `default_num_inference_steps`.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
             off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off. Scales
@@ -454,6 +466,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         if num_cells is None:
             num_cells = count_entries(conditions, obs, library_size, latents)
         decode_timestep = self.choose_decode_timestep(decode, decode_timestep)
+        if num_inference_steps is None:
+            num_inference_steps = self.choose_num_inference_steps(decode_timestep)
         self.check_inputs(
             num_cells,
             conditions,
@@ -513,6 +527,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                     guidance_scale,
                     attention_kwargs,
                     step_kwargs={"eta": eta, "generator": chunk_generator},
+                    autocast_dtype=self.choose_autocast_dtype(),
                 )
 
                 # 4. Denoise
@@ -555,6 +570,16 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
         return decode_timestep
 
+    def choose_num_inference_steps(self, decode_timestep: int | None) -> int:
+        """Choose the number of network calls if none is given; see `default_num_inference_steps`."""
+        tuned = decode_timestep is not None and type(self.scheduler) is UniPCMultistepScheduler
+        return (self.config.default_num_inference_steps if tuned else None) or 25
+
+    def choose_autocast_dtype(self) -> torch.dtype | None:
+        """Choose the dtype of the network's matmuls; `None` for that of its weights. See `autocast_dtype`."""
+        wanted = self.config.autocast_dtype == "bfloat16" and has_bfloat16(self._execution_device)
+        return torch.bfloat16 if wanted else None
+
     def reset_state(self, num_steps: int, generator: Generators) -> None:
         """Reset caches and scheduler for a batch of cells, so that nothing carries over from other cells."""
         HookRegistry.check_if_exists_or_initialize(self.transformer).reset_stateful_hooks(recurse=True)
@@ -578,6 +603,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             "value_space": self.processor.value_space,
             "scheduler": type(self.scheduler).__name__,
             "num_inference_steps": int(num_inference_steps),
+            "dtype": str(self.choose_autocast_dtype() or self.transformer.dtype).removeprefix("torch."),
             "guidance_scale": float(guidance_scale),
             "eta": float(eta),
             "decode": "round" if decode_timestep is None else f"posterior at timestep {decode_timestep}",

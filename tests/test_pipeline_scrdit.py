@@ -667,7 +667,9 @@ def test_refuses_components_that_do_not_fit(processor, config, message):
 MODEL_INDEX = """{
   "_class_name": "SCRDiTPipeline",
   "_diffusers_version": "%s",
+  "autocast_dtype": null,
   "decode_timestep": null,
+  "default_num_inference_steps": null,
   "min_timestep": 0,
   "processor": [
     "scrdit_diffusers",

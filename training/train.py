@@ -68,6 +68,7 @@ from scrdit_diffusers.redaction import redact
 
 logger = logging.getLogger("train")
 
+FAST_STEPS = 6  # network calls per cell, with which generated cells are as good as with 25 (LOG, 2026-11-27)
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
 
 
@@ -339,6 +340,8 @@ def make_objective(
     pipeline_config = {
         "decode_timestep": settings.decode_timestep if posterior else None,
         "min_timestep": settings.min_timestep if posterior else 0,
+        "default_num_inference_steps": FAST_STEPS if posterior else None,
+        "autocast_dtype": "bfloat16" if posterior else None,
     }
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
     return Objective(scheduler, noise_scheduler, null_labels, prior, pipeline_config)
