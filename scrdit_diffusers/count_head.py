@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
+CACHED_BINS = 2**18  # bins of all cells that are computed at a time on a CPU: as many as its cache holds
 LABEL_TABLES = ("class_log_mean", "class_log_dispersion")  # parameters with a row for each label
 
 
@@ -46,6 +47,16 @@ class GeneGroup(NamedTuple):
     value: torch.Tensor
     common: torch.Tensor
     log_base: list[torch.Tensor]
+
+    def split(self, num_genes: int) -> "list[GeneGroup]":
+        """Split into groups of at most `num_genes` genes."""
+        first, tensors = self.genes.start, (self.lower, self.upper, self.value, self.common)
+        pieces = []
+        for start in range(0, len(self.lower), num_genes):
+            part = slice(start, min(start + num_genes, len(self.lower)))
+            genes = slice(first + part.start, first + part.stop)
+            pieces.append(GeneGroup(genes, *(t[part] for t in tensors), [t[part] for t in self.log_base]))
+        return pieces
 
     @property
     def mean_count(self) -> torch.Tensor:
@@ -319,14 +330,16 @@ class SCRDiTCountHead(nn.Module):
         dispersion = (self.log_dispersion.float() + label_log_dispersion).exp()  # (labels + 1, G)
         dispersion = dispersion.T[self.gene_order, None]  # (G, 1, labels + 1)
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
-        groups = []
+        groups: list[GeneGroup] = []
+        on_cpu = log_b.device.type == "cpu"
         for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self.bins(), strict=True):
             log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
             # Each of the K labels adds its change from no label.
             common = (1 - rows.shape[1]) * log_base[..., -1] + log_b[genes, :num_bins] + log_width  # (genes, bins)
-            label_log_base = [log_base[..., row] for row in rows.unbind(dim=1)]  # K x (genes, bins, B)
-            groups.append(GeneGroup(genes, lower, upper, value, common, label_log_base))
+            label_log_base = [look_up(log_base, row) for row in rows.unbind(dim=1)]  # K x (genes, bins, B)
+            whole = GeneGroup(genes, lower, upper, value, common, label_log_base)
+            groups += whole.split(max(1, CACHED_BINS // (num_bins * max(1, len(rows)))) if on_cpu else len(lower))
         return groups
 
     def bins(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -344,6 +357,15 @@ class SCRDiTCountHead(nn.Module):
 def _append_no_label(table: torch.Tensor) -> torch.Tensor:
     """Append a row of zeros, for no label, to a table (labels, G)."""
     return F.pad(table.float(), (0, 0, 0, 1))
+
+
+def look_up(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`table[..., rows]`; on CPUs as a product with ones and zeros: if not rounded, it is the same and much faster."""
+    if table.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+        return table[..., rows]
+    one_hot = F.one_hot(rows, table.shape[-1]).to(table.dtype)  # (B, labels + 1)
+    with torch.autocast("cpu", enabled=False):
+        return table @ one_hot.T
 
 
 def _log_base(count: torch.Tensor, dispersion: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, UniPCMultistepScheduler
 
 from .count_head import CountPosterior
 from .processing_scrdit import SCRDiTProcessor
@@ -117,6 +117,18 @@ def set_timesteps(
             num_inference_steps,
         )
     return num_steps, num_timesteps
+
+
+def visit_timesteps(scheduler: UniPCMultistepScheduler, timesteps: list[int]) -> None:
+    """Let UniPC, after `set_timesteps`, visit given timesteps instead of evenly spaced ones.
+
+    One more follows, because UniPC lowers its order before the last.
+    """
+    visited = torch.tensor([*timesteps, timesteps[-1] // 2])
+    alphas_cumprod = scheduler.alphas_cumprod.cpu()[visited]
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    scheduler.timesteps = visited.to(scheduler.timesteps.device)
 
 
 def guide(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:

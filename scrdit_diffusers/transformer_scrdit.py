@@ -258,7 +258,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Number of diffusion timesteps T of the noise process; used by the count head.
     beta_schedule
         Noise schedule of the noise process; used by the count head.
-    decode_timestep, min_timestep, default_num_inference_steps, autocast_dtype
+    decode_timestep, min_timestep, default_timesteps, autocast_dtype
         Those of the pipelines that this transformer is part of, see
         [`~scrdit_diffusers.pipeline_scrdit.SCRDiTPipeline`]; pipelines write them here.
 
@@ -315,7 +315,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         beta_schedule: str = "squaredcos_cap_v2",
         decode_timestep: int | None = None,
         min_timestep: int = 0,
-        default_num_inference_steps: int | None = None,
+        default_timesteps: list[int] | None = None,
         autocast_dtype: str | None = None,
     ):
         super().__init__()

@@ -669,7 +669,7 @@ MODEL_INDEX = """{
   "_diffusers_version": "%s",
   "autocast_dtype": null,
   "decode_timestep": null,
-  "default_num_inference_steps": null,
+  "default_timesteps": null,
   "min_timestep": 0,
   "processor": [
     "scrdit_diffusers",

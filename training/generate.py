@@ -62,7 +62,7 @@ class GenerationArguments(PipelineArguments):
         [], "Labels: --condition cell_type=B batch=2; the others are drawn from the training composition."
     )
     obs: str | None = arg(None, "A row per cell and conditions as columns: .csv, .tsv or .h5ad.")
-    num_inference_steps: int = arg(25, "Steps of the scheduler.")
+    num_inference_steps: int | None = arg(None, "Steps of the scheduler. Default: the pipeline's.")
     library_size: float | None = arg(
         None, "Total count of each cell over the model's genes. Default: drawn from the training cells."
     )

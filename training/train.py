@@ -65,10 +65,10 @@ from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 from scrdit_diffusers.redaction import redact
+from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 logger = logging.getLogger("train")
 
-FAST_STEPS = 6  # network calls per cell, with which generated cells are as good as with 25 (LOG, 2026-11-27)
 MAX_START_CELLS = 5000  # from which cell tokens (by principal components) and new labels start
 
 
@@ -337,10 +337,11 @@ def make_objective(
     scheduler = default_scheduler(settings.prediction_type, settings.beta_schedule, settings.num_train_timesteps)
     null_labels = torch.tensor(cells.processor.num_classes, dtype=torch.long, device=device)  # (K,)
     prior = FoldChangePrior(model, cells.num_train, settings.prior_std, finetuned) if posterior else None
+    has_default_noise = (settings.beta_schedule, settings.num_train_timesteps) == ("squaredcos_cap_v2", 1000)
     pipeline_config = {
         "decode_timestep": settings.decode_timestep if posterior else None,
         "min_timestep": settings.min_timestep if posterior else 0,
-        "default_num_inference_steps": FAST_STEPS if posterior else None,
+        "default_timesteps": FAST_TIMESTEPS if posterior and has_default_noise else None,
         "autocast_dtype": "bfloat16" if posterior else None,
     }
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
