@@ -50,12 +50,13 @@ class GeneGroup(NamedTuple):
 
     def split(self, num_genes: int) -> "list[GeneGroup]":
         """Split into groups of at most `num_genes` genes."""
+        first, tensors = self.genes.start, (self.lower, self.upper, self.value, self.common)
         pieces = []
         for start in range(0, len(self.lower), num_genes):
             part = slice(start, min(start + num_genes, len(self.lower)))
-            genes = slice(self.genes.start + part.start, self.genes.start + part.stop)
-            lower, upper, value = self.lower[part], self.upper[part], self.value[part]
-            pieces.append(GeneGroup(genes, lower, upper, value, self.common[part], [t[part] for t in self.log_base]))
+            genes = slice(first + part.start, first + part.stop)
+            lower, upper, value, common = (tensor[part] for tensor in tensors)
+            pieces.append(GeneGroup(genes, lower, upper, value, common, [table[part] for table in self.log_base]))
         return pieces
 
     @property
@@ -331,7 +332,7 @@ class SCRDiTCountHead(nn.Module):
         dispersion = dispersion.T[self.gene_order, None]  # (G, 1, labels + 1)
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
         groups: list[GeneGroup] = []
-        on_cpu = log_b.device.type == "cpu"
+        on_cpu = log_b.device.type == "cpu" and not torch.compiler.is_compiling()
         for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self.bins(), strict=True):
             log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
@@ -361,7 +362,7 @@ def _append_no_label(table: torch.Tensor) -> torch.Tensor:
 
 def look_up(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`table[..., rows]`; on CPUs as a product with ones and zeros: if not rounded, it is the same and much faster."""
-    if table.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+    if table.device.type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest":
         return table[..., rows]
     one_hot = F.one_hot(rows, table.shape[-1]).to(table.dtype)  # (B, labels + 1)
     with torch.autocast("cpu", enabled=False):
