@@ -13,7 +13,7 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
-from .checks import label_categories
+from .checks import label_categories, layer_names
 from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
@@ -156,7 +156,7 @@ def _write_used(adata: ad.AnnData, keys: list[str], options: dict[str, Any], pat
     for name, wanted, there in (
         ("labels_key", keys, adata.obs.columns),
         ("gene_key", [gene_key] if gene_key else [], adata.var.columns),
-        ("layer", [layer] if layer else [], list(adata.layers)),
+        ("layer", [layer] if layer else [], layer_names(adata)),
     ):
         if missing := [key for key in wanted if key not in there]:
             raise ValueError(f"{name}: adata has no {missing}; it has {list(there)}.")

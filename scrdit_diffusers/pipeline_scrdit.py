@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import anndata as ad
@@ -12,12 +13,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin
+from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin, UniPCMultistepScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_label
 from .hub import SafePipelineMixin
+from .launch import has_bfloat16
 from .processing_scrdit import RARE_LABEL_CELLS, SCRDiTProcessor
 from .sampling import (
     Denoiser,
@@ -30,12 +32,14 @@ from .sampling import (
     one_at_a_time,
     set_timesteps,
     to_data_values,
+    visit_timesteps,
 )
 from .schedulers import NOISE_PROCESS, check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
 
+NUM_STEPS = 25  # where neither a call nor the pipeline says how many
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 
 
@@ -49,7 +53,7 @@ class SCRDiTPipelineOutput(BaseOutput):
         With `output_type="anndata"`, the cells. X is CSR float32: integer counts, or log-normalized values. Other
         fields: `layers["counts"]` (CSR float32, where X are counts), `obs` with the conditions (categorical)
         and `obs["synthetic"]` (bool, True), `var["gene_ids"]` where known, and `uns["scrdit"]` (dict: model,
-        scheduler, steps, guidance scale, seed, versions).
+        scheduler, steps, dtype, guidance scale, seed, versions).
     samples
         With other output types, an array or tensor (cells, G): values for "np" and "pt", model space for "latent".
     obs
@@ -86,6 +90,14 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         inverted, which rounds in "counts" space.
     min_timestep
         Lowest timestep on which the transformer was trained; `None` takes that of its config.
+    default_timesteps
+        Where the network is called if a call does not say `num_inference_steps`: falling from T - 1 to
+        `decode_timestep`. They are chosen for UniPC, so that with another scheduler or `decode_timestep`, or without
+        one, 25 evenly spaced steps are taken. `None` takes those of the transformer's config; if that is `None` too,
+        25 steps are taken.
+    autocast_dtype
+        "bfloat16" computes the network's matmuls in it, on processors that can (elsewhere in the dtype of the weights);
+        "float32" does not. `None` takes that of the transformer's config; if that is `None` too, it is "float32".
 
     References
     ----------
@@ -102,16 +114,19 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         processor: SCRDiTProcessor,
         decode_timestep: int | None = None,
         min_timestep: int | None = None,
+        default_timesteps: list[int] | None = None,
+        autocast_dtype: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
-        if transformer is not None:  # which carries both to `SCRDiTPipeline(**pipe.components)`
-            if decode_timestep is None:
-                decode_timestep = transformer.config.get("decode_timestep")
-            if min_timestep is None:
-                min_timestep = transformer.config.get("min_timestep", 0)
-            transformer.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep)
-        self.register_to_config(decode_timestep=decode_timestep, min_timestep=min_timestep or 0)
+        settings: dict[str, Any] = dict(decode_timestep=decode_timestep, min_timestep=min_timestep)
+        settings |= dict(default_timesteps=default_timesteps, autocast_dtype=autocast_dtype)
+        if transformer is not None:  # which carries them to `SCRDiTPipeline(**pipe.components)`
+            settings = {k: transformer.config.get(k) if value is None else value for k, value in settings.items()}
+        settings["min_timestep"] = settings["min_timestep"] or 0
+        if transformer is not None:
+            transformer.register_to_config(**settings)
+        self.register_to_config(**settings)
         self._noise_process = {name: scheduler.config.get(name) for name in NOISE_PROCESS} if scheduler else {}
 
     @property
@@ -150,7 +165,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         conditions: Mapping[str, str | Sequence[str]] | None,
         obs: pd.DataFrame | None,
         library_size: float | Sequence[float] | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         guidance_scale: float,
         eta: float,
         generator: Generators | None,
@@ -162,7 +177,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTPipeline.__call__`] cannot use."""
         self.check_components()
-        sizes = dict(num_cells=num_cells, num_inference_steps=num_inference_steps, batch_size=batch_size)
+        sizes = dict(num_cells=num_cells, batch_size=batch_size)
+        sizes |= {} if num_inference_steps is None else dict(num_inference_steps=num_inference_steps)
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
                 raise TypeError(f"{name} must be an integer, got {size!r}.")
@@ -273,9 +289,9 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                 f"{np.min(sizes):g} to {np.max(sizes):g}."
             )
 
-    def _check_timesteps(self, num_inference_steps: int, decode_timestep: int | None) -> None:
+    def _check_timesteps(self, num_inference_steps: int | None, decode_timestep: int | None) -> None:
         last = self.scheduler.config.num_train_timesteps - 1
-        if num_inference_steps > last + 1:
+        if num_inference_steps is not None and num_inference_steps > last + 1:
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} exceeds the {last + 1} timesteps of the training."
             )
@@ -368,7 +384,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         conditions: Mapping[str, str | Sequence[str]] | None = None,
         obs: pd.DataFrame | None = None,
         library_size: float | Sequence[float] | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         decode: str | None = None,
@@ -400,7 +416,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             training cells with the same labels. Only for models with a count head; the counts of a cell add up to it
             on average. For log-normalized values, it is the total over all genes before normalization.
         num_inference_steps
-            Steps of the scheduler or, if counts are drawn from their posterior, network calls.
+            Steps of the scheduler or, if counts are drawn from their posterior, network calls, evenly spaced. `None`:
+            the pipeline's `default_timesteps`.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
             off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off. Scales
@@ -469,6 +486,9 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             decode_timestep,
         )
+        timesteps = self.choose_timesteps(decode_timestep) if num_inference_steps is None else None
+        if num_inference_steps is None:
+            num_inference_steps = len(timesteps) if timesteps else NUM_STEPS
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -480,7 +500,10 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         # 2. Labels and library sizes of all cells
         class_labels = self.prepare_class_labels(num_cells, conditions, obs, generator)  # (cells, K)
         library_sizes = self.prepare_library_size(library_size, class_labels, generator)  # (cells,) or None
-        num_steps, self._num_timesteps = set_timesteps(self.scheduler, num_inference_steps, decode_timestep, device)
+        if timesteps is None:
+            num_steps, self._num_timesteps = set_timesteps(self.scheduler, num_inference_steps, decode_timestep, device)
+        else:
+            num_steps = self._num_timesteps = num_inference_steps
         starts = range(0, num_cells, batch_size)
         batches: list = []
         with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:
@@ -513,13 +536,16 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                     guidance_scale,
                     attention_kwargs,
                     step_kwargs={"eta": eta, "generator": chunk_generator},
+                    autocast_dtype=self.choose_autocast_dtype(),
                 )
 
                 # 4. Denoise
                 self.reset_state(num_steps, chunk_generator)
-                timesteps = self.scheduler.timesteps[: self._num_timesteps]
+                if timesteps is not None:
+                    visit_timesteps(self.scheduler, timesteps)
+                visited = self.scheduler.timesteps[: self._num_timesteps]
                 x_t, output = denoise(
-                    denoiser, x_t, timesteps, decode_timestep is not None, on_step_start, on_step_end
+                    denoiser, x_t, visited, decode_timestep is not None, on_step_start, on_step_end
                 )  # (B, G)
 
                 # 5. Model space -> values
@@ -534,7 +560,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                     values = self.processor.inverse_transform(x_t.cpu().numpy())  # (B, G)
                 else:
                     uniform = draw_uniform(x_t.shape, chunk_generator, device)  # (B, G)
-                    values = denoiser.draw_counts(output, timesteps[-1], x_t, uniform).cpu().numpy()  # (B, G)
+                    values = denoiser.draw_counts(output, visited[-1], x_t, uniform).cpu().numpy()  # (B, G)
                 batches.append(sp.csr_matrix(values))
 
         self._current_timestep = None
@@ -554,6 +580,24 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         if decode == "posterior" and decode_timestep is None:
             raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
         return decode_timestep
+
+    def choose_timesteps(self, decode_timestep: int | None) -> list[int] | None:
+        """Choose the `default_timesteps` where they fit; `None` where not."""
+        timesteps = self.config.default_timesteps
+        if not timesteps or type(self.scheduler) is not UniPCMultistepScheduler or timesteps[-1] != decode_timestep:
+            return None
+        limits = [self.scheduler.config.num_train_timesteps, *timesteps, self.config.min_timestep - 1]
+        if not all(above > below for above, below in pairwise(limits)):
+            raise ValueError(
+                f"default_timesteps of the pipeline must fall from at most {limits[0] - 1} to at least "
+                f"{self.config.min_timestep}, got {timesteps}; give num_inference_steps."
+            )
+        return list(timesteps)
+
+    def choose_autocast_dtype(self) -> torch.dtype | None:
+        """Choose the dtype of the network's matmuls; `None` for that of its weights. See `autocast_dtype`."""
+        wanted = self.config.autocast_dtype == "bfloat16" and has_bfloat16(self._execution_device)
+        return torch.bfloat16 if wanted else None
 
     def reset_state(self, num_steps: int, generator: Generators) -> None:
         """Reset caches and scheduler for a batch of cells, so that nothing carries over from other cells."""
@@ -578,6 +622,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             "value_space": self.processor.value_space,
             "scheduler": type(self.scheduler).__name__,
             "num_inference_steps": int(num_inference_steps),
+            "dtype": str(self.choose_autocast_dtype() or self.transformer.dtype).removeprefix("torch."),
             "guidance_scale": float(guidance_scale),
             "eta": float(eta),
             "decode": "round" if decode_timestep is None else f"posterior at timestep {decode_timestep}",

@@ -143,7 +143,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         group_key: str = "group",
         library_size: float | Sequence[float] | None = None,
         max_factor: float | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 512,
     ) -> ad.AnnData:
@@ -166,7 +166,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             cells. With a larger one, fewer genes have a lowered baseline; but cells have fewer counts than asked for, a
             tenth or more where F times the library size exceeds that of every training cell.
         num_inference_steps
-            Steps of the scheduler.
+            As in [`SCRDiTPipeline.__call__`].
         generator
             Makes the result reproducible; `None` draws from PyTorch's global state.
         batch_size
@@ -217,7 +217,11 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             chunk = slice(start, start + batch_size)
             x_t, p = noisy[chunk], probability[chunk].to(noisy.device)  # (B, G)
             denoiser = Denoiser(
-                self.transformer, scheduler, class_labels[chunk].to(x_t.device), sizes[chunk].to(x_t.device)
+                self.transformer,
+                scheduler,
+                class_labels[chunk].to(x_t.device),
+                sizes[chunk].to(x_t.device),
+                autocast_dtype=generate.choose_autocast_dtype(),
             )
             output = denoiser.predict(x_t, t)
             drawn = denoiser.draw_counts(output, t, x_t, draw_uniform(x_t.shape, generator, x_t.device))  # (B, G)
@@ -226,7 +230,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             counts.append(sp.csr_matrix(thinned.float().numpy()))
 
         # 3. AnnData with the truth
-        provenance = generate.describe_run(num_inference_steps, 1.0, 0.0, int(t), generator)
+        provenance = generate.describe_run(generate.num_timesteps, 1.0, 0.0, int(t), generator)
         provenance["model"] = str(self.config.get("_name_or_path") or "")
         kept = obs.drop(columns="synthetic", errors="ignore").set_axis(obs.index.astype(str))
         adata = cells_to_anndata(self.processor, sp.vstack(counts, format="csr"), kept, asked.numpy(), provenance)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, UniPCMultistepScheduler
 
 from .count_head import CountPosterior
 from .processing_scrdit import SCRDiTProcessor
@@ -119,6 +119,18 @@ def set_timesteps(
     return num_steps, num_timesteps
 
 
+def visit_timesteps(scheduler: UniPCMultistepScheduler, timesteps: list[int]) -> None:
+    """Let UniPC, after `set_timesteps`, visit given timesteps instead of evenly spaced ones.
+
+    One more follows, because UniPC lowers its order before the last.
+    """
+    visited = torch.tensor([*timesteps, timesteps[-1] // 2])
+    alphas_cumprod = scheduler.alphas_cumprod.cpu()[visited]
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    scheduler.timesteps = visited.to(scheduler.timesteps.device)
+
+
 def guide(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: predictions without and with labels (2B, G) to (B, G). With a scale of 1, a no-op.
 
@@ -150,6 +162,8 @@ class Denoiser:
         Passed to the transformer.
     step_kwargs
         `eta` and `generator`, passed to `scheduler.step` if it takes them.
+    autocast_dtype
+        The network's matmuls are computed in it; `None` for that of its weights.
     """
 
     transformer: SCRDiTTransformer
@@ -159,6 +173,8 @@ class Denoiser:
     guidance_scale: float = 1.0
     attention_kwargs: dict[str, Any] | None = None
     step_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    autocast_dtype: torch.dtype | None = None
+    count_posterior: CountPosterior | None = field(default=None, init=False)  # of the first call, for all others
 
     def __post_init__(self):
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -172,14 +188,20 @@ class Denoiser:
             class_labels = torch.cat([null_labels.expand_as(class_labels), class_labels])  # (2B, K)
             library_size = None if library_size is None else torch.cat([library_size] * 2)  # (2B,)
             x_t = torch.cat([x_t] * 2)  # (2B, G)
-        with self.transformer.cache_context("cond_uncond"):
-            return self.transformer(
+        autocast = torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        with self.transformer.cache_context("cond_uncond"), autocast:
+            output = self.transformer(
                 self.scheduler.scale_model_input(x_t, t).to(self.transformer.dtype),
                 timestep=t.expand(x_t.shape[0]),
                 class_labels=class_labels,
                 library_size=library_size,
+                count_posterior=self.count_posterior,
                 attention_kwargs=self.attention_kwargs,
             )
+        # Only now, since offloading loads the weights at the first call.
+        if self.count_posterior is None and self.transformer.count_head is not None:
+            self.count_posterior = self.transformer.count_head(class_labels, library_size)
+        return output
 
     def step(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """Move the cells (B, G) to the next timestep."""
@@ -204,7 +226,9 @@ class Denoiser:
         assert output.count_log_mean is not None and self.transformer.count_head is not None
         log_mean = guide(output.count_log_mean, self.guidance_scale)  # (B, G)
         check_finite(log_mean)
-        posterior = self.transformer.count_head(self.class_labels, self.library_size)
+        posterior = self.count_posterior
+        if posterior is None or self.guidance_scale != 1.0:  # that of 2B cells
+            posterior = self.transformer.count_head(self.class_labels, self.library_size)
         noisy = self.scheduler.scale_model_input(x_t, t)  # (B, G)
         return posterior, log_mean, noisy, t.expand(len(noisy))
 

@@ -95,6 +95,9 @@ SCHEDULERS: dict[str, SchedulerVerdict] = {
 NOISE_PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 _ALTERNATIVE = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler."
 
+# As good as ten evenly spaced ones, if counts are drawn at the last. Much is decided at high noise (LOG, 2026-11-27).
+FAST_TIMESTEPS = [999, 925, 770, 585, 390, 200]
+
 
 def default_scheduler(
     prediction_type: str = "sample", beta_schedule: str = "squaredcos_cap_v2", num_train_timesteps: int = 1000
@@ -124,6 +127,7 @@ def default_scheduler(
         beta_schedule=beta_schedule,
         prediction_type=prediction_type,
         timestep_spacing="trailing",
+        solver_order=3,  # better than 2 with few steps
         final_sigmas_type="zero",
     )
     # Read by DDPM and DDIM only.

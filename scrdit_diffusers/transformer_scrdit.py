@@ -19,7 +19,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
-from .count_head import SCRDiTCountHead
+from .count_head import CountPosterior, SCRDiTCountHead
 from .hub import SafeModelMixin
 
 CELLS_PER_COMPONENT = 20  # training cells per principal component from which cell tokens start
@@ -78,11 +78,15 @@ class SCRDiTAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # 3 x (B, N, D)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        dtype = query.dtype
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # 3 x (B, N, H, D/H)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )  # (B, N, H, D/H)
-        return attn.to_out[0](hidden_states.flatten(2, 3))  # (B, N, D)
+        if hidden_states.device.type == "cpu":  # whose kernel is faster in float32 for the few tokens of a cell
+            query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):
+            hidden_states = dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            )  # (B, N, H, D/H)
+        return attn.to_out[0](hidden_states.flatten(2, 3).to(dtype))  # (B, N, D)
 
 
 class SCRDiTAttention(nn.Module, AttentionModuleMixin):
@@ -118,6 +122,31 @@ class SCRDiTAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states)  # (B, N, D)
 
 
+class SCRDiTFeedForward(FeedForward):
+    """The MLP of a block: two linear layers with a GELU between.
+
+    Parameters
+    ----------
+    dim
+        Width D of a token.
+    inner_dim
+        Hidden width.
+    dropout
+        Dropout probability.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, dropout: float):
+        super().__init__(dim, inner_dim=inner_dim, dropout=dropout, activation_fn="gelu-approximate")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the MLP to each token (B, N, D)."""
+        projection, dropout, linear = self.net
+        hidden_states = projection.proj(hidden_states)  # (B, N, 4 D)
+        # In bfloat16 the two GELUs differ by less than the rounding, and on CPUs tanh takes six times as long as erf.
+        approximate = "none" if hidden_states.dtype == torch.bfloat16 else "tanh"
+        return linear(dropout(F.gelu(hidden_states, approximate=approximate)))  # (B, N, D)
+
+
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """adaLN: `hidden_states * (1 + scale) + shift`, with (B, D) modulation of (B, N, D) tokens."""
     return torch.addcmul(shift[:, None], hidden_states, 1 + scale[:, None])
@@ -145,7 +174,7 @@ class SCRDiTTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SCRDiTAttention(dim, num_attention_heads, attention_head_dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), dropout=dropout, activation_fn="gelu-approximate")
+        self.ff = SCRDiTFeedForward(dim, dropout=dropout, inner_dim=int(dim * mlp_ratio))
         self.adaln = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -229,7 +258,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Number of diffusion timesteps T of the noise process; used by the count head.
     beta_schedule
         Noise schedule of the noise process; used by the count head.
-    decode_timestep, min_timestep
+    decode_timestep, min_timestep, default_timesteps, autocast_dtype
         Those of the pipelines that this transformer is part of, see
         [`~scrdit_diffusers.pipeline_scrdit.SCRDiTPipeline`]; pipelines write them here.
 
@@ -286,6 +315,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         beta_schedule: str = "squaredcos_cap_v2",
         decode_timestep: int | None = None,
         min_timestep: int = 0,
+        default_timesteps: list[int] | None = None,
+        autocast_dtype: str | None = None,
     ):
         super().__init__()
         sizes = dict(num_genes=num_genes, patch_size=patch_size, num_layers=num_layers)
@@ -493,6 +524,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         class_labels: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        count_posterior: CountPosterior | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
@@ -512,6 +544,9 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
             training cell.
         counts
             With a count head, the cells' counts, shape (B, G), to get their likelihood instead of the prediction.
+        count_posterior
+            What the count head returns for these labels and library sizes, to look it up once for many timesteps.
+            `None`: it is looked up here.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
         return_dict
@@ -542,7 +577,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         for k, embed in enumerate(self.class_embed):
             temb = temb + embed(class_labels[:, k])  # (B, D)
         if self.count_head is not None:
-            posterior = self.count_head(class_labels, library_size)  # of cells with these labels and library sizes
+            # Of cells with these labels and library sizes
+            posterior = count_posterior or self.count_head(class_labels, library_size)
             temb = temb + self.library_size_embed(posterior.library_size[:, None].to(temb.dtype))  # (B, D)
 
         # 2. Genes -> tokens

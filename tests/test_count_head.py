@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from scipy.stats import nbinom, norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins
+from scrdit_diffusers import SCRDiTCountHead, SCRDiTTransformer, count_bins, count_head
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import MAX_OVERSHOOT, initialize_count_head
 
@@ -412,6 +412,34 @@ def test_logits_are_no_matrix_product():
     """TF32 would round one to three digits, and a logit of hundreds has to be right to 0.01."""
     case = Case(300)
     log_mean, noisy, timestep, labels = case.arguments
+    posterior = case.head(labels)
     with FlopCounterMode(display=False) as counter:
-        case.head(labels).logits(log_mean, noisy, timestep)
+        posterior.logits(log_mean, noisy, timestep)
     assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_label_tables_are_looked_up_without_rounding(precision):
+    """On a CPU as a product, which a lower precision of float32 products would round."""
+    table, rows = 300 * torch.randn(6, 4, 11), torch.randint(11, (9,))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = count_head.look_up(table, rows)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found, table[..., rows])
+
+
+def test_many_genes_are_split_into_groups_that_fit_the_cache(monkeypatch):
+    case = Case(300)
+    log_mean, noisy, timestep, labels = case.arguments
+    expected = case.head(labels)
+    monkeypatch.setattr(count_head, "CACHED_BINS", 1)  # one gene at a time
+    split = case.head(labels)
+    assert len(split.groups) == log_mean.shape[1]
+    given = (log_mean, noisy, timestep)
+    uniform = torch.rand_like(log_mean)
+    torch.testing.assert_close(split.mean(*given), expected.mean(*given))
+    assert torch.equal(split.sample(*given, uniform), expected.sample(*given, uniform))

@@ -8,9 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from scrdit_diffusers import launch
-from scrdit_diffusers.launch import catch_signals, check_device, check_processes
+from scrdit_diffusers.launch import catch_signals, check_device, check_processes, has_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +141,14 @@ def test_handlers_are_put_back():
     with catch_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_bfloat16_is_looked_up_among_the_capabilities(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_bfloat16(torch.device("cpu")) == expected
+
+
+def test_older_pytorch_computes_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not has_bfloat16(torch.device("cpu"))

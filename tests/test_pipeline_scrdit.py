@@ -18,6 +18,7 @@ from scrdit_diffusers import (
     SCRDiTTransformer,
     count_bins,
     default_scheduler,
+    pipeline_scrdit,
 )
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.count_head import CountPosterior
@@ -667,7 +668,9 @@ def test_refuses_components_that_do_not_fit(processor, config, message):
 MODEL_INDEX = """{
   "_class_name": "SCRDiTPipeline",
   "_diffusers_version": "%s",
+  "autocast_dtype": null,
   "decode_timestep": null,
+  "default_timesteps": null,
   "min_timestep": 0,
   "processor": [
     "scrdit_diffusers",
@@ -729,3 +732,63 @@ def test_a_label_without_training_cells_generates_with_a_warning(pipe, caplog):
     pipe.processor.composition = [row for row in pipe.processor.composition if row[0] != 2]
     assert pipe(2, conditions={"cell_type": "NK"}, num_inference_steps=1).adata.n_obs == 2
     assert "cell_type 'NK' has 0 training cells" in caplog.text
+
+
+@pytest.fixture
+def fast_pipe(count_pipe):
+    """A pipeline as training saves it."""
+    pipe = SCRDiTPipeline(**count_pipe.components, default_timesteps=[999, 700, 400], autocast_dtype="bfloat16")
+    pipe.register_to_config(decode_timestep=400)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def visited(pipe, **kwargs):
+    """Timesteps of the network calls."""
+    seen = []
+    pipe(3, generator=seeded(), callback_on_step_end=lambda pipe, i, t, kw: seen.append(int(t)) or {}, **kwargs)
+    return seen
+
+
+def test_default_timesteps_are_visited_unless_a_call_says_how_many(fast_pipe):
+    assert visited(fast_pipe) == [999, 700, 400]
+    assert fast_pipe(3).adata.uns["scrdit"]["num_inference_steps"] == 3
+    assert len(visited(fast_pipe, num_inference_steps=5)) == 5
+
+
+@pytest.mark.parametrize("kwargs", [{"decode": "round"}, {"decode_timestep": 500}])
+def test_default_timesteps_are_only_for_their_end(fast_pipe, kwargs):
+    assert len(visited(fast_pipe, **kwargs)) == 25
+
+
+def test_default_timesteps_are_only_for_unipc(fast_pipe):
+    fast_pipe.scheduler = DDIMScheduler.from_config(fast_pipe.scheduler.config)
+    assert len(visited(fast_pipe)) == 25
+
+
+@pytest.mark.parametrize("timesteps", [[999, 999, 400], [1000, 700, 400], [400, 700, 400]])
+def test_refuses_default_timesteps_that_do_not_fall(fast_pipe, timesteps):
+    fast_pipe.register_to_config(default_timesteps=timesteps)
+    with pytest.raises(ValueError, match="default_timesteps"):
+        fast_pipe(3)
+    fast_pipe(3, num_inference_steps=2)
+
+
+def test_autocast_is_used_where_the_processor_has_it(fast_pipe, monkeypatch):
+    dtypes = []
+    block = fast_pipe.transformer.transformer_blocks[0]
+    block.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    for has_it in (True, False):
+        monkeypatch.setattr(pipeline_scrdit, "has_bfloat16", lambda device, has_it=has_it: has_it)
+        cells = [fast_pipe(4, generator=seeded()).adata for _ in range(2)]
+        assert (cells[0].X != cells[1].X).nnz == 0
+        assert cells[0].uns["scrdit"]["dtype"] == ("bfloat16" if has_it else "float32")
+    assert dtypes == [torch.bfloat16] * 6 + [torch.float32] * 6
+
+
+def test_default_timesteps_and_autocast_are_saved_and_replaced(fast_pipe, tmp_path):
+    fast_pipe.save_pretrained(tmp_path)
+    loaded = SCRDiTPipeline.from_pretrained(tmp_path)
+    assert loaded.config.default_timesteps == [999, 700, 400] and loaded.config.autocast_dtype == "bfloat16"
+    assert SCRDiTPipeline(**loaded.components).config.default_timesteps == [999, 700, 400]
+    assert SCRDiTPipeline.from_pretrained(tmp_path, autocast_dtype="float32").config.autocast_dtype == "float32"

@@ -7,7 +7,15 @@ import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
 from scrdit_diffusers import SCRDiTPipeline, default_scheduler
-from scrdit_diffusers.sampling import Denoiser, check_finite, denoise, draw_uniform, guide, set_timesteps
+from scrdit_diffusers.sampling import (
+    Denoiser,
+    check_finite,
+    denoise,
+    draw_uniform,
+    guide,
+    set_timesteps,
+    visit_timesteps,
+)
 
 CPU = torch.device("cpu")
 
@@ -130,3 +138,19 @@ def test_a_scheduler_that_is_replaced_during_a_call_is_an_error(pipe):
 
     with pytest.raises(ValueError, match="scheduler"):
         pipe(num_inference_steps=2, callback_on_step_end=replace)
+
+
+def test_unipc_visits_given_timesteps():
+    """Evenly spaced ones give the same cells as `set_timesteps`."""
+    cells = []
+    for given in (False, True):
+        scheduler = default_scheduler()
+        scheduler.set_timesteps(6)
+        assert scheduler.timesteps.tolist() == [999, 832, 666, 499, 332, 166]
+        if given:
+            visit_timesteps(scheduler, [999, 832, 666, 499, 332])
+        x_t = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps[:5]:
+            x_t = scheduler.step(0.5 * x_t, t, x_t, return_dict=False)[0]
+        cells.append(x_t)
+    torch.testing.assert_close(*cells)

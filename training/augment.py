@@ -35,7 +35,7 @@ class AugmentationArguments(CellArguments):
     to: list[str] = arg(
         [], "Number of cells, real and new, that each label with fewer is brought to, or label=number for some labels."
     )
-    num_inference_steps: int = arg(25, "Steps of the scheduler.")
+    num_inference_steps: int | None = arg(None, "Steps of the scheduler. Default: the pipeline's.")
     library_size: float | None = arg(
         None, "Total count of each new cell over the model's genes. Default: drawn from the training cells."
     )

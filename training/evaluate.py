@@ -69,7 +69,7 @@ class EvaluationArguments:
     synthetic: str | None = arg(None, "Cells of any other tool to evaluate, values in X.")
     value_space: str = arg("counts", "Values of --synthetic.", choices=["counts", "log_normalized"])
     n_top_genes: int = arg(2000, "With --synthetic: number of genes at most; the most variable ones of train are kept.")
-    num_inference_steps: int = arg(25, "Network calls per cell.")
+    num_inference_steps: int | None = arg(None, "Network calls per cell. Default: the pipeline's.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
     batch_size: int = arg(512, "Cells generated at a time.")
     device: str | None = arg(None, "cpu, cuda or mps; the best one if not given.")
@@ -324,7 +324,7 @@ class Evaluation:
         rows = np.random.default_rng(seed).permutation(cells.n_obs)[: self.num_cells]
         return cells[np.sort(rows)].copy()
 
-    def generate(self, obs: pd.DataFrame, seed: int, num_inference_steps: int) -> ad.AnnData:
+    def generate(self, obs: pd.DataFrame, seed: int, num_inference_steps: int | None) -> ad.AnnData:
         """Generate cells with the labels of `obs`, or without a pipeline draw synthetic ones."""
         if self.pipe is None:
             return self._draw(self.parts["synthetic"], seed)

@@ -66,7 +66,7 @@ class SimulationArguments(PipelineArguments):
     max_factor: float | None = arg(
         None, "Larger fold changes lower the baseline of their genes. Default: what keeps to the training cells."
     )
-    num_inference_steps: int = arg(25, "Steps of the scheduler.")
+    num_inference_steps: int | None = arg(None, "Steps of the scheduler. Default: the pipeline's.")
     power_curve: str | None = arg(None, "Table to write, .csv or .tsv: share of the effects found, by cells per group.")
 
 

@@ -65,6 +65,7 @@ from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
 from scrdit_diffusers.redaction import redact
+from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 logger = logging.getLogger("train")
 
@@ -336,9 +337,12 @@ def make_objective(
     scheduler = default_scheduler(settings.prediction_type, settings.beta_schedule, settings.num_train_timesteps)
     null_labels = torch.tensor(cells.processor.num_classes, dtype=torch.long, device=device)  # (K,)
     prior = FoldChangePrior(model, cells.num_train, settings.prior_std, finetuned) if posterior else None
+    has_default_noise = (settings.beta_schedule, settings.num_train_timesteps) == ("squaredcos_cap_v2", 1000)
     pipeline_config = {
         "decode_timestep": settings.decode_timestep if posterior else None,
         "min_timestep": settings.min_timestep if posterior else 0,
+        "default_timesteps": FAST_TIMESTEPS if posterior and has_default_noise else None,
+        "autocast_dtype": "bfloat16" if posterior else None,
     }
     noise_scheduler = DDPMScheduler.from_config(scheduler.config)
     return Objective(scheduler, noise_scheduler, null_labels, prior, pipeline_config)

@@ -1,8 +1,12 @@
 """Time and memory of a piece of code; needs only Python, so that other environments can use it.
 
-Used by data.py and annbatch_loader.py.
+Used by data.py and annbatch_loader.py, and by speed.py, whose two sides are processes that run this file.
 """
 
+import argparse
+import importlib.util
+import inspect
+import sys
 import threading
 import time
 from pathlib import Path
@@ -50,3 +54,28 @@ class Clock:
         """Cells per second of wall time and of CPU time."""
         wall, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu_start
         return {"cells_per_second": num_cells / wall, "cells_per_cpu_second": num_cells / cpu}
+
+
+def answer(benchmark: str, device: str, dtype: str, num_genes: str) -> None:
+    """Measure by the functions of a file like speed.py, of any commit; for each task read, write a rate."""
+    spec = importlib.util.spec_from_file_location("benchmark", benchmark)
+    assert spec is not None and spec.loader is not None
+    side = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(side)
+    side.torch.set_flush_denormal(True)
+    side.NUM_GENES = int(num_genes)
+    args = argparse.Namespace(device=device, dtype=dtype, compile=False)
+    batch = 128 if device == "cpu" else 4096
+    num_calls = inspect.signature(side.SCRDiTPipeline.__call__).parameters["num_inference_steps"].default
+    for line in sys.stdin:
+        if line.strip() == "training":
+            rate = side.train_rate(side.DEFAULT, batch, 4, args)[0]
+        else:
+            args.dtype = "float32"  # of the weights
+            rate = side.sample_rate(side.DEFAULT, 4 * batch, num_calls, 2, args)
+            args.dtype = dtype
+        print(rate, flush=True)
+
+
+if __name__ == "__main__":
+    answer(*sys.argv[1:])

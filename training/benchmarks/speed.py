@@ -2,17 +2,30 @@
 
     python training/benchmarks/speed.py                                        # two CPU cores: about three minutes
     python training/benchmarks/speed.py --device cuda --dtype bfloat16 --compile
+    python training/benchmarks/speed.py --against COMMIT                       # ratios to an earlier commit
 
 Both models have 2,000 genes and ten labels. The values are random; speed depends on them only through the sizes of the
 counts, which resemble those of blood cells: a few for most genes, hundreds for some. Training is one optimizer step
 (forward, backward, clipping, AdamW); sampling is the pipeline as a user calls it. Of the paper's 1,000 DDPM steps, a
 few are measured and scaled, as all steps cost the same.
+
+With `--against`, the default preset is measured beside that of an earlier commit, whose files are checked out beside.
+Each side has a process of its own, and they take turns. Programs that run at the same time slow both down, so that the
+ratio of a turn says more than either rate. Sampling is the call without further arguments (network calls, dtype),
+training is that of `train.py` by default; `--dtype bfloat16` is its `--mixed_precision bf16`, on this side only.
 """
 
 import argparse
 import json
+import os
 import platform
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +45,13 @@ from scrdit_diffusers import (
 from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
+from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 NUM_GENES, NUM_LABELS = 2000, 10
 DEFAULT, PAPER = "scrdit-s", "scrdit-paper-d1"
 PAPER_STEPS = 1000
+ROOT = Path(__file__).parents[2]
+OLD_PLACE = Path("training/benchmark.py")  # of this file, in earlier commits
 
 
 def seconds(function, repeats: int, device: str) -> float:
@@ -87,7 +103,9 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
         model.to(dtype)
     if ours:
         scheduler = default_scheduler(beta_schedule="squaredcos_cap_v2")
-        pipe = SCRDiTPipeline(model, scheduler, processor, decode_timestep=200, min_timestep=200)
+        options = dict(decode_timestep=200, min_timestep=200)
+        options |= dict(default_timesteps=FAST_TIMESTEPS, autocast_dtype="bfloat16")  # as training saves it
+        pipe = SCRDiTPipeline(model, scheduler, processor, **options)
     else:
         scheduler = DDPMScheduler.from_config(default_scheduler("epsilon", "linear").config)
         pipe = SCRDiTPipeline(model, scheduler, processor)
@@ -124,8 +142,8 @@ def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float,
     return batch_size / time_of_step, flops / time_of_step
 
 
-def sample_rate(preset: str, batch_size: int, num_inference_steps: int, repeats: int, args) -> float:
-    """Cells per second of a pipeline call."""
+def sample_rate(preset: str, batch_size: int, num_inference_steps: int | None, repeats: int, args) -> float:
+    """Cells per second of a pipeline call; `None` takes the pipeline's number of network calls."""
     pipe = make_pipeline(preset, args.device, getattr(torch, args.dtype))
     if args.compile:
         pipe.transformer.compile()
@@ -146,6 +164,59 @@ def matmul_rate(preset: str, batch_size: int, args) -> float:
     return 2 * rows * dim * 4 * dim / seconds(lambda: a @ b, 20, args.device)
 
 
+@contextmanager
+def start_side(root: Path, dtype: str, args) -> Iterator[subprocess.Popen]:
+    """Start a process that measures the package and the benchmark in `root`."""
+    new = root / Path(__file__).relative_to(ROOT)
+    command = [sys.executable, str(Path(__file__).with_name("measuring.py"))]
+    command += [str(new if new.exists() else root / OLD_PLACE), args.device, dtype, str(args.num_genes)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+def compare_with(commit: str, args) -> dict[str, dict[str, list[float]]]:
+    """Rates of `commit` and of this checkout, turn by turn, in cells per second."""
+    rates: dict = {task: {"before": [], "now": []} for task in ("training", "sampling")}
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", f"{folder}/before", commit], check=True)
+        try:
+            before = start_side(Path(folder) / "before", "float32", args)
+            with before as earlier, start_side(ROOT, args.dtype, args) as present:
+                for _ in range(args.turns):
+                    for task, found in rates.items():
+                        for name, side in (("before", earlier), ("now", present)):
+                            side.stdin.write(f"{task}\n")
+                            side.stdin.flush()
+                            found[name].append(float(side.stdout.readline()))
+        finally:
+            subprocess.run([*git, "remove", "--force", f"{folder}/before"], check=True)
+    return rates
+
+
+def report_ratios(rates: dict[str, dict[str, list[float]]], args) -> None:
+    """Print and write rates and their ratios."""
+    print(f"{args.num_genes} genes, {args.device}, {args.dtype} training, {torch.get_num_threads()} threads")
+    print(f"{'cells per second':18}{'before':>10}{'now':>10}{'ratio: min':>14}{'median':>10}{'max':>10}")
+    for task, found in rates.items():
+        ratios = [now / before for before, now in zip(found["before"], found["now"], strict=True)]
+        middle = [statistics.median(figures) for figures in (found["before"], found["now"], ratios)]
+        print(f"{task:18}{middle[0]:10.1f}{middle[1]:10.1f}{min(ratios):14.2f}{middle[2]:10.2f}{max(ratios):10.2f}")
+    save({"against": args.against, "num_genes": args.num_genes, "dtype": args.dtype, "rates": rates}, args.output)
+
+
+def save(results: dict, path: str) -> None:
+    """Write results as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2))
+    print(f"Wrote {path}")
+
+
 def main() -> None:
     """Measure, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,14 +225,20 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the transformer")
     parser.add_argument("--paper_steps_measured", type=int, default=10, help="DDPM steps to measure, of 1,000")
     parser.add_argument("--output", default="outputs/benchmark.json")
+    parser.add_argument("--against", metavar="COMMIT", help="measure against this commit instead of the paper's model")
+    parser.add_argument("--turns", type=int, default=7, help="with --against: how often each side is measured")
+    parser.add_argument("--num_genes", type=int, default=NUM_GENES, help="with --against: genes of the model")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    if args.against:
+        report_ratios(compare_with(args.against, args), args)
+        return
 
     batch = 128 if args.device == "cpu" else 4096
     paper_batch = 16 if args.device == "cpu" else 512
     ours, ours_flops = train_rate(DEFAULT, batch, 40, args)
     paper, paper_flops = train_rate(PAPER, paper_batch, 10, args)
-    ours_sampling = sample_rate(DEFAULT, 4 * batch, 25, 6, args)
+    ours_sampling = sample_rate(DEFAULT, 4 * batch, None, 6, args)
     partial = sample_rate(PAPER, 4 * paper_batch, args.paper_steps_measured, 6, args)
     paper_sampling = partial * args.paper_steps_measured / PAPER_STEPS
     results = {
@@ -173,7 +250,7 @@ def main() -> None:
         "compile": args.compile,
         "training_cells_per_second": {DEFAULT: ours, PAPER: paper, "ratio": ours / paper},
         "sampling_cells_per_second": {
-            f"{DEFAULT}, 25 calls": ours_sampling,
+            f"{DEFAULT}, default": ours_sampling,
             f"{PAPER}, DDPM {PAPER_STEPS}": paper_sampling,
             "ratio": ours_sampling / paper_sampling,
         },
@@ -191,10 +268,7 @@ def main() -> None:
     print(f"{'training, GFLOP/s':34}{ours_flops / 1e9:16.1f}{paper_flops / 1e9:18.1f}")
     over = results["training_flops_over_matmul"]
     print(f"{'... over a plain matmul':34}{over[DEFAULT]:16.2f}{over[PAPER]:18.2f}")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(args.output) as temporary:
-        temporary.write_text(json.dumps(results, indent=2))
-    print(f"Wrote {args.output}")
+    save(results, args.output)
 
 
 if __name__ == "__main__":
