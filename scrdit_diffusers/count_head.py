@@ -71,8 +71,7 @@ class GeneGroup(NamedTuple):
 
     def ends(self, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up the ends of one bin for each gene and cell; both have the shape of `bins`, (genes, 1, B)."""
-        lower, upper = (end.gather(1, bins[:, 0])[:, None] for end in (self.lower, self.upper))
-        return lower, upper
+        return self.lower.gather(1, bins[:, 0])[:, None], self.upper.gather(1, bins[:, 0])[:, None]
 
 
 class CountPosterior(NamedTuple):
@@ -116,7 +115,7 @@ class CountPosterior(NamedTuple):
         timestep
             Shape (B,); need not be integers.
         """
-        probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))
+        probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))  # one at a time
         return self._expected([group.value for group in self.groups], probabilities)
 
     def mean_count(self, probabilities: list[torch.Tensor]) -> torch.Tensor:
@@ -156,7 +155,8 @@ class CountPosterior(NamedTuple):
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
-        return self.quantile((logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep)), uniform)
+        probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))  # one at a time
+        return self.quantile(probabilities, uniform)
 
     def probabilities(
         self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
@@ -174,9 +174,9 @@ class CountPosterior(NamedTuple):
             chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last[..., None])  # (genes, 1, B)
             inside = probability.gather(1, chosen)  # (genes, 1, B)
             below = cumulative.gather(1, chosen) - inside
-            share = ((quantile - below) / inside.clamp(min=1e-30))[:, 0]  # where in the bin, 0 to 1, (genes, B)
-            low, high = (end[:, 0] for end in group.ends(chosen))  # (genes, B)
-            counts.append((low + (share * (high - low)).floor()).clamp(low, high - 1))
+            share = (quantile - below) / inside.clamp(min=1e-30)  # where in the bin, 0 to 1
+            low, high = group.ends(chosen)
+            counts.append((low + (share * (high - low)).floor()).clamp(low, high - 1)[:, 0])
         return self._unsort(torch.cat(counts))
 
     def scores(self, probabilities: list[torch.Tensor], counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
