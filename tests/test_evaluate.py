@@ -38,7 +38,7 @@ def test_split_is_stratified(parts):
 
 def test_split_says_how_to_train(evaluate, split_dir, capsys):
     evaluate("--split_dir", split_dir)
-    command = f"accelerate launch training/train.py --dataset {split_dir}/train.h5ad --labels_key {KEY} --output_dir"
+    command = f"scrdit train --dataset {split_dir}/train.h5ad --labels_key {KEY} --output_dir"
     assert command in capsys.readouterr().out
 
 
