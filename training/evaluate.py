@@ -212,11 +212,12 @@ def training_warnings(pipeline: str, train_part: Path, num_train: int) -> list[s
     if not path.is_file():
         return [f"{pipeline} has no train_config.json: it may have been trained on the cells it is evaluated on."]
     config = json.loads(path.read_text())
-    if Path(config["dataset"]).resolve() != train_part.resolve():
-        return [
-            f"The pipeline was trained on {config['dataset']}, not on {train_part}: if that holds control or test "
-            "cells, the metrics are of cells that it has seen, and mean nothing."
-        ]
+    source = Path(config["dataset"])
+    if source.resolve() != train_part.resolve():
+        trained_on = f"on {source}, not on {train_part}: if that holds control or test cells"
+        if source.is_absolute() and not source.exists():  # the temporary file of scrdit_diffusers.train
+            trained_on = f"on cells given in Python or since deleted: if these are not those of {train_part}"
+        return [f"The pipeline was trained {trained_on}, the metrics are of cells that it has seen, and mean nothing."]
     if (used := config["train_cells"] + config["val_cells"]) != num_train:
         return [f"The pipeline was trained on {used} cells of {train_part}, which now has {num_train}: it was changed."]
     return []

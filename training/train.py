@@ -455,7 +455,7 @@ def save_pipeline(
         raise OSError(
             f"Could not write the pipeline to {folder}: {error}. {last} is whole; make room, then resume."
         ) from error
-    logger.info(f"Saved the pipeline to {folder}")
+    logger.info(f"Saved the {'adapter' if settings.lora_rank else 'pipeline'} to {folder}")
     if repo_id:
         without = ["--exclude", "checkpoint-*", "--exclude", "logs/*", "--exclude", LOCK_NAME]
         command = shlex.join(["hf", "upload", repo_id, folder, *without])
