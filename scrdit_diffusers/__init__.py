@@ -16,8 +16,11 @@ from .initialization import count_bins, initialize_from_cells
 from .objective import FoldChangePrior, diffusion_loss
 from .pipeline_scrdit import SCRDiTPipeline, SCRDiTPipelineOutput
 from .pipeline_scrdit_annotate import SCRDiTAnnotatePipeline
+from .pipeline_scrdit_complete import SCRDiTCompletePipeline
 from .pipeline_scrdit_denoise import SCRDiTDenoisePipeline
+from .pipeline_scrdit_interpolate import SCRDiTInterpolatePipeline
 from .pipeline_scrdit_simulate import SCRDiTSimulatePipeline, draw_effects
+from .pipeline_scrdit_translate import SCRDiTTranslatePipeline
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
 from .schedulers import default_scheduler
@@ -31,13 +34,16 @@ __all__ = [
     "CellDataset",
     "FoldChangePrior",
     "SCRDiTAnnotatePipeline",
+    "SCRDiTCompletePipeline",
     "SCRDiTCountHead",
     "SCRDiTDenoisePipeline",
+    "SCRDiTInterpolatePipeline",
     "SCRDiTPipeline",
     "SCRDiTPipelineOutput",
     "SCRDiTProcessor",
     "SCRDiTSimulatePipeline",
     "SCRDiTTransformer",
+    "SCRDiTTranslatePipeline",
     "augment",
     "count_bins",
     "default_scheduler",

@@ -112,7 +112,7 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
         raise ValueError("adata is backed by a file; load it into memory with adata.to_memory().")
     if layer is not None and layer not in adata.layers:
         raise ValueError(
-            f"{name} does not exist; the layers are {list(adata.layers) or 'none'}, and layer=None takes adata.X."
+            f"{name} does not exist; the layers are {layer_names(adata) or 'none'}, and layer=None takes adata.X."
         )
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
@@ -129,7 +129,7 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
         matrix.sum_duplicates()
     hint = ""
     if expect_counts and not looks_like_counts(matrix):
-        found = [key for key in adata.layers if key != layer and looks_like_counts(adata.layers[key])]
+        found = [key for key in layer_names(adata) if key != layer and looks_like_counts(adata.layers[key])]
         hint = (
             f" These layers look like counts: {found}; name one as the layer (--layer)."
             if found
@@ -141,6 +141,11 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
             hint += " adata.raw does: use adata.raw.to_adata()."
     check_values(matrix, name, expect_counts, hint)
     return matrix
+
+
+def layer_names(adata: ad.AnnData) -> list[str]:
+    """List the layers by name; from 0.13 on, anndata also counts `X` among them, under `None`."""
+    return [name for name in adata.layers if name is not None]
 
 
 def check_gene_names(names: Sequence[str], name: str, hint: str = "") -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
-from .checks import label_categories
+from .checks import label_categories, layer_names
 from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
@@ -165,7 +165,7 @@ def _write_used(adata: ad.AnnData, keys: list[str], options: dict[str, Any], pat
     for name, wanted, there in (
         ("labels_key", keys, adata.obs.columns),
         ("gene_key", [gene_key] if gene_key else [], adata.var.columns),
-        ("layer", [layer] if layer else [], list(adata.layers)),
+        ("layer", [layer] if layer else [], layer_names(adata)),
     ):
         if missing := [key for key in wanted if key not in there]:
             closest = [match for key in missing for match in difflib.get_close_matches(key, list(map(str, there)), n=1)]

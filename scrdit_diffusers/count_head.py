@@ -11,7 +11,7 @@ denoised cell E[v(k) | x_t], which every scheduler uses, and the counts themselv
 al. 2020 (arXiv 2006.11239, section 3.3) for counts, at any timestep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -50,12 +50,13 @@ class GeneGroup(NamedTuple):
 
     def split(self, num_genes: int) -> "list[GeneGroup]":
         """Split into groups of at most `num_genes` genes."""
+        first, tensors = self.genes.start, (self.lower, self.upper, self.value, self.common)
         pieces = []
         for start in range(0, len(self.lower), num_genes):
             part = slice(start, min(start + num_genes, len(self.lower)))
-            genes = slice(self.genes.start + part.start, self.genes.start + part.stop)
-            lower, upper, value = self.lower[part], self.upper[part], self.value[part]
-            pieces.append(GeneGroup(genes, lower, upper, value, self.common[part], [t[part] for t in self.log_base]))
+            genes = slice(first + part.start, first + part.stop)
+            lower, upper, value, common = (tensor[part] for tensor in tensors)
+            pieces.append(GeneGroup(genes, lower, upper, value, common, [table[part] for table in self.log_base]))
         return pieces
 
     @property
@@ -67,6 +68,10 @@ class GeneGroup(NamedTuple):
     def last(self) -> torch.Tensor:
         """Position of each gene's last bin that is not padding, shape (genes, 1)."""
         return (self.upper > self.lower).sum(dim=1, keepdim=True) - 1
+
+    def ends(self, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up the ends of one bin for each gene and cell; both have the shape of `bins`, (genes, 1, B)."""
+        return self.lower.gather(1, bins[:, 0])[:, None], self.upper.gather(1, bins[:, 0])[:, None]
 
 
 class CountPosterior(NamedTuple):
@@ -110,11 +115,12 @@ class CountPosterior(NamedTuple):
         timestep
             Shape (B,); need not be integers.
         """
-        return self._expected([group.value for group in self.groups], log_mean, noisy, timestep)
+        probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))  # one at a time
+        return self._expected([group.value for group in self.groups], probabilities)
 
-    def mean_count(self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Posterior mean of the counts that `sample` draws, shape (B, G); parameters as in `mean`."""
-        return self._expected([group.mean_count for group in self.groups], log_mean, noisy, timestep)
+    def mean_count(self, probabilities: list[torch.Tensor]) -> torch.Tensor:
+        """Mean (B, G) of counts that follow `probabilities`."""
+        return self._expected([group.mean_count for group in self.groups], probabilities)
 
     def nll(
         self,
@@ -149,19 +155,71 @@ class CountPosterior(NamedTuple):
         uniform
             Uniform random numbers in [0, 1), shape (B, G).
         """
-        uniform = uniform[:, self.gene_order].T[:, None]  # (G, 1, B)
-        drawn = []
-        for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
-            probability = logit.softmax(dim=1)  # (genes, bins, B)
+        probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))  # one at a time
+        return self.quantile(probabilities, uniform)
+
+    def probabilities(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Probability of each bin, of shape (genes, bins, B) for each group of genes; parameters as in `nll`."""
+        return [logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep)]
+
+    def quantile(self, probabilities: Iterable[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
+        """Find the counts (B, G) at levels (B, G) in [0, 1) of the distribution function of `probabilities`."""
+        level = level[:, self.gene_order].T[:, None]  # (G, 1, B)
+        counts = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
             cumulative = probability.cumsum(dim=1)
-            quantile = uniform[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
+            quantile = level[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
             chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last[..., None])  # (genes, 1, B)
             inside = probability.gather(1, chosen)  # (genes, 1, B)
             below = cumulative.gather(1, chosen) - inside
-            share = ((quantile - below) / inside.clamp(min=1e-30))[:, 0]  # where in the bin, 0 to 1, (genes, B)
-            low, high = (end.gather(1, chosen[:, 0]) for end in (group.lower, group.upper))  # 2 x (genes, B)
-            drawn.append((low + (share * (high - low)).floor()).clamp(low, high - 1))
-        return self._unsort(torch.cat(drawn))
+            share = (quantile - below) / inside.clamp(min=1e-30)  # where in the bin, 0 to 1
+            low, high = group.ends(chosen)
+            counts.append((low + (share * (high - low)).floor()).clamp(low, high - 1)[:, 0])
+        return self._unsort(torch.cat(counts))
+
+    def scores(self, probabilities: list[torch.Tensor], counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Find how high or low counts (B, G) are among `probabilities`, as standard normal scores (B, G), float64.
+
+        The score is the normal quantile at the level that the distribution function has at the count. A count has a
+        range of levels, in which `uniform` (B, G), from 0 to 1, says the place: counts that follow `probabilities` have
+        normal scores. Unlike levels, scores tell apart counts far above all that is expected.
+        """
+        counts, uniform = (per_gene[:, self.gene_order].T[:, None].float() for per_gene in (counts, uniform))
+        scores = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
+            count = counts[group.genes]  # (genes, 1, B)
+            chosen = torch.searchsorted(group.upper.contiguous(), count[:, 0].contiguous(), right=True)[:, None]
+            chosen = chosen.minimum(group.last[..., None])  # (genes, 1, B)
+            low, high = group.ends(chosen)
+            inside = (count.minimum(high - 1) - low + uniform[group.genes]) / (high - low)  # where in the bin, 0 to 1
+            below, above = _tails(probability)  # (genes, bins + 1, B)
+            width = probability.gather(1, chosen)  # (genes, 1, B)
+            level = below.gather(1, chosen) + inside * width
+            rest = above.gather(1, chosen + 1) + (1 - inside) * width  # 1 - level, but exact near 0
+            score = torch.special.ndtri(level.minimum(rest).clamp(min=1e-37).double())  # what float32 tells from 0
+            scores.append(torch.where(level < rest, score, -score)[:, 0])
+        return self._unsort(torch.cat(scores))
+
+    def at_scores(self, probabilities: list[torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+        """Find the counts (B, G) that have these scores (B, G), see `scores`, among `probabilities`."""
+        scores = scores[:, self.gene_order].T[:, None]  # (G, 1, B)
+        counts = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
+            score = scores[group.genes]  # (genes, 1, B)
+            level, rest = (torch.special.ndtr(side).float() for side in (score, -score))
+            below, above = _tails(probability)  # (genes, bins + 1, B)
+            from_low, from_high = (below <= level).sum(1, keepdim=True), (above > rest).sum(1, keepdim=True)
+            chosen = torch.where(score < 0, from_low, from_high) - 1  # (genes, 1, B)
+            chosen = chosen.clamp(min=0).minimum(group.last[..., None])
+            width = probability.gather(1, chosen).clamp(min=1e-30)
+            from_low = (level - below.gather(1, chosen)) / width
+            from_high = 1 - (rest - above.gather(1, chosen + 1)) / width
+            low, high = group.ends(chosen)
+            count = low + (torch.where(score < 0, from_low, from_high) * (high - low)).floor()
+            counts.append(count.clamp(low, high - 1)[:, 0])
+        return self._unsort(torch.cat(counts))
 
     def logits(
         self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
@@ -198,15 +256,12 @@ class CountPosterior(NamedTuple):
         alpha_bar = torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[above], timestep - below)
         return alpha_bar.clamp(1e-8, 1 - 1e-5)
 
-    def _expected(
-        self, values: list[torch.Tensor], log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
-    ) -> torch.Tensor:
-        """Posterior mean (B, G) of what bins stand for, given as (genes, bins) for each group of genes."""
-        logits = self.logits(log_mean, noisy, timestep)
-        with torch.autocast(noisy.device.type, enabled=False):
+    def _expected(self, values: list[torch.Tensor], probabilities: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Mean (B, G) of what bins stand for, given as (genes, bins) for each group of genes."""
+        with torch.autocast(self.log_mean.device.type, enabled=False):
             means = [
-                torch.bmm(value[:, None], logit.softmax(dim=1))[:, 0]  # (genes, B)
-                for logit, value in zip(logits, values, strict=True)
+                torch.bmm(value[:, None], probability)[:, 0]  # (genes, B)
+                for probability, value in zip(probabilities, values, strict=True)
             ]
         return self._unsort(torch.cat(means))
 
@@ -331,7 +386,7 @@ class SCRDiTCountHead(nn.Module):
         dispersion = dispersion.T[self.gene_order, None]  # (G, 1, labels + 1)
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
         groups: list[GeneGroup] = []
-        on_cpu = log_b.device.type == "cpu"
+        on_cpu = log_b.device.type == "cpu" and not torch.compiler.is_compiling()
         for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self.bins(), strict=True):
             log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
@@ -354,6 +409,13 @@ class SCRDiTCountHead(nn.Module):
         return torch.empty_like(used).index_copy(0, self.gene_order, used)
 
 
+def _tails(probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up probabilities (genes, bins, B) of all bins before each, and of it and all after: (genes, bins + 1, B)."""
+    below = F.pad(probability.cumsum(dim=1), (0, 0, 1, 0))
+    above = F.pad(probability.flip(1).cumsum(dim=1).flip(1), (0, 0, 0, 1))
+    return below, above
+
+
 def _append_no_label(table: torch.Tensor) -> torch.Tensor:
     """Append a row of zeros, for no label, to a table (labels, G)."""
     return F.pad(table.float(), (0, 0, 0, 1))
@@ -361,7 +423,7 @@ def _append_no_label(table: torch.Tensor) -> torch.Tensor:
 
 def look_up(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`table[..., rows]`; on CPUs as a product with ones and zeros: if not rounded, it is the same and much faster."""
-    if table.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+    if table.device.type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest":
         return table[..., rows]
     one_hot = F.one_hot(rows, table.shape[-1]).to(table.dtype)  # (B, labels + 1)
     with torch.autocast("cpu", enabled=False):

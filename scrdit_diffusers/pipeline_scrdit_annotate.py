@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from .checks import check_label
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_count_head, read_batch
+from .sampling import add_noise, check_count_head, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (999, 800, 700, 600, 500, 400)
@@ -117,8 +117,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
                         labels = null.repeat(len(k), 1)  # (B, K)
                         labels[:, keys.index(labels_key)] = code
                         posterior = self.transformer.count_head(labels, library_size)
-                        alpha_bar = posterior.alpha_bar(t)[:, None]  # (B, 1)
-                        x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # (B, G)
+                        x_t = add_noise(posterior, x_0, t, noise)  # (B, G)
                         output = self.transformer(x_t.to(self.transformer.dtype), t, labels, library_size)
                         nll = posterior.nll(k, output.count_log_mean.float()) * k.shape[1]  # (B,)
                         found[chunk, code, level] = -nll.cpu().numpy()

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_count_head, check_finite, read_batch
+from .sampling import add_noise, check_count_head, check_finite, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 
@@ -125,11 +125,10 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
                 labels = class_labels[chunk].to(device)  # (B, K)
                 posterior = self.transformer.count_head(labels, library_size)
                 t = torch.full((len(k),), timestep, device=device)  # (B,)
-                alpha_bar = posterior.alpha_bar(t)[:, None]  # (B, 1)
                 log_mean = torch.zeros_like(k)  # (B, G)
                 for _ in range(num_draws):
                     noise = randn_tensor(x_0.shape, generator=generator, device=device, dtype=torch.float32)  # (B, G)
-                    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # (B, G)
+                    x_t = add_noise(posterior, x_0, t, noise)  # (B, G)
                     output = self.transformer(x_t.to(self.transformer.dtype), t, labels, library_size)
                     log_mean += output.count_log_mean.float() / num_draws
                     progress_bar.update()

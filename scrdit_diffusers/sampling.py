@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -219,7 +219,7 @@ class Denoiser:
     def mean_counts(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """Mean (B, G) of the counts that [`Denoiser.draw_counts`] draws."""
         posterior, *given = self._count_posterior(output, t, x_t)
-        return posterior.mean_count(*given)  # (B, G)
+        return posterior.mean_count(posterior.probabilities(*given))  # (B, G)
 
     def _count_posterior(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> tuple:
         """Posterior of the counts, and what its methods take: log means, noisy cells (B, G), timesteps (B,)."""
@@ -240,6 +240,51 @@ def read_batch(
     k = torch.from_numpy(counts.toarray()).to(device, torch.float32)  # (B, G)
     x_0 = torch.from_numpy(processor.transform(counts)).to(device, torch.float32)  # (B, G)
     return k, x_0, torch.from_numpy(library_sizes).to(device, torch.float32)  # (B,)
+
+
+def add_noise(
+    posterior: CountPosterior, x_0: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """Bring measured cells (B, G) in model space to the noise level of timesteps (B,), with standard normal noise."""
+    alpha_bar = posterior.alpha_bar(timestep)[:, None]  # (B, 1)
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # (B, G)
+
+
+def expected_log_mean(
+    transformer: SCRDiTTransformer,
+    posterior: CountPosterior,
+    x_0: torch.Tensor,
+    timestep: int,
+    class_labels: torch.Tensor,
+    library_size: torch.Tensor,
+    noise: Iterable[torch.Tensor],
+) -> torch.Tensor:
+    """Log mean count of each gene that the other genes of measured cells let expect, shape (B, G).
+
+    Parameters
+    ----------
+    transformer
+        With a count head.
+    posterior
+        Of the count head for these labels and library sizes.
+    x_0
+        Cells in model space, shape (B, G).
+    timestep
+        Noise level at which the network sees them.
+    class_labels, library_size
+        Codes (B, K) and total counts (B,).
+    noise
+        Draws of the noise, each (B, G), over which the log means are averaged.
+    """
+    t = torch.full((len(x_0),), timestep, device=x_0.device)  # (B,)
+    log_means = []
+    for draw in noise:
+        x_t = add_noise(posterior, x_0, t, draw)  # (B, G)
+        output = transformer(x_t.to(transformer.dtype), t, class_labels, library_size)
+        log_means.append(output.count_log_mean.float())
+    log_mean = torch.stack(log_means).mean(dim=0)  # (B, G)
+    check_finite(log_mean)
+    return log_mean
 
 
 def denoise(

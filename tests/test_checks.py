@@ -8,7 +8,14 @@ import pytest
 import scipy.sparse as sp
 
 from scrdit_diffusers import CellDataset, SCRDiTProcessor
-from scrdit_diffusers.checks import check_gene_names, check_label, get_matrix, label_categories, looks_like_counts
+from scrdit_diffusers.checks import (
+    check_gene_names,
+    check_label,
+    get_matrix,
+    label_categories,
+    layer_names,
+    looks_like_counts,
+)
 
 SEEDS = range(5)
 
@@ -242,3 +249,9 @@ def test_a_column_that_comes_twice_is_refused(adata):
     twice = pd.concat([adata.obs, adata.obs], axis=1)
     with pytest.raises(ValueError, match="obs .* 2 columns 'batch'"):
         check_label(twice, "batch")
+
+
+def test_x_is_none_of_the_layers(adata):
+    assert layer_names(adata) == ["counts", "lognorm"]
+    with pytest.raises(ValueError, match=r"'missing'.*\['counts', 'lognorm'\]"):
+        get_matrix(adata, "missing", expect_counts=False)

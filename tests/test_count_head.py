@@ -137,6 +137,46 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
         np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
 
 
+def test_counts_at_the_scores_of_others_have_the_same_level_in_their_distribution():
+    """Levels are those of the count's range in the one, and counts those whose range in the other holds the level."""
+    cases = Case(900, num_cells=6), Case(700, num_cells=6)
+    tables = [[[case.posterior(c, g) for g in range(len(LARGEST))] for c in range(6)] for case in cases]
+    heads = [case.head(case.class_labels) for case in cases]
+    source, target = (head.probabilities(*case.arguments[:3]) for head, case in zip(heads, cases, strict=True))
+    uniform = np.random.default_rng(5).random(cases[0].counts.shape)
+    scores = heads[0].scores(source, torch.from_numpy(cases[0].counts), torch.from_numpy(uniform))
+    moved = heads[1].at_scores(target, scores)
+    for cell, gene in np.ndindex(uniform.shape):
+        before, after = (table[cell][gene] for table in tables)
+        count = int(cases[0].counts[cell, gene])
+        level = before[:count].sum() + uniform[cell, gene] * before[count]
+        assert scores[cell, gene] == pytest.approx(norm.ppf(level), abs=1e-4)
+        assert moved[cell, gene] == np.searchsorted(after.cumsum(), level, side="right")
+
+
+def test_scores_keep_counts_far_beyond_what_is_expected():
+    """Such counts have levels that no floating-point number tells from 1."""
+    head = make_head(random_counts([60] * 4))(NO_LABELS.expand(3, 0))
+    probabilities = head.probabilities(torch.full((3, 4), 0.0))
+    counts = torch.tensor([[0.0, 1, 2, 3], [25, 18, 20, 5], [30, 10, 0, 7]])
+    for place in (0.01, 0.5, 0.99):
+        moved = head.at_scores(probabilities, head.scores(probabilities, counts, torch.full_like(counts, place)))
+        assert torch.equal(moved, counts)
+    assert min(p.flip(1).cumsum(1).flip(1)[:, 25].max() for p in probabilities) < 1e-9
+
+
+def test_quantiles_of_mixtures_lie_between_their_parts():
+    case = Case(900)
+    head = case.head(case.class_labels)
+    parts = [head.probabilities(case.log_mean + shift) for shift in (0.0, 1.0)]
+    mixture = [(a + b) / 2 for a, b in zip(*parts, strict=True)]
+    level = torch.full_like(case.log_mean, 0.7)
+    low, mixed, high = (head.quantile(p, level) for p in (parts[0], mixture, parts[1]))
+    assert (low <= mixed).all() and (mixed <= high).all() and (low < high).any()
+    means = [head.mean_count(p) for p in (*parts, mixture)]
+    torch.testing.assert_close((means[0] + means[1]) / 2, means[2])
+
+
 def test_without_noise_the_counts_come_back():
     case = Case(0, num_cells=50)
     drawn = sample(case.head, *case.arguments, torch.rand(case.counts.shape))

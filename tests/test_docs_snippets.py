@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = ("quickstart", "how-to", "tutorials/generate", "tutorials/own-cells", "tutorials/fine-tune")
 PAGES += ("jobs/denoise", "jobs/annotate", "jobs/simulate", "jobs/augment")
+PAGES += ("jobs/complete", "jobs/translate", "jobs/interpolate")
 TINY_TRAINING = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
 TINY_TRAINING["n_top_genes"] = 300  # with 30 most of these cells are equal, and distances between them zero
 FEW_STEPS = {"max_train_steps": 8, "checkpointing_steps": 8, "validation_steps": 8}

@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 
 from scrdit_diffusers import SCRDiTPipeline
 from scrdit_diffusers.atomic import LOCK_NAME, remove, write_atomically
+from scrdit_diffusers.checks import layer_names
 from scrdit_diffusers.launch import check_processes, watch_launcher
 from scrdit_diffusers.redaction import redact
 
@@ -207,12 +208,17 @@ def write_shard(pipe: SCRDiTPipeline, args: GenerationArguments, request: dict, 
 def append_obs(stored: h5py.Group | zarr.Group, obs: pd.DataFrame) -> None:
     """Append the obs of a shard to that on disk, which has the same categories."""
     for key in [stored.attrs["_index"], *obs.columns]:
-        array, values = stored[key], obs.index if key == stored.attrs["_index"] else obs[key]
+        column, values = stored[key], obs.index if key == stored.attrs["_index"] else obs[key]
         if isinstance(values.dtype, pd.CategoricalDtype):
-            array, values = array["codes"], values.cat.codes
-        start = array.shape[0]
-        array.resize((start + len(obs),))
-        array[start:] = values.to_numpy()
+            parts = [(column["codes"], values.cat.codes)]
+        elif isinstance(column, h5py.Group | zarr.Group):  # text of pandas 3
+            parts = [(column["values"], values.fillna("")), (column["mask"], values.isna())]
+        else:
+            parts = [(column, values)]
+        for array, new in parts:
+            start = array.shape[0]
+            array.resize((start + len(new),))
+            array[start:] = np.asarray(new)
 
 
 def join_shards(shards: list[Path], blocks: list[range], temporary: Path) -> None:
@@ -223,7 +229,7 @@ def join_shards(shards: list[Path], blocks: list[range], temporary: Path) -> Non
     if temporary.is_dir():  # left by a killed run
         shutil.rmtree(temporary)
     adata = read_shard(shards[0], blocks[0])
-    matrices = {"X": adata.X} | {f"layers/{name}": layer for name, layer in adata.layers.items()}
+    matrices = {"X": adata.X} | {f"layers/{name}": adata.layers[name] for name in layer_names(adata)}
     for matrix in matrices.values():
         matrix.indptr = matrix.indptr.astype(np.int64)  # the joined matrix may have more than 2^31 values
     is_zarr = temporary.suffix == ".zarr"

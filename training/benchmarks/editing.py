@@ -1,0 +1,367 @@
+r"""Completion, translation and paths of real cells beside their baselines, as Markdown tables.
+
+    python training/benchmarks/editing.py --pipeline split/pipeline --split_dir split --output_dir outputs/editing \
+        --complete
+    python training/benchmarks/editing.py --pipeline lung/pipeline --split_dir lung --output_dir outputs/lung \
+        --translate batch sc_celseq2
+    python training/benchmarks/editing.py --pipeline oligo/pipeline --split_dir oligo --output_dir outputs/oligo \
+        --path NFOL2 MOL1
+
+The pipeline is trained on the train part of a split by `training/evaluate.py`, from which cells may have been taken
+out: these are then in `held_out.h5ad` of the same folder. The same command continues after an interruption.
+
+- Complete: cells of the test part keep 300 genes, the most variable ones of the training cells or random ones. Mean
+  over the missing genes of the correlation, over cells, between expected and true counts after log1p; share of true
+  counts within the 90% interval, of all and of those with a mean of at least 1; AUROC of a classifier on all genes that
+  tells completed from real cells, beside cells generated with the same labels. The penalty of ridge regression and the
+  number of neighbors are chosen on the control part.
+- Translate: cells of the control and test parts with other labels of the condition are translated to the target and
+  compared with the real ones there: energy distance on 50 PCs within each of `--labels_key`, AUROC of classifiers on
+  PCs and genes, share kept of each cell's 5 nearest neighbors among those of the same labels, and of the labels by a
+  classifier. If the cells of `held_out.h5ad` are those of the target, the real ones are these, of a combination of
+  labels that the model never saw; all other parts are then translated.
+- Path: cells half-way between those of two labels, paired at random, beside the cells of `held_out.h5ad`, which lie
+  between them: 2-Wasserstein and energy distance on 50 PCs.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+from _common import Record, to_markdown
+from jobs import PARTS, labels_of, log_normalize, new_pca
+from scipy.spatial.distance import cdist
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from scrdit_diffusers import (
+    SCRDiTCompletePipeline,
+    SCRDiTInterpolatePipeline,
+    SCRDiTPipeline,
+    SCRDiTTranslatePipeline,
+)
+from scrdit_diffusers.evaluation.metrics import classifier_auroc, wasserstein2
+
+PANEL = 300  # genes
+Parts = dict[str, ad.AnnData]
+Results = dict[str, dict[str, float]]
+
+
+def dense(cells: ad.AnnData) -> np.ndarray:
+    """Read counts as an array, shape (cells, G)."""
+    return cells.X.toarray().astype(np.float64)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Make a generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def choose(cells: ad.AnnData, num_cells: int, seed: int) -> ad.AnnData:
+    """Choose cells at random."""
+    rows = np.random.default_rng(seed).permutation(cells.n_obs)[:num_cells]
+    return cells[np.sort(rows)].copy()
+
+
+def linear_auroc(x: np.ndarray, y: np.ndarray) -> float:
+    """AUROC of a logistic regression on standardized log-normalized genes."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    return classifier_auroc(log_normalize(x), log_normalize(y), model)
+
+
+def forest_auroc(x: np.ndarray, y: np.ndarray) -> float:
+    """AUROC of a random forest."""
+    return classifier_auroc(x, y, RandomForestClassifier(300, random_state=0))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased energy distance of two sets of points: 0 on average for points of one distribution."""
+    within = sum(cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y))
+    return float(2 * cdist(x, y).mean() - within)
+
+
+# -- complete ----------------------------------------------------------------------------------------------------------
+
+
+def choose_panel(train: ad.AnnData, kind: str, seed: int) -> np.ndarray:
+    """Choose the genes that are measured: the most variable ones, or random ones."""
+    if kind == "random":
+        return np.sort(np.random.default_rng(seed).permutation(train.n_vars)[:PANEL])
+    return np.sort(np.argsort(-log_normalize(train.X).var(axis=0))[:PANEL])
+
+
+def gene_correlation(expected: np.ndarray, true: np.ndarray) -> float:
+    """Mean over genes of the correlation after log1p; 0 for a gene of which all cells are expected alike."""
+    x, y = (np.log1p(values) - np.log1p(values).mean(axis=0) for values in (expected, true))
+    scale = np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
+    varies = (y**2).sum(axis=0) > 0
+    return float(np.divide((x * y).sum(axis=0), scale, out=np.zeros(len(scale)), where=scale > 1e-9)[varies].mean())
+
+
+def complete_by_baselines(
+    train: np.ndarray, control: np.ndarray, test: np.ndarray, panel: np.ndarray, missing: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Predict the counts of the missing genes by ridge regression and by neighbors."""
+
+    def features(counts: np.ndarray) -> np.ndarray:
+        known = counts[:, panel]
+        return np.column_stack([np.log1p(known), np.log1p(known.sum(axis=1))])
+
+    scaler = StandardScaler().fit(features(train))
+    inputs = {name: scaler.transform(features(x)) for name, x in (("control", control), ("test", test))}
+    best: dict[str, tuple[float, np.ndarray]] = {}
+
+    def offer(method: str, predict: Callable[[str, np.ndarray], np.ndarray]) -> None:
+        quality = gene_correlation(predict("control", control), control[:, missing])
+        if method not in best or quality > best[method][0]:
+            best[method] = quality, predict("test", test)
+
+    for alpha in (1e3, 3e3, 1e4, 3e4, 1e5):
+        ridge = Ridge(alpha=alpha).fit(scaler.transform(features(train)), np.log1p(train[:, missing]))
+        offer("ridge regression", lambda name, _, ridge=ridge: np.expm1(np.maximum(ridge.predict(inputs[name]), 0)))
+    for k in (15, 30, 60, 120):
+        logs = log_normalize(train[:, panel])
+        neighbors = NearestNeighbors(n_neighbors=min(k, len(train))).fit(logs)
+
+        def predict(_: str, cells: np.ndarray, neighbors: NearestNeighbors = neighbors) -> np.ndarray:
+            rows = neighbors.kneighbors(log_normalize(cells[:, panel]), return_distance=False)
+            profiles = np.stack([train[row].sum(axis=0) / train[row].sum() for row in rows])
+            sizes = cells[:, panel].sum(axis=1) / np.maximum(profiles[:, panel].sum(axis=1), 1e-9)
+            return profiles[:, missing] * sizes[:, None]
+
+        offer("nearest neighbors", predict)
+    return {method: expected for method, (_, expected) in best.items()}
+
+
+def measure_completion(pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, kind: str) -> Results:
+    """Correlation, coverage and AUROC of each method."""
+    train, test = parts["train"], choose(parts["test"], num_cells, seed)
+    panel = choose_panel(train, kind, seed)
+    missing = np.setdiff1d(np.arange(train.n_vars), panel)
+    counts, true = dense(train), dense(test)
+    expected = complete_by_baselines(counts, dense(parts["control"]), true, panel, missing)
+    labels = labels_of(train, key)
+    means = {label: counts[labels == label].sum(axis=0) / counts[labels == label].sum() for label in set(labels)}
+    profiles = np.stack([means[label] for label in labels_of(test, key)])
+    sizes = true[:, panel].sum(axis=1) / profiles[:, panel].sum(axis=1)
+    expected["mean of the label"] = profiles[:, missing] * sizes[:, None]
+    results: Results = {name: {"correlation": gene_correlation(x, true[:, missing])} for name, x in expected.items()}
+    complete = SCRDiTCompletePipeline.from_pipe(pipe)
+    complete.set_progress_bar_config(disable=True)
+    for use_labels in (True, False):
+        cells = complete(test[:, panel].copy(), use_labels=use_labels, generator=seeded(seed))
+        mean, lower, upper = (cells.layers[name][:, missing] for name in ("mean", "lower", "upper"))
+        inside = (lower <= true[:, missing]) & (true[:, missing] <= upper)
+        results["ours" if use_labels else "ours, without labels"] = {
+            "correlation": gene_correlation(mean, true[:, missing]),
+            "coverage": float(inside.mean()),
+            "coverage, means of at least 1": float(inside[mean >= 1].mean()),
+            "AUROC against real cells": linear_auroc(dense(cells), true),
+            "error of log library size": float(np.std(np.log(cells.obs["library_size"] / true.sum(axis=1)))),
+        }
+    generated = pipe(obs=test.obs, generator=seeded(seed)).adata
+    results["cells generated with the same labels"] = {"AUROC against real cells": linear_auroc(dense(generated), true)}
+    return results
+
+
+# -- translate ---------------------------------------------------------------------------------------------------------
+
+
+def shift_means(cells: ad.AnnData, train: ad.AnnData, key: str, condition: str, target: str, sizes: np.ndarray):
+    """Add the difference of mean log-normalized values to the target, the mean over labels that both have."""
+    logs, types, values = log_normalize(train.X), labels_of(train, key), labels_of(train, condition)
+    shifts = {}
+    for value in set(labels_of(cells, condition)):
+        pairs = [((types == t) & (values == target), (types == t) & (values == value)) for t in set(types)]
+        found = [logs[a].mean(axis=0) - logs[b].mean(axis=0) for a, b in pairs if a.sum() > 1 and b.sum() > 1]
+        shifts[value] = np.mean(found, axis=0)
+    moved = log_normalize(cells.X) + np.stack([shifts[value] for value in labels_of(cells, condition)])
+    profiles = np.expm1(np.maximum(moved, 0))
+    return profiles / profiles.sum(axis=1, keepdims=True) * sizes[:, None]
+
+
+def share_neighbors_kept(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> float:
+    """Share of each cell's 5 nearest neighbors within its group that stay so."""
+    shares = []
+    for group in set(groups):
+        rows = np.flatnonzero(groups == group)
+        if len(rows) < 12:
+            continue
+        one, other = (NearestNeighbors(n_neighbors=5).fit(x[rows]).kneighbors()[1] for x in (before, after))
+        shares += [len(set(a) & set(b)) / 5 for a, b in zip(one, other, strict=True)]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def log_fold_changes(cells: np.ndarray, source: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    """Log2 ratios of the mean counts per 10,000."""
+    one, other = (np.log2((x / x.sum(axis=1, keepdims=True) * 1e4).mean(axis=0) + 0.05)[genes] for x in (cells, source))
+    return one - other
+
+
+def measure_translation(
+    pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, condition: str, target: str
+) -> Results:
+    """Nearness to the real cells of the target, and what is kept of the cells."""
+    train = parts["train"]
+    unseen = "held_out" in parts and set(labels_of(parts["held_out"], condition)) == {target}
+    others = ad.concat([parts[part] for part in (PARTS if unseen else PARTS[1:])])
+    real = parts["held_out"] if unseen else others[labels_of(others, condition) == target].copy()
+    types = [t for t in sorted(set(labels_of(real, key))) if (labels_of(real, key) == t).sum() > 1]
+    source = others[(labels_of(others, condition) != target) & np.isin(labels_of(others, key), types)]
+    source = choose(source, num_cells, seed)
+    pca = new_pca(log_normalize(train.X)).fit(log_normalize(train.X))
+    classifier = LogisticRegression(max_iter=2000)
+    classifier.fit(pca.transform(log_normalize(train.X)), labels_of(train, key))
+    translate = SCRDiTTranslatePipeline.from_pipe(pipe)
+    translate.set_progress_bar_config(disable=True)
+    codes = [pipe.processor.encode_labels(obs) for obs in (source.obs, source.obs.assign(**{condition: target}))]
+    before = dense(source)
+    sizes = translate.translate_library_size(before.sum(axis=1), *codes)
+    cells = {"not translated": before, "mean shift": shift_means(source, train, key, condition, target, sizes)}
+    for name, timesteps in {"ours, labels alone": (999,), "ours": (999, 600)}.items():
+        cells[name] = dense(translate(source, {condition: target}, timesteps=timesteps, generator=seeded(seed)))
+    if unseen:
+        obs = source.obs.assign(**{condition: target})
+        cells["generated with the target labels"] = dense(pipe(obs=obs, generator=seeded(seed)).adata)
+    of_source, of_real, goal = labels_of(source, key), labels_of(real, key), dense(real)
+    groups = np.char.add(of_source, labels_of(source, condition))
+    genes = np.maximum(goal.mean(axis=0), before.mean(axis=0)) > 1
+    true = log_fold_changes(goal, before, genes)
+    rng = np.random.default_rng(seed)
+    rows: tuple[list, list] = ([], [])  # as many of each label
+    for t in types:
+        pair = [rng.permutation(np.flatnonzero(labels == t)) for labels in (of_source, of_real)]
+        number = min(map(len, pair))
+        for chosen, part in zip(rows, pair, strict=True):
+            chosen.extend(part[:number])
+    z_before, z_goal = (pca.transform(log_normalize(x)) for x in (before, goal))
+    results: Results = {}
+    for name, new in cells.items():
+        z = pca.transform(log_normalize(new))
+        distances = [energy_distance(z[of_source == t], z_goal[of_real == t]) for t in types if t in set(of_source)]
+        weights = [(of_source == t).sum() for t in types if t in set(of_source)]
+        found = {
+            "energy distance": float(np.average(distances, weights=weights)),
+            "AUROC, 50 PCs": forest_auroc(z[rows[0]], z_goal[rows[1]]),
+            "AUROC, genes": linear_auroc(new[rows[0]], goal[rows[1]]),
+            "labels kept": float((classifier.predict(z) == of_source).mean()),
+        }
+        if not name.startswith("generated"):
+            found["neighbors kept"] = share_neighbors_kept(z_before, z, groups)
+        change = log_fold_changes(new, before, genes)
+        if unseen and name != "not translated":
+            found["correlation of log fold changes"] = float(np.corrcoef(change, true)[0, 1])
+            found["slope of log fold changes"] = float((change * true).sum() / (true**2).sum())
+        results[name] = found
+    return results
+
+
+# -- path --------------------------------------------------------------------------------------------------------------
+
+
+def measure_path(
+    pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, start: str, end: str
+) -> Results:
+    """Distance of the middle of the path from real cells that were left out of training."""
+    everything = ad.concat([parts[part] for part in PARTS])
+    rng = np.random.default_rng(seed)
+    middle = parts["held_out"]
+    num_cells = min(num_cells, middle.n_obs // 2)
+    order = rng.permutation(middle.n_obs)
+    real, others = (dense(middle[order[rows]]) for rows in (slice(num_cells), slice(num_cells, 2 * num_cells)))
+    ends = []
+    for label in (start, end):
+        rows = np.flatnonzero(labels_of(everything, key) == label)
+        chosen = everything[np.resize(rng.permutation(rows), num_cells)]
+        chosen = ad.AnnData(
+            chosen.X, obs=chosen.obs.set_axis([f"{label} {i}" for i in range(num_cells)]), var=chosen.var
+        )
+        ends.append(chosen)
+    interpolate = SCRDiTInterpolatePipeline.from_pipe(pipe)
+    interpolate.set_progress_bar_config(disable=True)
+    first, last = map(dense, ends)
+    logs = log_normalize(first), log_normalize(last)
+    cells = {
+        "other real cells": others,
+        "start": first,
+        "end": last,
+        "straight mix of log-normalized values": np.expm1((logs[0] + logs[1]) / 2),
+        "straight mix of counts": (first + last) / 2,
+        "one of the ends for each gene": np.where(rng.random(first.shape) < 0.5, first, last),
+        "ours": dense(interpolate(*ends, positions=(0.5,), generator=seeded(seed))),
+    }
+    pca = new_pca(log_normalize(parts["train"].X)).fit(log_normalize(parts["train"].X))
+    goal = pca.transform(log_normalize(real))
+    results = {}
+    for name, new in cells.items():
+        z = pca.transform(log_normalize(new))
+        results[name] = {
+            "W2": wasserstein2(z, goal),
+            "W2, 10 PCs": wasserstein2(z[:, :10], goal[:, :10]),
+            "energy distance": energy_distance(z, goal),
+        }
+    return results
+
+
+def main() -> None:
+    """Measure what was asked for and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", required=True)
+    parser.add_argument("--split_dir", required=True, help="train.h5ad, control.h5ad, test.h5ad, perhaps held_out.h5ad")
+    parser.add_argument("--complete", action="store_true")
+    parser.add_argument("--translate", nargs=2, metavar=("CONDITION", "LABEL"))
+    parser.add_argument("--path", nargs=2, metavar=("START", "END"))
+    parser.add_argument("--labels_key", default="cell_type")
+    parser.add_argument("--num_seeds", type=int, default=3)
+    parser.add_argument("--num_cells", type=int, default=300, help="cells that are edited")
+    parser.add_argument("--output_dir", default="outputs/editing", help="folder of the results")
+    args = parser.parse_args()
+    pipe = SCRDiTPipeline.from_pretrained(args.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    genes = pipe.processor.var_names
+    paths = {name: Path(args.split_dir) / f"{name}.h5ad" for name in (*PARTS, "held_out")}
+    parts = {name: ad.read_h5ad(path)[:, genes].copy() for name, path in paths.items() if path.exists()}
+    common = (pipe, parts, args.labels_key)
+    jobs: dict[str, Callable[[int], Results]] = {}
+    if args.complete:
+        for kind in ("variable", "random"):
+            jobs[f"complete, {kind} panel"] = lambda seed, kind=kind: measure_completion(
+                *common, seed, args.num_cells, kind
+            )
+    if args.translate:
+        jobs["translate"] = lambda seed: measure_translation(*common, seed, args.num_cells, *args.translate)
+    if args.path:
+        jobs["path"] = lambda seed: measure_path(*common, seed, args.num_cells, *args.path)
+    given = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_seeds", "complete")}
+    record = Record(Path(args.output_dir) / "editing.json", given, results={})
+    for seed in range(args.num_seeds):
+        for job, measure in jobs.items():
+            if f"{job} {seed}" not in record["results"]:
+                record["results"][f"{job} {seed}"] = measure(seed)
+                record.save()
+    for job in jobs:
+        seeds = [record["results"][f"{job} {seed}"] for seed in range(args.num_seeds)]
+        print(f"\n## {job}\n\n{format_table(seeds)}", flush=True)
+
+
+def format_table(seeds: list[Results]) -> str:
+    """Format the mean of each value over the seeds, and its range: a row per method, a column per metric."""
+    metrics = list(dict.fromkeys(metric for found in seeds[0].values() for metric in found))
+    rows = []
+    for method, found in seeds[0].items():
+        row = [method]
+        for metric in metrics:
+            values = [seed[method][metric] for seed in seeds if metric in found]
+            row.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "")
+        rows.append(row)
+    return to_markdown(["method", *metrics], rows)
+
+
+if __name__ == "__main__":
+    main()
