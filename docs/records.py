@@ -119,7 +119,8 @@ def arguments_table(module: str, arguments_class: str) -> str:
         default = argument.default if argument.default is not MISSING else argument.default_factory()
         words = default if isinstance(default, list) else [] if default is None else [default]
         shown = f"`{' '.join(map(str, words))}`" if words else ""
-        text = argument.metadata["help"].replace("%%", "%").replace("*", "\\*")
+        text = argument.metadata["help"].replace(f" (default: {default})", "")  # it has a column of its own
+        text = text.replace("%%", "%").replace("*", "\\*")
         rows.append([f"`--{argument.name}`", shown, text])
     return make_table(["argument", "default", "meaning"], rows)
 

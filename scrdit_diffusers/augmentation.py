@@ -1,5 +1,6 @@
 """Augmentation: real cells and new ones of rare labels in one AnnData."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,9 @@ def augment(
     present = adata.obs[labels_key].astype(object).map(str).value_counts()
     wanted = dict(to) if isinstance(to, Mapping) else {label: to for label in present.index if label in known}
     if unknown := [label for label in wanted if label not in known]:
-        raise ValueError(f"to: {labels_key} has no label {unknown} in the model, only {known}.")
+        closest = [match for label in unknown for match in difflib.get_close_matches(str(label), known, n=1)]
+        meant = f", did you mean {closest}?" if closest else "."
+        raise ValueError(f"to: {labels_key} has no label {unknown} in the model{meant} Known: {known}.")
     if bad := {label: number for label, number in wanted.items() if number < 1}:
         raise ValueError(f"to must be at least 1 cell, got {bad}.")
     missing = {label: number - int(present.get(label, 0)) for label, number in wanted.items()}

@@ -130,9 +130,13 @@ def get_matrix(adata: ad.AnnData, layer: str | None, expect_counts: bool) -> sp.
     hint = ""
     if expect_counts and not looks_like_counts(matrix):
         found = [key for key in layer_names(adata) if key != layer and looks_like_counts(adata.layers[key])]
-        hint = f" These layers look like counts: {found}." if found else " No layer looks like counts."
+        hint = (
+            f" These layers look like counts: {found}; name one as the layer (--layer)."
+            if found
+            else " No layer looks like counts."
+        )
         if layer is not None and looks_like_counts(adata.X):
-            hint = " adata.X looks like counts: use layer=None."
+            hint = " adata.X looks like counts: use layer=None (no --layer)."
         elif adata.raw is not None and looks_like_counts(adata.raw.X):
             hint += " adata.raw does: use adata.raw.to_adata()."
     check_values(matrix, name, expect_counts, hint)
@@ -163,7 +167,10 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
     if isinstance(obs[key], pd.DataFrame):
         raise ValueError(f"{name} has {obs[key].shape[1]} columns {key!r}; rename or drop the others.")
     if obs[key].isna().any():
-        raise ValueError(f"{name}[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label or drop it.")
+        raise ValueError(
+            f"{name}[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label, "
+            f"or keep those that have one: adata[adata.obs[{key!r}].notna()].copy()."
+        )
     if key == "synthetic":
         raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
 

@@ -1,5 +1,6 @@
 """The scripts of `training/` without a checkout: `scrdit train ...` in a shell, `train(adata, ...)` in Python."""
 
+import difflib
 import os
 import runpy
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ USAGE = f"""usage: scrdit COMMAND [arguments]
   scrdit demo                      train on real cells, generate new ones and compare them, in outputs/demo
   scrdit convert_checkpoint ...    turn a checkpoint of the original scRDiT into a pipeline
   scrdit path COMMAND              print where its script is, as in: accelerate launch "$(scrdit path train)" ...
+  scrdit --version                 print the version
 
 `scrdit COMMAND --help` lists the arguments of {", ".join(COMMANDS)}."""
 
@@ -47,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(USAGE)
         return
+    if arguments == ["--version"]:
+        print(f"scrdit_diffusers {version('scrdit_diffusers')}")
+        return
     command, *rest = arguments
     if command == "path" and len(rest) == 1 and rest[0] in COMMANDS:
         print(script_path(rest[0]))
         return
     if command not in COMMANDS:
-        sys.exit(f"error: scrdit has the commands path and {', '.join(COMMANDS)}, got {' '.join(redact(arguments))}.")
+        known = ", ".join([*COMMANDS, "path COMMAND"])
+        sys.exit(f"error: unknown command {' '.join(redact(arguments))}; the commands are {known}.")
     script = script_path(command)
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.parent))  # scripts import each other by name
@@ -91,7 +98,7 @@ def train(
         Number of processes, one for each GPU.
     options
         Any other argument of the script by its name, such as `max_train_steps=500`, `n_top_genes=3000` or
-        `overwrite_output_dir=True`; `scrdit train --help` lists them.
+        `overwrite_output_dir=True`; `scrdit train --help` lists them. Only `dry_run` is for the shell alone.
 
     Returns
     -------
@@ -112,6 +119,8 @@ def train(
     >>> pipe = scrdit_diffusers.train(adata, labels_key="cell_type", output_dir="my-model")  # doctest: +SKIP
     >>> cells = pipe(num_cells=100, conditions={"cell_type": "B"}).adata  # doctest: +SKIP
     """
+    if options.get("dry_run"):
+        raise ValueError("dry_run=True would leave no pipeline to return; run scrdit train --dry_run in a shell.")
     keys = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
     options = {"output_dir": output_dir, "labels_key": keys} | options
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +168,9 @@ def _write_used(adata: ad.AnnData, keys: list[str], options: dict[str, Any], pat
         ("layer", [layer] if layer else [], layer_names(adata)),
     ):
         if missing := [key for key in wanted if key not in there]:
-            raise ValueError(f"{name}: adata has no {missing}; it has {list(there)}.")
+            closest = [match for key in missing for match in difflib.get_close_matches(key, list(map(str, there)), n=1)]
+            meant = f", did you mean {closest}?" if closest else ";"
+            raise ValueError(f"{name}: adata has no {missing}{meant} it has {list(there)}.")
     # As text, since a file cannot hold labels of any type, such as dates.
     labels = {key: adata.obs[key].astype(object).map(str) for key in keys}
     obs = {key: pd.Categorical(texts, categories=label_categories(adata.obs, key)) for key, texts in labels.items()}

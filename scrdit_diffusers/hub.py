@@ -146,6 +146,8 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
     for name in (kwargs.get("weight_name"), None if isinstance(source, dict) else source):
         if name is not None and Path(str(name)).suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{name} is a pickled file. {_SAFETENSORS_ONLY}")
+    is_here = not isinstance(source, (str, Path)) or os.path.exists(source)
+    here = "" if is_here else "There is no such folder here, so it was sought on the Hub. "
     try:
         yield kwargs | {"use_safetensors": True}
     except HFValidationError as error:
@@ -156,19 +158,23 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
         if isinstance(source, (str, Path)) and any(Path(source).glob("checkpoint-*")) and "model_index" in str(error):
             raise OSError(
                 f"{source} holds no pipeline yet, but checkpoints of a training run: continue with "
-                "training/train.py --resume_from_checkpoint latest and its other arguments."
+                "scrdit train --resume_from_checkpoint latest and its other arguments."
+            ) from error
+        if isinstance(source, (str, Path)) and Path(source).is_dir() and "model_index" in str(error):
+            raise OSError(
+                f"{source} holds no pipeline: it has no model_index.json, which training writes at its end. ({error})"
             ) from error
         if "safetensors" in str(error) and _SAFETENSORS_ONLY not in str(error):
             raise OSError(f"{error} {_SAFETENSORS_ONLY}") from error
         if "cached" in str(error) or str(source) not in str(error):  # the message does not say what was to be loaded
             revision = f" at revision {kwargs['revision']!r}" if kwargs.get("revision") else ""
             raise OSError(
-                f"Could not load {source}{revision}. Is the name right, does the revision exist, may your token read "
-                f"it (`hf auth login`, or token=...), is there a network? The library says: {error}"
+                f"Could not load {source}{revision}. {here}Is the name right, does the revision exist, may your token "
+                f"read it (`hf auth login`, or token=...), is there a network? The library says: {error}"
             ) from error
         raise
     except HTTPError as error:  # not an OSError, and names neither the repository nor what to do
-        raise OSError(f"Loading {source} broke off ({error}). Load it again: whole files are kept.") from error
+        raise OSError(f"Loading {source} broke off ({error}). {here}Load it again: whole files are kept.") from error
     except SafetensorError as error:
         raise OSError(
             f"The safetensors file of {source} is damaged or of another kind ({error}): download or save it again."

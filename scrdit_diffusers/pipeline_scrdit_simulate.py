@@ -1,6 +1,7 @@
 """Simulation with known truth: generated cells whose differences between groups were planted."""
 
 import copy
+import difflib
 from collections.abc import Mapping, Sequence
 
 import anndata as ad
@@ -105,7 +106,12 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f"effects: obs[{group_key!r}] has no group {unknown}.")
         for group, changes in effects.items():
             if absent := [gene for gene in changes if gene not in self.processor.var_names]:
-                raise ValueError(f"effects[{group!r}]: {len(absent)} genes are not the model's, such as {absent[:5]}.")
+                known = list(map(str, self.processor.var_names))
+                closest = difflib.get_close_matches(str(absent[0]), known, n=1)
+                meant = f", did you mean {closest[0]!r}?" if closest else "."
+                raise ValueError(
+                    f"effects[{group!r}]: {len(absent)} genes are not the model's, such as {absent[:5]}{meant}"
+                )
             if bad := {gene: value for gene, value in changes.items() if not np.isfinite(value)}:
                 raise ValueError(f"effects[{group!r}] must be finite log2 fold changes, got {bad}.")
         if max_factor is not None and not 1 <= max_factor < np.inf:

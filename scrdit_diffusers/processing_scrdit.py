@@ -304,7 +304,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             missing = [self.var_names[i] for i in np.flatnonzero(positions < 0)]
             raise ValueError(
                 f"{len(missing)} of the model's {self.num_genes} genes are missing from the data, such as "
-                f"{missing[:5]}; the data's names look like {[str(name) for name in var_names[:3]]}."
+                f"{missing[:5]}; the data's names look like {[str(name) for name in var_names[:3]]}. Give all "
+                "genes that were measured, or train a pipeline on the genes that the data have."
             )
         return positions
 

@@ -14,7 +14,7 @@ import generate
 import pytest
 import simulate
 from arguments import TrainingArguments, check_args
-from cli import PipelineArguments, arg, describe, may_change, parse, read_genes, run_job
+from cli import PipelineArguments, arg, command_line, describe, may_change, parse, read_genes, run_job
 
 
 @dataclass
@@ -124,3 +124,24 @@ def test_an_interrupt_ends_a_job_with_a_sentence(monkeypatch):
     monkeypatch.setattr(cli, "run", interrupt)
     with pytest.raises(SystemExit, match="nothing was written"):
         run_job(None, SomeArguments)
+
+
+def test_help_names_the_command_and_shows_defaults_where_there_are_some(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/generate.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse(PipelineArguments)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: scrdit generate ") and "(default: 512)" in text and "(default: None)" not in text
+
+
+def test_a_recorded_command_shows_no_folder_of_this_machine(monkeypatch):
+    words = ["/home/me/train.py", "--dataset", "/home/me/cells.h5ad", "--genes=/home/me/a.txt", "--output_dir", "x/y"]
+    monkeypatch.setattr(sys, "argv", words)
+    shown = ["scrdit", "train", "--dataset", "cells.h5ad", "--genes=a.txt", "--output_dir", "x/y"]
+    assert command_line() == shown
+
+
+def test_a_word_without_a_flag_is_told_where_values_go(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "cells.h5ad"])
+    with pytest.raises(ValueError, match="after its flag, as in --dataset"):
+        parse(TrainingArguments)

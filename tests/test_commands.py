@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from scripts import REPOSITORY, TINY
 
+import scrdit_diffusers
 from scrdit_diffusers import CellDataset, SCRDiTPipeline, SCRDiTProcessor, commands, fit_dataset, train
 
 OPTIONS = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
@@ -124,6 +125,21 @@ def test_keywords_become_flags():
 def test_path_prints_where_a_script_is(capsys):
     commands.main(["path", "train"])
     assert capsys.readouterr().out.strip() == str(REPOSITORY / "training" / "train.py")
+
+
+def test_the_version_is_printed(capsys):
+    commands.main(["--version"])
+    assert capsys.readouterr().out == f"scrdit_diffusers {scrdit_diffusers.__version__}\n"
+
+
+def test_a_dry_run_is_refused_as_it_leaves_no_pipeline(cells, tmp_path):
+    with pytest.raises(ValueError, match="dry_run.*scrdit train --dry_run"):
+        train(cells, tmp_path, "cell_type", dry_run=True)
+
+
+def test_a_column_that_nearly_fits_is_named(cells, tmp_path):
+    with pytest.raises(ValueError, match=r"no \['celltype'\], did you mean \['cell_type'\]\? it has"):
+        train(cells, tmp_path, "celltype")
 
 
 def test_unknown_commands_are_refused():

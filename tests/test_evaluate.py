@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from evaluations import KEY, PARTS, QUICK, row
-from scripts import TRAINING, start_in_block
+from scripts import TRAINING, load_script, start_in_block
 from transformers import HfArgumentParser
 
 from scrdit_diffusers import SCRDiTPipeline, finetuning
@@ -38,7 +38,7 @@ def test_split_is_stratified(parts):
 
 def test_split_says_how_to_train(evaluate, split_dir, capsys):
     evaluate("--split_dir", split_dir)
-    command = f"accelerate launch training/train.py --dataset {split_dir}/train.h5ad --labels_key {KEY} --output_dir"
+    command = f"scrdit train --dataset {split_dir}/train.h5ad --labels_key {KEY} --output_dir"
     assert command in capsys.readouterr().out
 
 
@@ -360,3 +360,10 @@ def test_results_are_added_to_the_card(evaluate, split_dir, pipeline, adapter, t
 def test_adapters_and_cards_that_cannot_be_are_refused(evaluate, split_dir, arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate("--split_dir", split_dir, *arguments)
+
+
+def test_a_pipeline_of_cells_given_in_python_is_not_said_to_be_of_other_cells(tmp_path):
+    config = {"dataset": str(tmp_path / "gone" / "adata.h5ad"), "train_cells": 3, "val_cells": 0}
+    (tmp_path / "train_config.json").write_text(json.dumps(config))
+    (warning,) = load_script("evaluate").training_warnings(str(tmp_path), tmp_path / "train.h5ad", 3)
+    assert "given in Python" in warning and "not on" not in warning

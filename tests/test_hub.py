@@ -37,6 +37,7 @@ from scrdit_diffusers import (
     push_remote_code,
     read_cells,
 )
+from scrdit_diffusers.hub import load_safely
 from scrdit_diffusers.remote_code import bundle_module
 
 pytestmark = [
@@ -625,3 +626,14 @@ def test_code_that_cannot_be_joined_is_refused(monkeypatch, tmp_path, imports, m
     monkeypatch.setattr("scrdit_diffusers.remote_code.files", lambda name: tmp_path)
     with pytest.raises(ValueError, match=message):
         bundle_module("module")
+
+
+def test_a_name_that_is_no_folder_is_said_to_be_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="Could not load mdel.*no such folder here"), load_safely("mdel", {}):
+        raise OSError("Cannot load model mdel: the model is not fully cached locally")
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"holds no pipeline: it has no model_index\.json, which training writes"):
+        SCRDiTPipeline.from_pretrained(tmp_path)

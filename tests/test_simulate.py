@@ -65,6 +65,12 @@ def test_a_power_curve_is_written(run_job, capsys):
     assert "power.csv" in capsys.readouterr().out
 
 
+def test_a_power_curve_without_any_power_says_what_to_change(run_job, capsys):
+    arguments = [*GROUPS, "--num_effects", 1, "--effect_std", 1e-6, "--power_curve", "power.csv"]
+    run_job("simulate", *arguments, *FEW_STEPS, "--output", "out.h5ad")
+    assert "No effect was found: take more cells" in capsys.readouterr().out
+
+
 BAD_ARGUMENTS = {
     "no design": ([], "--obs.*--num_cells"),
     "two designs": (["--obs", "design.csv", "--num_cells", 3], "--obs.*--num_cells"),

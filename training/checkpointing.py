@@ -242,7 +242,9 @@ class TrainingState:
         folder = Path(input_dir)
         saved = SCRDiTProcessor.from_pretrained(folder / "processor")
         if saved.to_json_string() != self.processor.to_json_string():
-            raise ValueError(f"{folder} was trained on other cells, genes or labels; use the arguments of that run.")
+            before, now = saved.conditions, self.processor.conditions
+            other = f"labels ({before}, now {now})" if before != now else "cells or genes"
+            raise ValueError(f"{folder} was trained on other {other}; use the arguments of that run.")
         before, now = json.loads((folder / "arguments.json").read_text()), self.settings.record()
         changed = {name: (before.get(name), now[name]) for name in self.fixed if before.get(name) != now[name]}
         if changed:

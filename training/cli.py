@@ -49,7 +49,8 @@ class Join(argparse.Action):
 
 def arg(default, help, may_change=False, **kwargs):
     """Declare a command-line argument: its default, its help, and whether a resumed run may change it."""
-    metadata = {"help": help + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
+    shown = "" if default in (None, []) else f" (default: {default})"
+    metadata = {"help": help + shown + MAY_CHANGE * may_change, **kwargs}  # argparse takes all of it
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata | {"action": Join})
     return field(default=default, metadata=metadata)
@@ -91,7 +92,9 @@ def parse(arguments_class):
     ValueError
         A flag is unknown. Its value is not shown: after a mistyped `--hub_token` it is a credential.
     """
-    parser = HfArgumentParser(arguments_class)
+    about = (sys.modules["__main__"].__doc__ or "").partition("\n")[0]
+    prog = f"scrdit {Path(sys.argv[0]).stem}"
+    parser = HfArgumentParser(arguments_class, prog=prog, description=about, formatter_class=argparse.HelpFormatter)
     parser.error = lambda message: type(parser).error(parser, redact(AMBIGUOUS.sub(r"\1***", message)))
     arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     words, sys.argv[:] = sys.argv[:], redact(sys.argv)
@@ -103,8 +106,20 @@ def parse(arguments_class):
         if flags:
             meant = f", did you mean {closest}?" if closest else "."
             raise ValueError(f"Unknown flags {flags}{meant} --help lists all.")
-        raise ValueError(f"Word {words.index(unknown[0])} after the script's name belongs to no flag.")
+        raise ValueError(
+            f"Word {words.index(unknown[0])} after the script's name belongs to no flag. Give every value after its "
+            "flag, as in --dataset cells.h5ad, and put quotes around one with blanks."
+        )
     return arguments
+
+
+def command_line() -> list[str]:
+    """Return the command of this process for others to read: without credentials and the folders of this machine."""
+    words = ["scrdit", Path(sys.argv[0]).stem]
+    for word in redact(sys.argv)[1:]:
+        flag, equals, value = word.rpartition("=")
+        words.append(flag + equals + (Path(value).name if Path(value).is_absolute() else value))
+    return words
 
 
 def run(main: Callable, arguments_class: type, expected: tuple[type[Exception], ...]) -> None:
@@ -214,7 +229,9 @@ def naming(flag: str, value: str) -> Iterator[None]:
 def parse_conditions(conditions: Sequence[str]) -> dict[str, str] | None:
     """Turn the words of `--condition` into a label by column; `None` if there are none."""
     if any("=" not in condition for condition in conditions):
-        raise ValueError(f"--condition takes key=value, got {conditions}.")
+        raise ValueError(
+            f"--condition takes key=value, got {conditions}. Put quotes around a label with blanks: 'cell_type=B cell'."
+        )
     labels = dict(condition.split("=", 1) for condition in conditions)
     if len(labels) < len(conditions):
         raise ValueError(f"--condition names a column twice: {conditions}.")

@@ -15,7 +15,6 @@ import json
 import logging
 import shlex
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from cli import arg, check_numbers, run
+from cli import arg, check_numbers, command_line, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
@@ -194,11 +193,11 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
 def print_next_commands(args: EvaluationArguments, labels_key: str | None) -> None:
     """Print how to train on the train part and how to evaluate the result."""
     folder = Path(args.split_dir)
-    train = ["accelerate", "launch", "training/train.py", "--dataset", str(folder / "train.h5ad")]
+    train = ["scrdit", "train", "--dataset", str(folder / "train.h5ad")]
     train += ["--labels_key", labels_key] if labels_key else []
     train += ["--layer", args.layer] if args.layer else []
     train += ["--output_dir", str(folder / "pipeline")]
-    evaluate = ["python", "training/evaluate.py", "--split_dir", str(folder), "--pipeline", train[-1]]
+    evaluate = ["scrdit", "evaluate", "--split_dir", str(folder), "--pipeline", train[-1]]
     print(f"Train on the train part, then evaluate:\n\n    {shlex.join(train)}\n    {shlex.join(evaluate)}\n")
 
 
@@ -213,11 +212,12 @@ def training_warnings(pipeline: str, train_part: Path, num_train: int) -> list[s
     if not path.is_file():
         return [f"{pipeline} has no train_config.json: it may have been trained on the cells it is evaluated on."]
     config = json.loads(path.read_text())
-    if Path(config["dataset"]).resolve() != train_part.resolve():
-        return [
-            f"The pipeline was trained on {config['dataset']}, not on {train_part}: if that holds control or test "
-            "cells, the metrics are of cells that it has seen, and mean nothing."
-        ]
+    source = Path(config["dataset"])
+    if source.resolve() != train_part.resolve():
+        trained_on = f"on {source}, not on {train_part}: if that holds control or test cells"
+        if source.is_absolute() and not source.exists():  # the temporary file of scrdit_diffusers.train
+            trained_on = f"on cells given in Python or since deleted: if these are not those of {train_part}"
+        return [f"The pipeline was trained {trained_on}, the metrics are of cells that it has seen, and mean nothing."]
     if (used := config["train_cells"] + config["val_cells"]) != num_train:
         return [f"The pipeline was trained on {used} cells of {train_part}, which now has {num_train}: it was changed."]
     return []
@@ -357,7 +357,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
         chosen = list(dict.fromkeys([*chosen, "scvi_prior"]))
     adapter = f" with {args.lora_weights}" if args.lora_weights else ""
     record = {
-        "command": shlex.join(["python", *redact(sys.argv)]),
+        "command": shlex.join(command_line()),
         "source": f"pipeline {args.pipeline}{adapter}" if args.pipeline else f"cells {args.synthetic}",
         "arguments": dataclasses.asdict(args),
         "split": split,

@@ -170,6 +170,8 @@ def main(args: SimulationArguments) -> None:
             with write_atomically(args.power_curve) as temporary:
                 table.to_csv(temporary, sep="," if Path(args.power_curve).suffix == ".csv" else "\t")
             print(f"Wrote {args.power_curve}\n{table.round(3).to_string()}")
+            if not table["power"].any():
+                print("No effect was found: take more cells, larger effects or, by --genes, genes that are seen often.")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 sys.path.insert(0, str(Path(__file__).parent))  # which `runpy.run_path` does not do
 from arguments import FIXED, MODEL_SIZES, TrainingArguments, check_args, check_output_dir
 from checkpointing import TrainingState, find_checkpoint, find_checkpoints
-from cli import read_genes, run
+from cli import command_line, read_genes, run
 from diffusers import DDPMScheduler
 from preview import draw_samples, validation_loss
 from safetensors import SafetensorError
@@ -64,7 +64,6 @@ from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
-from scrdit_diffusers.redaction import redact
 from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 logger = logging.getLogger("train")
@@ -437,7 +436,7 @@ def save_pipeline(
     pipe = SCRDiTPipeline(state.whole_model().cpu(), objective.scheduler, cells.processor, **objective.pipeline_config)
     record = settings.record() | ({"finetuning": changes} if changes else {})
     record |= {"train_cells": cells.num_train, "val_cells": cells.num_val}
-    record |= {"num_processes": state.accelerator.num_processes, "command": redact(sys.argv)}
+    record |= {"num_processes": state.accelerator.num_processes, "command": command_line()}
     record |= {"versions": {m.__name__: m.__version__ for m in (scrdit_diffusers, diffusers, torch, accelerate)}}
     record |= provenance() | history
     # What must not stay of an earlier pipeline in the folder, and of its evaluation, if saving is interrupted.
@@ -456,7 +455,7 @@ def save_pipeline(
         raise OSError(
             f"Could not write the pipeline to {folder}: {error}. {last} is whole; make room, then resume."
         ) from error
-    logger.info(f"Saved the pipeline to {folder}")
+    logger.info(f"Saved the {'adapter' if settings.lora_rank else 'pipeline'} to {folder}")
     if repo_id:
         without = ["--exclude", "checkpoint-*", "--exclude", "logs/*", "--exclude", LOCK_NAME]
         command = shlex.join(["hf", "upload", repo_id, folder, *without])

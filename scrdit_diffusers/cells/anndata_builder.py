@@ -359,7 +359,10 @@ def check_files(
                 values, missing = file.labels(key)
                 labels[key][str(path)] = [label_text(value) for value in values]
                 if missing:
-                    raise ValueError(f"{path}: obs[{key!r}] holds {missing} NaN; give every cell a label or drop it.")
+                    raise ValueError(
+                        f"{path}: obs[{key!r}] holds {missing} NaN; give every cell a label, or write the file with "
+                        f"those that have one: adata[adata.obs[{key!r}].notna()]."
+                    )
             usable.append(needed if obs_columns is not None else list(file.usable_columns(VALUE_COLUMNS)))
     for key, of_files in labels.items():
         check_spellings(key, of_files)
