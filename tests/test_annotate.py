@@ -23,9 +23,9 @@ def seeded(seed=0):
 
 
 def test_labels_are_written_into_a_copy_of_the_cells(run_job, annotate, adata):
-    run_job("annotate", *CELLS, "--seed", 3, "--prior", "composition", "--timesteps", 500, "--output", "out.h5ad")
+    run_job("annotate", *CELLS, "--seed", 3, "--prior", "composition", "--timesteps", 500, 900, "--output", "out.h5ad")
     found = ad.read_h5ad("out.h5ad")
-    table = annotate(adata, "cell_type", prior="composition", timesteps=[500], generator=seeded(3))
+    table = annotate(adata, "cell_type", prior="composition", timesteps=[500, 900], generator=seeded(3))
     assert list(found.obs["scrdit_cell_type"]) == list(table["cell_type"])
     assert np.allclose(found.obs[["scrdit_probability", "scrdit_unlikeness"]], table[["probability", "unlikeness"]])
     assert np.allclose(found.obsm["scrdit_probabilities"], table.filter(like="p_"), atol=1e-6)
