@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from .checks import check_label
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import add_noise, check_count_head, read_batch
+from .sampling import add_noise, check_count_head, check_timesteps, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (999, 800, 700, 600, 500, 400)
@@ -76,10 +76,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f'prior must be "flat" or "composition", got {prior!r}.')
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
-        last = self.transformer.config.num_train_timesteps - 1
-        first = self.transformer.config.min_timestep
-        if not len(timesteps) or not all(first <= t <= last for t in timesteps):
-            raise ValueError(f"timesteps must be from {first} to {last}, as in training, got {list(timesteps)}.")
+        check_timesteps(self.transformer, timesteps)
 
     @torch.no_grad()
     def log_likelihood(

@@ -14,7 +14,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from .checks import check_gene_names, get_matrix
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import Denoiser, check_count_head, check_finite, denoise, draw_uniform, read_batch, set_timesteps
+from .sampling import (
+    Denoiser,
+    check_count_head,
+    check_finite,
+    check_positive,
+    denoise,
+    draw_uniform,
+    read_batch,
+    set_timesteps,
+)
 from .schedulers import check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
@@ -88,10 +97,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
                 "train it on counts to complete."
             )
         check_scheduler(self.scheduler)
-        numbers = dict(num_inference_steps=num_inference_steps, num_draws=num_draws, batch_size=batch_size)
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_positive(num_inference_steps=num_inference_steps, num_draws=num_draws, batch_size=batch_size)
         if not 0 < interval < 1:
             raise ValueError(f"interval must be a share between 0 and 1, such as 0.9, got {interval!r}.")
         missing = [key for key in self.processor.condition_keys if key not in adata.obs]

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import add_noise, check_count_head, check_finite, read_batch
+from .sampling import add_noise, check_count_head, check_finite, check_positive, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 
@@ -53,9 +53,7 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
         check_count_head(self.transformer, self.processor, "denoise")
-        for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_positive(num_draws=num_draws, batch_size=batch_size)
         first, last = self.transformer.config.min_timestep, self.transformer.config.num_train_timesteps - 1
         if not first <= timestep <= last:
             raise ValueError(f"timestep must be from {first} to {last}, as in training, got {timestep!r}.")

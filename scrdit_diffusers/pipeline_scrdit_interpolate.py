@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_count_head, draw_uniform, expected_log_mean, read_batch, to_data_values
+from .sampling import check_count_head, check_positive, draw_uniform, expected_log_mean, read_batch, to_data_values
 from .transformer_scrdit import SCRDiTTransformer
 
 
@@ -78,9 +78,7 @@ class SCRDiTInterpolatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f"end: {unknown} are not conditions of the model: {list(conditions) or 'it has none'}.")
         if not len(positions) or not all(0 <= position <= 1 for position in positions):
             raise ValueError(f"positions must be from 0 (start) to 1 (end), got {list(positions)}.")
-        for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_positive(num_draws=num_draws, batch_size=batch_size)
 
     @torch.no_grad()
     def __call__(

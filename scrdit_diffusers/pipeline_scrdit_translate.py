@@ -12,7 +12,15 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import check_count_head, draw_uniform, expected_log_mean, read_batch, to_data_values
+from .sampling import (
+    check_count_head,
+    check_positive,
+    check_timesteps,
+    draw_uniform,
+    expected_log_mean,
+    read_batch,
+    to_data_values,
+)
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (999, 600)
@@ -81,12 +89,8 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
         for key, labels in target.items():
             if np.ndim(labels) and len(labels) != adata.n_obs:
                 raise ValueError(f"target[{key!r}] lists {len(labels)} labels for {adata.n_obs} cells; give one each.")
-        for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        first, last = self.transformer.config.min_timestep, self.transformer.config.num_train_timesteps - 1
-        if not len(timesteps) or not all(first <= t <= last for t in timesteps):
-            raise ValueError(f"timesteps must be from {first} to {last}, as in training, got {list(timesteps)}.")
+        check_positive(num_draws=num_draws, batch_size=batch_size)
+        check_timesteps(self.transformer, timesteps)
 
     def translate_library_size(self, library_sizes: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Find the library sizes with the same rank among training cells with the target labels, shape (cells,).

@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -331,6 +331,20 @@ def check_count_head(transformer: SCRDiTTransformer, processor: SCRDiTProcessor,
     """Raise ValueError unless a model predicts counts, which `job`, such as "denoise", needs."""
     if transformer.count_head is None or not processor.models_counts:
         raise ValueError(f"transformer has no count head: train with the default --decode posterior to {job}.")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise ValueError unless all arguments are integers of at least 1."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_timesteps(transformer: SCRDiTTransformer, timesteps: Sequence[int]) -> None:
+    """Raise ValueError unless a model was trained on all of some noise levels, at least one."""
+    first, last = transformer.config.min_timestep, transformer.config.num_train_timesteps - 1
+    if not len(timesteps) or not all(first <= t <= last for t in timesteps):
+        raise ValueError(f"timesteps must be from {first} to {last}, as in training, got {list(timesteps)}.")
 
 
 def check_finite(values: torch.Tensor) -> None:
