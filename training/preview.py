@@ -49,7 +49,7 @@ def validation_loss(
     values = batch["values"]  # (B, G)
     first = settings.min_timestep if settings.decode == "posterior" else 0
     timesteps = torch.linspace(first, settings.num_train_timesteps - 1, len(values)).to(values.device, torch.long)
-    seed = int(np.random.SeedSequence([settings.seed]).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence([settings.seed]).generate_state(1, np.uint64)[0]) >> 1
     generator = torch.Generator(values.device).manual_seed(seed)
     noise = torch.randn(values.shape, generator=generator, device=values.device)
     weighting = (settings.loss_weighting, settings.max_loss_weight)
