@@ -158,7 +158,7 @@ def check_gene_names(names: Sequence[str], name: str, hint: str = "") -> None:
 
 
 def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
-    """Raise ValueError unless obs has the column, without NaN; `name` is what the message calls obs."""
+    """Raise ValueError unless obs has the column, of labels without NaN; `name` is what the message calls obs."""
     if key not in obs:
         closest = difflib.get_close_matches(key, list(map(str, obs)), n=1)
         raise ValueError(
@@ -166,6 +166,7 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
         )
     if isinstance(obs[key], pd.DataFrame):
         raise ValueError(f"{name} has {obs[key].shape[1]} columns {key!r}; rename or drop the others.")
+    check_single_values(obs[key], f"{name}[{key!r}]")
     if obs[key].isna().any():
         raise ValueError(
             f"{name}[{key!r}] holds {int(obs[key].isna().sum())} NaN; give every cell a label, "
@@ -173,6 +174,16 @@ def check_label(obs: pd.DataFrame, key: str, name: str = "obs") -> None:
         )
     if key == "synthetic":
         raise ValueError("obs['synthetic'] marks generated cells and cannot be a label; rename the column.")
+
+
+def check_single_values(labels: pd.Series, name: str) -> None:
+    """Raise ValueError for labels that are lists, dicts or the like; `name` is what the message calls the column."""
+    several = (label for label in labels if not pd.api.types.is_hashable(label)) if labels.dtype == object else ()
+    for label in several:
+        raise ValueError(
+            f"{name} holds {label}, a value of several parts (a list, tuple or dict), but a label is one value: write "
+            "all as text, such as by .map(str, na_action='ignore')."
+        )
 
 
 def check_spellings(key: str, labels: Mapping[str, Iterable[str]]) -> None:

@@ -248,6 +248,29 @@ def test_numbers_of_two_files_stay_what_they_are(adata, tmp_path, others):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
+        (np.array([2**53 + 1, 1]), np.array([0.5, 1.0])),
+        (np.array([-(2**53) - 1, 1]), np.array([2.0**60, 1.0])),
+        (np.array([2**53 + 1, 1], dtype="uint64"), np.array([0.5, 1.0])),
+        (np.array([2**63 + 5, 1], dtype="uint64"), np.array([-1, 1])),
+    ],
+    ids=["fractions", "large floats", "unsigned", "signed and unsigned"],
+)
+def test_integers_that_floats_of_another_file_would_round_are_refused_with_the_mend(adata, tmp_path, first, second):
+    parts = {"a": adata[:30].copy(), "b": adata[30:].copy()}
+    for numbers, (file, part) in zip((first, second), parts.items(), strict=True):
+        part.obs["number"] = np.resize(numbers, 30)
+        write(part, tmp_path / f"{file}.h5ad")
+    with pytest.raises(ValueError, match=rf"^\S*a\.h5ad: obs\['number'\] holds {first[0]}, .*astype\(str\)"):
+        CellDataset.open(tmp_path, cache_dir=tmp_path / "cache")
+    parts["a"].obs["number"] = parts["a"].obs["number"].astype(str)
+    write(parts["a"], tmp_path / "a.h5ad")
+    cells = CellDataset.open(tmp_path, cache_dir=tmp_path / "cache").to_anndata()
+    assert cells.obs["number"].iloc[0] == str(first[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
         ([True, False], [1, 0]),
         ([True, False], ["true", "false"]),
         ([True, False], ["TRUE", "FALSE"]),

@@ -146,6 +146,18 @@ def test_labels_of_any_type_are_those_of_the_cells(adata, labels):
     assert fitted.label_counts["label"].keys() == {str(label) for label in pd.Series(labels)}
 
 
+@pytest.mark.parametrize("label", [("a", "b"), ["a"], {"a": 1}, {"a"}, np.arange(2)], ids=lambda label: f"{label}")
+def test_labels_of_several_parts_are_refused_by_the_name_of_the_column(adata, label):
+    adata.obs["label"] = pd.Series([label] * 60, dtype=object).array
+    cells = CellDataset.from_anndata(adata)
+    with pytest.raises(ValueError, match=r"obs\['label'\].*map\(str"):
+        cells.labels(["label"])
+    with pytest.raises(ValueError, match=r"obs\['label'\].*map\(str"):
+        fit_dataset(cells.rows, cells.var, "label", flavor="all")
+    adata.obs["label"] = adata.obs["label"].map(str, na_action="ignore")
+    assert set(CellDataset.from_anndata(adata).labels(["label"])["label"]) == {str(label)}
+
+
 def test_columns_of_one_name_are_refused(adata):
     adata.obs = pd.concat([adata.obs, adata.obs[["batch"]]], axis=1)
     with pytest.raises(ValueError, match=r"obs .*\['batch'\]"):

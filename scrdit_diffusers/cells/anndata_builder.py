@@ -223,9 +223,24 @@ class AnnDataBuilder(datasets.ArrowBasedBuilder):
             if is_float(of_file.dtype) or of_file.dtype == "uint64":
                 limit = 2**53 if is_float(of_file.dtype) else 2**63
                 with CellFile(path) as file, reading(path):
-                    if not all(abs(value) < limit and float(value).is_integer() for value in file.labels(key)[0]):
-                        return joined
+                    values = file.labels(key)[0]
+                if not all(abs(value) < limit and float(value).is_integer() for value in values):
+                    self._check_held_by_floats(key, types)
+                    return joined
         return datasets.Value("int64")
+
+    def _check_held_by_floats(self, key: str, types: Sequence[Any]) -> None:
+        """Raise ValueError if a column that other files make one of floats holds integers that these would round."""
+        for (path, *_), of_file in zip(self._source["files"], types, strict=True):
+            if of_file.dtype in ("int64", "uint64"):
+                with CellFile(path) as file, reading(path):
+                    values = file.labels(key)[0]
+                if large := [value for value in values if abs(int(value)) > 2**53]:
+                    raise ValueError(
+                        f"{path}: obs[{key!r}] holds {large[0]}, but other files make the column one of floats, which "
+                        f"round integers above 2^53. Write it as text: adata.obs[{key!r}] = "
+                        f"adata.obs[{key!r}].astype(str), or drop it."
+                    )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         numbers = list(range(len(self._source["files"])))  # a list, over which processes are spread

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, hf_hub_download
 
 from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.checks import check_label, get_matrix, label_categories, label_text
+from scrdit_diffusers.checks import check_label, check_single_values, get_matrix, label_categories, label_text
 from scrdit_diffusers.hub import explain_push
 
 from .anndata_builder import check_files, convert_files
@@ -215,6 +215,7 @@ class CellDataset:
         for chunk in self.iterate(100 * ROWS_PER_CHUNK, columns) if columns else []:
             obs = rows_to_obs(chunk, columns)
             for key in columns:
+                check_single_values(obs[key], f"obs[{key!r}]")
                 parts[key].append(pd.Categorical(obs[key]))
         joined = {key: pd.api.types.union_categoricals(of_key) for key, of_key in parts.items()}
         for key, labels in joined.items():
