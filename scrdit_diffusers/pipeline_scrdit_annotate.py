@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from .checks import check_label
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import add_noise, check_count_head, check_timesteps, read_batch
+from .sampling import add_noise, check_count_head, check_positive, check_timesteps, read_batch
 from .transformer_scrdit import SCRDiTTransformer
 
 TIMESTEPS = (999, 800, 700, 600, 500, 400)
@@ -62,7 +62,13 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, processor=processor)
 
     def check_inputs(
-        self, adata: ad.AnnData, labels_key: str, prior: str, temperature: float, timesteps: Sequence[int]
+        self,
+        adata: ad.AnnData,
+        labels_key: str,
+        prior: str,
+        temperature: float,
+        timesteps: Sequence[int],
+        batch_size: int,
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTAnnotatePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
@@ -77,6 +83,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
         check_timesteps(self.transformer, timesteps)
+        check_positive(batch_size=batch_size)
 
     @torch.no_grad()
     def log_likelihood(
@@ -169,7 +176,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         if labels_key is None and len(self.processor.conditions) == 1:
             labels_key = self.processor.condition_keys[0]
-        self.check_inputs(adata, str(labels_key), prior, temperature, timesteps)
+        self.check_inputs(adata, str(labels_key), prior, temperature, timesteps, batch_size)
         assert labels_key is not None
         likelihood = self.log_likelihood(adata, labels_key, layer, timesteps, generator, batch_size)
         log_posterior = self._log_posterior(likelihood, labels_key, prior, temperature)  # (cells, labels)
@@ -204,7 +211,8 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         ----------
         Guo et al. 2017, arXiv 1706.04599.
         """
-        self.check_inputs(adata, labels_key, prior, 1.0, kwargs.get("timesteps", TIMESTEPS))
+        timesteps, batch_size = kwargs.get("timesteps", TIMESTEPS), kwargs.get("batch_size", 256)
+        self.check_inputs(adata, labels_key, prior, 1.0, timesteps, batch_size)
         check_label(adata.obs, labels_key, "adata.obs")
         codes = pd.Categorical(adata.obs[labels_key].map(str), categories=self.processor.conditions[labels_key]).codes
         if (codes < 0).any():

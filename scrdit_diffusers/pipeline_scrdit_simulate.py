@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from .hub import SafePipelineMixin
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import Denoiser, cells_to_anndata, check_count_head, draw_uniform
+from .sampling import Denoiser, cells_to_anndata, check_count_head, check_positive, draw_uniform
 from .transformer_scrdit import SCRDiTTransformer
 
 Effects = Mapping[str, Mapping[str, float]]  # group: gene: log2 fold change
@@ -116,6 +116,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
                 raise ValueError(f"effects[{group!r}] must be finite log2 fold changes, got {bad}.")
         if max_factor is not None and not 1 <= max_factor < np.inf:
             raise ValueError(f"max_factor must be at least 1, got {max_factor!r}.")
+        check_positive(batch_size=batch_size)
 
     def fold_changes(self, effects: Effects) -> pd.DataFrame:
         """Log2 fold change of each gene in each group with effects, shape (G, groups)."""

@@ -90,8 +90,15 @@ def test_the_temperature_makes_the_labels_most_probable(annotate, adata):
         (dict(labels_key="batch", prior="uniform"), "prior.*'uniform'"),
         (dict(labels_key="batch", temperature=0), "temperature.*0"),
         (dict(labels_key="batch", timesteps=[]), r"timesteps.*\[\]"),
+        (dict(labels_key="batch", batch_size=0), "batch_size .*0"),
+        (dict(labels_key="batch", batch_size=2.5), r"batch_size .*2\.5"),
     ],
 )
 def test_wrong_arguments_are_refused(annotate, adata, arguments, message):
     with pytest.raises(ValueError, match=message):
         annotate(adata, **arguments)
+
+
+def test_a_wrong_batch_size_is_refused_for_the_temperature(annotate, adata):
+    with pytest.raises(ValueError, match="batch_size .*-1"):
+        annotate.fit_temperature(adata, "batch", batch_size=-1)

@@ -78,6 +78,12 @@ def test_cells_are_not_generated_beyond_the_training_cells(simulate, design):
     assert adata.var.loc["gene3", "changed"] and adata.uns["scrdit"]["num_inference_steps"] == 2
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_wrong_batch_sizes_are_refused(simulate, design, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size .*{batch_size}"):
+        simulate(design, EFFECTS, batch_size=batch_size)
+
+
 @pytest.mark.parametrize("max_factor", [0.5, np.inf, np.nan])
 def test_wrong_factors_are_refused(simulate, design, max_factor):
     with pytest.raises(ValueError, match=f"max_factor.*{max_factor}"):

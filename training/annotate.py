@@ -76,7 +76,7 @@ def main(args: AnnotationArguments) -> None:
     annotate = SCRDiTAnnotatePipeline.from_pipe(pipe).to(best_device(args))
     temperature = TEMPERATURE if args.temperature is None else args.temperature
     options = {"layer": args.layer, "timesteps": args.timesteps, "batch_size": args.batch_size}
-    annotate.check_inputs(cells, labels_key, args.prior, temperature, args.timesteps)
+    annotate.check_inputs(cells, labels_key, args.prior, temperature, args.timesteps, args.batch_size)
     with naming("--dataset", args.dataset):
         annotate.processor.get_counts(cells, args.layer)
     with lock_output(args):
