@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import anndata as ad
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, HookRegistry, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -26,6 +25,7 @@ from .sampling import (
     Generators,
     cells_to_anndata,
     check_finite,
+    choose_timesteps,
     denoise,
     draw_seeds,
     draw_uniform,
@@ -39,7 +39,6 @@ from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
 
-NUM_STEPS = 25  # where neither a call nor the pipeline says how many
 OUTPUT_TYPES = ("anndata", "np", "pt", "latent")
 
 
@@ -486,9 +485,13 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             decode_timestep,
         )
-        timesteps = self.choose_timesteps(decode_timestep) if num_inference_steps is None else None
-        if num_inference_steps is None:
-            num_inference_steps = len(timesteps) if timesteps else NUM_STEPS
+        num_inference_steps, timesteps = choose_timesteps(
+            num_inference_steps,
+            self.config.default_timesteps,
+            self.scheduler,
+            decode_timestep,
+            self.config.min_timestep,
+        )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -580,19 +583,6 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         if decode == "posterior" and decode_timestep is None:
             raise ValueError('decode="posterior" needs a decode_timestep: the pipeline has none.')
         return decode_timestep
-
-    def choose_timesteps(self, decode_timestep: int | None) -> list[int] | None:
-        """Choose the `default_timesteps` where they fit; `None` where not."""
-        timesteps = self.config.default_timesteps
-        if not timesteps or type(self.scheduler) is not UniPCMultistepScheduler or timesteps[-1] != decode_timestep:
-            return None
-        limits = [self.scheduler.config.num_train_timesteps, *timesteps, self.config.min_timestep - 1]
-        if not all(above > below for above, below in pairwise(limits)):
-            raise ValueError(
-                f"default_timesteps of the pipeline must fall from at most {limits[0] - 1} to at least "
-                f"{self.config.min_timestep}, got {timesteps}; give num_inference_steps."
-            )
-        return list(timesteps)
 
     def choose_autocast_dtype(self) -> torch.dtype | None:
         """Choose the dtype of the network's matmuls; `None` for that of its weights. See `autocast_dtype`."""

@@ -19,10 +19,12 @@ from .sampling import (
     check_count_head,
     check_finite,
     check_positive,
+    choose_timesteps,
     denoise,
     draw_uniform,
     read_batch,
     set_timesteps,
+    visit_timesteps,
 )
 from .schedulers import check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
@@ -46,6 +48,9 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         Those of a trained pipeline with a count head.
     decode_timestep
         Timestep at which counts are drawn; `None` takes that of the transformer's config.
+    default_timesteps
+        Where the network is called if a call does not say `num_inference_steps`, as in [`SCRDiTPipeline`]; `None` takes
+        those of the transformer's config.
 
     References
     ----------
@@ -68,19 +73,21 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         processor: SCRDiTProcessor,
         decode_timestep: int | None = None,
+        default_timesteps: list[int] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
-        if decode_timestep is None and transformer is not None:
-            decode_timestep = transformer.config.get("decode_timestep")
-        self.register_to_config(decode_timestep=decode_timestep)
+        settings = {"decode_timestep": decode_timestep, "default_timesteps": default_timesteps}
+        if transformer is not None:
+            settings = {k: transformer.config.get(k) if value is None else value for k, value in settings.items()}
+        self.register_to_config(**settings)
 
     def check_inputs(
         self,
         adata: ad.AnnData,
         use_labels: bool,
         library_size: float | Sequence[float] | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         num_draws: int,
         interval: float,
         batch_size: int,
@@ -97,7 +104,9 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
                 "train it on counts to complete."
             )
         check_scheduler(self.scheduler)
-        check_positive(num_inference_steps=num_inference_steps, num_draws=num_draws, batch_size=batch_size)
+        check_positive(num_draws=num_draws, batch_size=batch_size)
+        if num_inference_steps is not None:
+            check_positive(num_inference_steps=num_inference_steps)
         if not 0 < interval < 1:
             raise ValueError(f"interval must be a share between 0 and 1, such as 0.9, got {interval!r}.")
         missing = [key for key in self.processor.condition_keys if key not in adata.obs]
@@ -176,6 +185,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         measured: torch.Tensor,
         num_steps: int,
         num_timesteps: int,
+        visited: list[int] | None,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw noisy cells at `decode_timestep` whose measured genes (G,) are those of `x_0` (B, G).
@@ -186,6 +196,8 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         scheduler, device = denoiser.scheduler, x_0.device
         scheduler.set_timesteps(num_steps, device=device)
+        if visited is not None:
+            visit_timesteps(scheduler, visited)
         timesteps = scheduler.timesteps[:num_timesteps]
 
         def put_back(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -210,7 +222,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         layer: str | None = None,
         use_labels: bool = True,
         library_size: float | Sequence[float] | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         num_draws: int = 4,
         interval: float = 0.9,
         generator: torch.Generator | None = None,
@@ -231,7 +243,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
             Total count over all of the model's genes, one number or one per cell. `None` estimates it, see
             [`SCRDiTCompletePipeline.prepare_library_size`].
         num_inference_steps
-            Network calls for each draw.
+            Network calls for each draw, evenly spaced. `None`: the `default_timesteps`.
         num_draws
             Cells that are drawn for each measured one, for mean and interval.
         interval
@@ -255,6 +267,13 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
             computation.
         """
         self.check_inputs(adata, use_labels, library_size, num_inference_steps, num_draws, interval, batch_size)
+        num_calls, visited = choose_timesteps(
+            num_inference_steps,
+            self.config.default_timesteps,
+            self.scheduler,
+            self.config.decode_timestep,
+            self.transformer.config.min_timestep,
+        )
         columns = self.find_genes(adata.var_names)  # (G,)
         matrix = get_matrix(adata, layer, expect_counts=True)
         class_labels = self.prepare_class_labels(adata.obs, use_labels)  # (cells, K)
@@ -271,7 +290,10 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         device = self._execution_device
         scheduler = copy.deepcopy(self.scheduler)  # other threads may use the original meanwhile
-        steps = set_timesteps(scheduler, num_inference_steps, self.config.decode_timestep, device)
+        if visited is None:
+            steps = set_timesteps(scheduler, num_calls, self.config.decode_timestep, device)
+        else:
+            steps = num_calls, num_calls
         known = torch.from_numpy(measured).to(device)  # (G,)
         layers = {name: np.empty(counts.shape, dtype=np.float32) for name in ("mean", "lower", "upper")}
         drawn = []
@@ -285,7 +307,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
                 posterior = self.transformer.count_head(labels, sizes)
                 mixture: list[torch.Tensor] = []  # (genes, bins, B) for each group of genes
                 for draw in range(num_draws):
-                    t, x_t, log_mean = self.draw_cells(denoiser, x_0, known, *steps, generator)
+                    t, x_t, log_mean = self.draw_cells(denoiser, x_0, known, *steps, visited, generator)
                     parts = [p / num_draws for p in posterior.probabilities(log_mean)]
                     mixture = [torch.add(*pair) for pair in zip(mixture, parts, strict=True)] if mixture else parts
                     if draw == 0:

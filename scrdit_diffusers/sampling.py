@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,8 @@ from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 
 logger = logging.getLogger(__name__)
+
+NUM_STEPS = 25  # where neither a call nor the pipeline says how many
 
 Generators = torch.Generator | list[torch.Generator]  # one for all cells, or one for each
 
@@ -117,6 +120,39 @@ def set_timesteps(
             num_inference_steps,
         )
     return num_steps, num_timesteps
+
+
+def choose_timesteps(
+    num_inference_steps: int | None,
+    default_timesteps: list[int] | None,
+    scheduler: SchedulerMixin,
+    decode_timestep: int | None,
+    min_timestep: int,
+) -> tuple[int, list[int] | None]:
+    """Choose how often to call the network, and where: as a call says, or else as its pipeline does.
+
+    Returns
+    -------
+    Number of calls, and the timesteps to visit: the `default_timesteps` of the pipeline where they fit, `None` for
+    evenly spaced ones.
+
+    Raises
+    ------
+    ValueError
+        The `default_timesteps` do not fall, or are not all among the timesteps of the training.
+    """
+    if num_inference_steps is not None:
+        return num_inference_steps, None
+    timesteps = default_timesteps
+    if not timesteps or type(scheduler) is not UniPCMultistepScheduler or timesteps[-1] != decode_timestep:
+        return NUM_STEPS, None
+    limits = [scheduler.config.num_train_timesteps, *timesteps, min_timestep - 1]
+    if not all(above > below for above, below in pairwise(limits)):
+        raise ValueError(
+            f"default_timesteps of the pipeline must fall from at most {limits[0] - 1} to at least {min_timestep}, "
+            f"got {timesteps}; give num_inference_steps."
+        )
+    return len(timesteps), list(timesteps)
 
 
 def visit_timesteps(scheduler: UniPCMultistepScheduler, timesteps: list[int]) -> None:

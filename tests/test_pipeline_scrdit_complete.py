@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from scipy.stats import gamma, poisson
 
-from scrdit_diffusers import SCRDiTCompletePipeline
+from scrdit_diffusers import SCRDiTCompletePipeline, SCRDiTPipeline
 
 PANEL = slice(3, 15)
 FAST = dict(num_inference_steps=4, num_draws=2)
@@ -143,6 +143,25 @@ def test_cells_depend_on_the_seed_only(complete, adata):
 def test_batches_are_joined(complete, adata):
     completed = complete(adata[:, PANEL], batch_size=25, generator=seeded(), **FAST)
     assert completed.n_obs == 60 and np.array_equal(completed.X[:, PANEL].toarray(), adata.X[:, PANEL].toarray())
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["of a pipeline in memory", "of its folder"])
+def test_the_network_is_called_where_the_pipeline_says(count_pipe, adata, tmp_path, loaded):
+    pipe = SCRDiTPipeline(**count_pipe.components, decode_timestep=400, default_timesteps=[999, 700, 400])
+    pipe.save_pretrained(tmp_path)
+    complete = SCRDiTCompletePipeline.from_pretrained(tmp_path) if loaded else SCRDiTCompletePipeline.from_pipe(pipe)
+    complete.set_progress_bar_config(disable=True)
+    seen = []
+    complete.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(int(kwargs["timestep"][0])), with_kwargs=True
+    )
+    complete(adata[:3, PANEL], num_draws=2)
+    assert seen == [999, 700, 400] * 2
+    complete(adata[:3, PANEL], num_draws=1, num_inference_steps=5)
+    assert len(seen) == 6 + 5
+    complete.scheduler = DDIMScheduler.from_config(complete.scheduler.config)
+    complete(adata[:3, PANEL], num_draws=1)
+    assert len(seen) == 6 + 5 + 25
 
 
 @pytest.mark.parametrize(
