@@ -31,6 +31,9 @@ COMMANDS = {
     "annotate": ("annotate", "AnnotationArguments"),
     "simulate": ("simulate", "SimulationArguments"),
     "augment": ("augment", "AugmentationArguments"),
+    "complete": ("complete", "CompletionArguments"),
+    "translate": ("translate", "TranslationArguments"),
+    "interpolate": ("interpolate", "InterpolationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight", "savefig.dpi": 150})

@@ -19,7 +19,8 @@ from .checks import label_categories, layer_names
 from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
-COMMANDS = ("train", "generate", "evaluate", "denoise", "annotate", "simulate", "augment", "demo", "convert_checkpoint")
+JOBS = ("denoise", "annotate", "simulate", "augment", "complete", "translate", "interpolate")
+COMMANDS = ("train", "generate", "evaluate", *JOBS, "demo", "convert_checkpoint")
 USAGE = f"""usage: scrdit COMMAND [arguments]
 
   scrdit train --dataset cells.h5ad --labels_key cell_type --output_dir my-model
@@ -29,6 +30,9 @@ USAGE = f"""usage: scrdit COMMAND [arguments]
   scrdit annotate --pipeline my-model --dataset cells.h5ad --output annotated.h5ad
   scrdit simulate --pipeline my-model --obs design.csv --effects effects.csv --output simulated.h5ad
   scrdit augment --pipeline my-model --dataset cells.h5ad --to 200 --output balanced.h5ad
+  scrdit complete --pipeline my-model --dataset panel.h5ad --output completed.h5ad
+  scrdit translate --pipeline my-model --dataset cells.h5ad --condition batch=B --output translated.h5ad
+  scrdit interpolate --pipeline my-model --dataset cells.h5ad --start_cells A --end_cells B --output path.h5ad
   scrdit demo                      train on real cells, generate new ones and compare them, in outputs/demo
   scrdit convert_checkpoint ...    turn a checkpoint of the original scRDiT into a pipeline
   scrdit path COMMAND              print where its script is, as in: accelerate launch "$(scrdit path train)" ...

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import annotate
 import augment
 import cli
+import complete
 import convert_checkpoint
 import denoise
 import evaluate
 import generate
+import interpolate
 import pytest
 import simulate
+import translate
 from arguments import TrainingArguments, check_args
 from cli import PipelineArguments, arg, command_line, describe, may_change, parse, read_genes, run_job
 
@@ -57,6 +60,12 @@ SCRIPTS = {
     "annotate": (annotate.check_args, annotate.AnnotationArguments("model", dataset="cells.h5ad")),
     "simulate": (simulate.check_args, simulate.SimulationArguments("model", num_cells=1)),
     "augment": (augment.check_args, augment.AugmentationArguments("model", dataset="cells.h5ad", to=["9"])),
+    "complete": (complete.check_args, complete.CompletionArguments("model", dataset="cells.h5ad")),
+    "translate": (translate.check_args, translate.TranslationArguments("model", dataset="c.h5ad", condition=["a=b"])),
+    "interpolate": (
+        interpolate.check_args,
+        interpolate.InterpolationArguments("model", dataset="cells.h5ad", end_cells=["cell0"]),
+    ),
     "convert_checkpoint": (convert_checkpoint.main, convert_checkpoint.ConversionArguments("a.pt", "model")),
 }
 ANY_NUMBER = {"zero_value", "n_jobs"}  # finite, but of any sign

@@ -23,6 +23,9 @@ ARGUMENTS = {
     "annotate": ("annotate", "AnnotationArguments"),
     "simulate": ("simulate", "SimulationArguments"),
     "augment": ("augment", "AugmentationArguments"),
+    "complete": ("complete", "CompletionArguments"),
+    "translate": ("translate", "TranslationArguments"),
+    "interpolate": ("interpolate", "InterpolationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 

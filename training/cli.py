@@ -226,16 +226,26 @@ def naming(flag: str, value: str) -> Iterator[None]:
         raise ValueError(f"{flag} {value}: {error}") from error
 
 
-def parse_conditions(conditions: Sequence[str]) -> dict[str, str] | None:
+def parse_conditions(conditions: Sequence[str], flag: str = "--condition") -> dict[str, str] | None:
     """Turn the words of `--condition` into a label by column; `None` if there are none."""
     if any("=" not in condition for condition in conditions):
         raise ValueError(
-            f"--condition takes key=value, got {conditions}. Put quotes around a label with blanks: 'cell_type=B cell'."
+            f"{flag} takes key=value, got {conditions}. Put quotes around a label with blanks: 'cell_type=B cell'."
         )
     labels = dict(condition.split("=", 1) for condition in conditions)
     if len(labels) < len(conditions):
-        raise ValueError(f"--condition names a column twice: {conditions}.")
+        raise ValueError(f"{flag} names a column twice: {conditions}.")
     return labels or None
+
+
+def check_known_labels(pipe: SCRDiTPipeline, labels: dict[str, str], flag: str) -> None:
+    """Raise ValueError for labels, by column, that the model does not know."""
+    conditions = pipe.processor.conditions
+    with naming(flag, " ".join(f"{key}={label}" for key, label in labels.items())):
+        if unknown := [key for key in labels if key not in conditions]:
+            raise ValueError(f"{unknown} are not conditions of the model: {list(conditions) or 'it has none'}.")
+        example = {key: [labels.get(key, names[0])] for key, names in conditions.items()}
+        pipe.processor.encode_labels(pd.DataFrame(example))
 
 
 def read_table(path: str, flag: str) -> pd.DataFrame:
