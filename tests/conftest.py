@@ -50,7 +50,7 @@ MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 # What `make quick` leaves out: modules that train, start processes, compile, fit classifiers or try all schedulers,
 # and tests that need what these fixtures train or fit.
 TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_commands"}
-TRAINING_MODULES |= {"test_diffusers_testers", "test_docs_snippets"}
+TRAINING_MODULES |= {"test_diffusers_testers", "test_docs_snippets", "test_folders"}
 TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_notebooks"}
 TRAINING_MODULES |= {"test_compare", "test_train"}
 TRAINING_MODULES |= {"test_properties", "test_published_pipelines", "test_readme", "test_report", "test_schedulers"}
