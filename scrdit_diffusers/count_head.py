@@ -376,7 +376,7 @@ class SCRDiTCountHead(nn.Module):
         ends = list(accumulate(self.num_classes, initial=0))
         rows = [
             torch.where(codes < n, codes + start, ends[-1])
-            for codes, n, start in zip(class_labels.unbind(dim=1), self.num_classes, ends, strict=False)
+            for codes, n, start in zip(class_labels.unbind(dim=1), self.num_classes, ends[:-1], strict=True)
         ]
         return torch.stack(rows, dim=1) if rows else class_labels
 

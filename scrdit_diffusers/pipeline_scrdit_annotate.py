@@ -214,7 +214,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         timesteps, batch_size = kwargs.get("timesteps", TIMESTEPS), kwargs.get("batch_size", 256)
         self.check_inputs(adata, labels_key, prior, 1.0, timesteps, batch_size)
         check_label(adata.obs, labels_key, "adata.obs")
-        codes = pd.Categorical(adata.obs[labels_key].map(str), categories=self.processor.conditions[labels_key]).codes
+        codes = pd.Index(self.processor.conditions[labels_key]).get_indexer(adata.obs[labels_key].map(str))
         if (codes < 0).any():
             unknown = sorted(adata.obs[labels_key][codes < 0].map(str).unique())
             raise ValueError(

@@ -165,10 +165,10 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
         self.check_inputs(adata, target, timesteps, num_draws, batch_size)
         obs = adata.obs.copy()
         for key, labels in target.items():
-            column = [labels] * adata.n_obs if np.ndim(labels) == 0 else list(labels)
-            obs[key] = pd.Categorical(column, categories=self.processor.conditions[key])
-            if obs[key].isna().any():
-                obs[key] = column  # for encode_labels to name the unknown one
+            known = self.processor.conditions[key]
+            column = pd.Series(labels if np.ndim(labels) == 0 else list(labels), obs.index, dtype=object)
+            # Left as they are, encode_labels names the unknown one.
+            obs[key] = pd.Categorical(column, categories=known) if column.isin(known).all() else column
         source, goal = (self.processor.encode_labels(table) for table in (adata.obs, obs))  # (cells, K)
         counts, library_sizes = self.processor.get_counts(adata, layer)  # (cells, G), (cells,)
         new_sizes = self.translate_library_size(library_sizes, source, goal)  # (cells,)

@@ -98,7 +98,7 @@ def test_mean_and_interval_are_those_of_the_posterior(marginal, adata, use_label
     codes = torch.from_numpy(marginal.processor.encode_labels(adata.obs))
     if not use_labels:
         codes = torch.tensor(marginal.processor.num_classes).expand_as(codes)
-    sizes = torch.from_numpy(completed.obs["library_size"].to_numpy())
+    sizes = torch.tensor(completed.obs["library_size"].to_numpy())
     posterior = marginal.transformer.count_head(codes, sizes)
     draws = [
         posterior.quantile(posterior.probabilities(posterior.log_mean), torch.full((60, 23), (i + 0.5) / 400))
