@@ -59,12 +59,11 @@ class GeneGroup(NamedTuple):
             pieces.append(GeneGroup(genes, lower, upper, value, common, [table[part] for table in self.log_base]))
         return pieces
 
-    @property
+    # Not properties, which torch.compile cannot trace in a NamedTuple before PyTorch 2.9.
     def mean_count(self) -> torch.Tensor:
         """Mean count of each bin, shape (genes, bins)."""
         return midpoint(self.lower, self.upper)
 
-    @property
     def last(self) -> torch.Tensor:
         """Position of each gene's last bin that is not padding, shape (genes, 1)."""
         return (self.upper > self.lower).sum(dim=1, keepdim=True) - 1
@@ -120,7 +119,7 @@ class CountPosterior(NamedTuple):
 
     def mean_count(self, probabilities: list[torch.Tensor]) -> torch.Tensor:
         """Mean (B, G) of counts that follow `probabilities`."""
-        return self._expected([group.mean_count for group in self.groups], probabilities)
+        return self._expected([group.mean_count() for group in self.groups], probabilities)
 
     def nll(
         self,
@@ -138,7 +137,7 @@ class CountPosterior(NamedTuple):
         total = counts.new_zeros(counts.shape[1])
         for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
             bins = torch.searchsorted(group.upper.contiguous(), counts[group.genes], right=True)
-            bins = bins.minimum(group.last)  # (genes, B)
+            bins = bins.minimum(group.last())  # (genes, B)
             nll = F.cross_entropy(logit, bins, reduction="none")  # (genes, B)
             total = total + (nll + (group.upper - group.lower).gather(1, bins).log()).sum(dim=0)
         return total / counts.shape[0]
@@ -171,7 +170,7 @@ class CountPosterior(NamedTuple):
         for probability, group in zip(probabilities, self.groups, strict=True):
             cumulative = probability.cumsum(dim=1)
             quantile = level[group.genes] * cumulative[:, -1:]  # (genes, 1, B)
-            chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last[..., None])  # (genes, 1, B)
+            chosen = (cumulative <= quantile).sum(dim=1, keepdim=True).minimum(group.last()[..., None])  # (genes, 1, B)
             inside = probability.gather(1, chosen)  # (genes, 1, B)
             below = cumulative.gather(1, chosen) - inside
             share = (quantile - below) / inside.clamp(min=1e-30)  # where in the bin, 0 to 1
@@ -191,7 +190,7 @@ class CountPosterior(NamedTuple):
         for probability, group in zip(probabilities, self.groups, strict=True):
             count = counts[group.genes]  # (genes, 1, B)
             chosen = torch.searchsorted(group.upper.contiguous(), count[:, 0].contiguous(), right=True)[:, None]
-            chosen = chosen.minimum(group.last[..., None])  # (genes, 1, B)
+            chosen = chosen.minimum(group.last()[..., None])  # (genes, 1, B)
             low, high = group.ends(chosen)
             inside = (count.minimum(high - 1) - low + uniform[group.genes]) / (high - low)  # where in the bin, 0 to 1
             below, above = _tails(probability)  # (genes, bins + 1, B)
@@ -212,7 +211,7 @@ class CountPosterior(NamedTuple):
             below, above = _tails(probability)  # (genes, bins + 1, B)
             from_low, from_high = (below <= level).sum(1, keepdim=True), (above > rest).sum(1, keepdim=True)
             chosen = torch.where(score < 0, from_low, from_high) - 1  # (genes, 1, B)
-            chosen = chosen.clamp(min=0).minimum(group.last[..., None])
+            chosen = chosen.clamp(min=0).minimum(group.last()[..., None])
             width = probability.gather(1, chosen).clamp(min=1e-30)
             from_low = (level - below.gather(1, chosen)) / width
             from_high = 1 - (rest - above.gather(1, chosen + 1)) / width
@@ -238,7 +237,7 @@ class CountPosterior(NamedTuple):
         log_odds, linear = (per_gene.T[self.gene_order, None] for per_gene in (log_odds, linear))  # (G, 1, B)
         logits = []
         for group in self.groups:
-            count, value = group.mean_count[..., None], group.value[..., None]  # (genes, bins, 1)
+            count, value = group.mean_count()[..., None], group.value[..., None]  # (genes, bins, 1)
             logit = group.common[..., None].repeat(1, 1, len(log_mean))  # (genes, bins, B)
             # Not a matmul, which TF32 and autocast would round: logits in the hundreds must be right to 0.01.
             # In place, and with at most one operand that all cells share, this takes a quarter of the time.

@@ -176,7 +176,7 @@ def test_values_that_are_not_real_are_refused(adata):
         with pytest.raises(ValueError, match=rf"layers\['other'\].*{message}"):
             get_matrix(adata, "other", expect_counts=False)
     adata.X = far
-    with pytest.raises(ValueError, match=r"adata\.X.* indices"):
+    with pytest.raises(ValueError, match=r"adata\.X.* ind(ices|ex)"):
         get_matrix(adata, None, expect_counts=True)
 
 

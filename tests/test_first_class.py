@@ -368,6 +368,7 @@ def test_device_map_with_blocks_on_disk(model, inputs, tmp_path):
     torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample)
 
 
+@pytest.mark.skipif(accelerate.__version__ < "1.15", reason="Accelerate puts no whole model on disk before 1.15")
 @pytest.mark.parametrize("model_class", [SCRDiTTransformer, AutoModel])
 def test_a_pipeline_of_a_transformer_on_disk(pipe, sample, tmp_path, model_class):
     expected = sample(output_type="pt")

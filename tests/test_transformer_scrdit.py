@@ -287,7 +287,7 @@ def test_save_and_load(tmp_path, patch_embed_type):
 @pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)
 def test_count_head_starts_at_the_average_profile(patch_embed_type):
     """Whatever the noisy cell and its labels; only the library size scales it."""
-    counts = sp.random_array((50, 23), density=0.5, rng=0, data_sampler=lambda size: np.arange(size) % 7 + 1.0)
+    counts = sp.csr_array(np.maximum(np.random.default_rng(0).integers(-7, 8, (50, 23)), 0), dtype=np.float64)
     model = make_model(patch_embed_type, count_bins=count_bins(counts.tocsr()))
     model.initialize_weights()
     initialize_count_head(

@@ -235,7 +235,7 @@ def measure_translation(
         obs = source.obs.assign(**{condition: target})
         cells["generated with the target labels"] = dense(pipe(obs=obs, generator=seeded(seed)).adata)
     of_source, of_real, goal = labels_of(source, key), labels_of(real, key), dense(real)
-    groups = np.char.add(of_source, labels_of(source, condition))
+    groups = np.char.add(of_source.astype(str), labels_of(source, condition).astype(str))
     genes = np.maximum(goal.mean(axis=0), before.mean(axis=0)) > 1
     true = log_fold_changes(goal, before, genes)
     rng = np.random.default_rng(seed)
