@@ -1,6 +1,7 @@
-"""What the benchmarks share: a resumable record of results, and Markdown tables."""
+"""What the benchmarks share: a resumable record of results, processes that measure, and Markdown tables."""
 
 import json
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,42 @@ class Record(dict):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.path) as temporary:
             temporary.write_text(json.dumps(self, indent=2))
+
+
+def run_logged(command: Sequence[object], log: Path, timeout: float | None = None) -> None:
+    """Run a command in a process of its own that writes all it says to a file.
+
+    Parameters
+    ----------
+    command
+        Program and arguments.
+    log
+        File to write.
+    timeout
+        Seconds after which the process is killed; `None` waits for it.
+
+    Raises
+    ------
+    subprocess.TimeoutExpired
+        The time is over.
+    RuntimeError
+        The process failed; the message has its last lines.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:  # not a pipe, which processes that the command has left behind would keep open
+        words = list(map(str, command))
+        code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, timeout=timeout).returncode
+    if code:
+        raise RuntimeError(f"exit code {code}, see {log}: {' '.join(log.read_text().split()[-60:])}")
+
+
+def printed_results(log: Path) -> dict[str, Any]:
+    """Join the JSON objects that a process has printed, one a line; none if it did not start."""
+    found: dict[str, Any] = {}
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
 
 
 def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -58,14 +58,18 @@ def seconds(function, repeats: int, device: str) -> float:
     """Shortest wall time of several calls after a warm-up; other programs can only make calls longer."""
     times = []
     for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         function()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def synchronize(device: str) -> None:
+    """Wait for what an accelerator still computes."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def make_counts(num_cells: int) -> np.ndarray:
@@ -76,8 +80,8 @@ def make_counts(num_cells: int) -> np.ndarray:
 
 
 def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipeline:
-    """Make an untrained pipeline; the default preset draws counts from its likelihood, the paper's rounds."""
-    ours = preset == DEFAULT
+    """Make an untrained pipeline; our presets draw counts from their likelihood, the paper's round."""
+    ours = not preset.startswith("scrdit-paper")
     counts = sp.csr_matrix(make_counts(1000))
     model = SCRDiTTransformer(
         num_genes=NUM_GENES,
@@ -114,8 +118,12 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
 
 
 def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float, float]:
+    """Cells per second of an optimizer step, and achieved FLOP/s, of a new pipeline."""
+    return time_training(make_pipeline(preset, args.device, torch.float32), batch_size, repeats, args)
+
+
+def time_training(pipe: SCRDiTPipeline, batch_size: int, repeats: int, args) -> tuple[float, float]:
     """Cells per second of an optimizer step, and achieved FLOP/s (backward counted as two forward passes)."""
-    pipe = make_pipeline(preset, args.device, torch.float32)
     model = pipe.transformer.train()
     flops = 3 * model.flops_per_cell() * batch_size
     batch = {
@@ -123,16 +131,18 @@ def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float,
         "class_labels": torch.randint(NUM_LABELS, (batch_size, 1), device=args.device),
     }
     if model.count_head is not None:
-        batch["counts"] = torch.from_numpy(make_counts(batch_size)).to(args.device)
+        drawn = torch.from_numpy(make_counts(min(batch_size, 128))).to(args.device)
+        batch["counts"] = drawn[torch.arange(batch_size, device=args.device) % len(drawn)]
     timesteps = torch.randint(200, 1000, (batch_size,), device=args.device)
     noise = torch.randn(batch_size, NUM_GENES, device=args.device)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    forward = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile()
 
     def step():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = diffusion_loss(forward, noise_scheduler, batch, timesteps, noise).mean()
+            loss = diffusion_loss(model, noise_scheduler, batch, timesteps, noise).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,8 +153,13 @@ def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float,
 
 
 def sample_rate(preset: str, batch_size: int, num_inference_steps: int | None, repeats: int, args) -> float:
-    """Cells per second of a pipeline call; `None` takes the pipeline's number of network calls."""
+    """Cells per second of a call of a new pipeline; `None` takes its number of network calls."""
     pipe = make_pipeline(preset, args.device, getattr(torch, args.dtype))
+    return time_sampling(pipe, batch_size, num_inference_steps, repeats, args)
+
+
+def time_sampling(pipe: SCRDiTPipeline, batch_size: int, num_inference_steps: int | None, repeats: int, args) -> float:
+    """Cells per second of a pipeline call; `None` takes the pipeline's number of network calls."""
     if args.compile:
         pipe.transformer.compile()
 
