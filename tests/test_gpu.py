@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +64,7 @@ def run(script, tmp_path, monkeypatch, train_here, evaluate, evaluate_script):
     return run
 
 
-NAMES = ["matmul", "loader", "training", "evaluation", "scrdit-s, 40 genes", "scrdit-s, 40 genes, compiled"]
+NAMES = ["matmul", "loader", "scrdit-s, 40 genes", "training", "evaluation", "scrdit-s, 40 genes, compiled"]
 
 
 def test_miniature_measures_every_row_on_a_cpu_once(run, capsys):
@@ -76,7 +75,7 @@ def test_miniature_measures_every_row_on_a_cpu_once(run, capsys):
     training = rows["training"]
     assert training["max_train_steps"] >= 1 and training["train_cells"] == 60 and training["cells_per_second"] > 0
     assert 0.4 <= rows["evaluation"]["classifier_genes_auroc"]["value"] <= 1
-    for name in NAMES[-2:]:
+    for name in (NAMES[2], NAMES[-1]):
         for task in ("sampling", "training"):
             found = rows[name][task]
             share = found["flops_per_second"] / rows["matmul"]["flops_per_second"]
@@ -94,7 +93,7 @@ def test_what_does_not_fit_into_the_time_is_skipped_and_measured_later(script, r
     assert rows["training"] == rows["evaluation"] == rows[NAMES[-1]] == {"skipped": "time"}
     assert "skipped" not in rows["matmul"]
     again, started = run("--max_seconds", 600)
-    assert list(again) == NAMES and not any("skipped" in again[name] for name in ("training", *NAMES[-2:]))
+    assert list(again) == NAMES and not any("skipped" in again[name] for name in ("training", NAMES[2], NAMES[-1]))
     assert again["evaluation"] == {"skipped": "nothing was trained"} and again["matmul"] == rows["matmul"]
     assert all("matmul" not in words for words in started)
 
@@ -122,6 +121,32 @@ def test_results_of_a_process_that_is_cut_off_are_kept(script, tmp_path, monkeyp
     expected = {"sampling": {"cells_per_second": 7}}
     assert script.run_measurement(args, "row", [], 1.0) == expected | {"skipped": "time"}
     assert script.run_measurement(args, "row", [], 0) == expected | {"error": "exit code -9"}
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, "64"),
+        ({"skipped": "time"}, "64"),
+        ({"error": "exit code -9"}, "64"),
+        ({"sampling": {"batch_size": 32}, "training": {"error": "no room"}}, "32"),
+        ({"sampling": {"batch_size": 32}, "training": {"batch_size": 8}}, "8"),
+    ],
+)
+def test_compiled_models_begin_with_the_cells_that_fit_without(script, tmp_path, monkeypatch, known, expected):
+    started = []
+
+    def run_logged(command, log, timeout):
+        started.extend(map(str, command))
+        log.write_text('{"sampling": {"flops_per_second": 5.0}}\n{"training": {"error": "no compiler"}}')
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(script, "run_logged", run_logged)
+    args = types.SimpleNamespace(output_dir=tmp_path, device="cpu", repeats=1, batch_size=64)
+    record = {"rows": {"matmul": {"flops_per_second": 20.0}, "scrdit-s, 40 genes": known}}
+    found = script.measure_preset(args, record, "scrdit-s", 40, True, 60.0)
+    assert started[started.index("--batch_size") + 1] == expected and "--compile" in started
+    assert found["sampling"]["share_of_matmul"] == 0.25 and found["training"] == {"error": "no compiler"}
 
 
 def test_cells_are_halved_until_they_fit(script):
@@ -190,5 +215,9 @@ def test_presets_of_ours_have_a_count_head_and_the_papers_not(speed, monkeypatch
         assert (pipe.transformer.count_head is not None) == expected
 
 
-def test_script_names_the_files_that_it_starts(script):
-    assert (script.TRAINING / "train.py").is_file() and Path(script.__file__).name == "gpu.py"
+@pytest.mark.parametrize(("available", "expected"), [([], "cpu"), (["xpu"], "xpu"), (["cuda", "xpu"], "cuda")])
+def test_the_first_accelerator_is_measured(script, monkeypatch, available, expected):
+    for device in ("cuda", "xpu"):
+        monkeypatch.setattr(torch.get_device_module(device), "is_available", lambda device=device: device in available)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert script.parse().device == expected

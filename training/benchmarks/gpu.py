@@ -7,10 +7,10 @@ Rows, in the order of measurement; each is a process of its own and is saved bef
 
 - `matmul`: the rate of a large matmul in bfloat16, of which the shares below are parts.
 - `loader`: batches in model space from the dataset alone, with several numbers of worker processes.
+- `PRESET, N genes`: training (one optimizer step) and sampling (a call of the pipeline) of random cells in bfloat16.
 - `training`: `train.py` on all genes of the dataset in bfloat16, for `--train_seconds`: as many steps as the rate of a
   short run before promises.
 - `evaluation`: `evaluate.py` on what was trained.
-- `PRESET, N genes`: training (one optimizer step) and sampling (a call of the pipeline) of random cells in bfloat16.
 - `PRESET, N genes, compiled`: the same with `torch.compile`; the first step or call, which compiles, does not count.
 
 As many cells at a time as fit: `--batch_size`, halved until memory suffices. What fails has its `error` in its row, and
@@ -50,6 +50,8 @@ from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 TRAINING = Path(__file__).resolve().parents[1]
 LABELS_KEY = "cell_type"  # of made cells
+DEVICES = ("cpu", "cuda", "xpu")  # whose peak of memory PyTorch tells
+TASKS = ("sampling", "training")
 SKIPPED = {"skipped": "time"}
 # Seconds without which a measurement does not begin: start of a process, compilation.
 START, COMPILATION = 15, 60
@@ -123,7 +125,7 @@ def measure_speed(args) -> None:
         rate, flops = speed.time_training(pipe, batch_size, args.repeats, settings)
         return {"cells_per_second": rate, "flops_per_second": flops}
 
-    for task, measure in {"sampling": sample, "training": train}.items():
+    for task, measure in zip(TASKS, (sample, train), strict=True):
         start = time.monotonic()
         try:
             found: dict[str, Any] = halve_until_it_fits(measure, args.batch_size, args.device)
@@ -208,13 +210,14 @@ def measure_preset(args, record: Record, preset: str, num_genes: int, compiled: 
     name = f"{preset}, {num_genes} genes"
     batch_size = args.batch_size
     if compiled:
-        fitting = [found.get("batch_size", batch_size) for found in record["rows"].get(name, {}).values()]
+        known = record["rows"].get(name, {})
+        fitting = [known[task]["batch_size"] for task in TASKS if "batch_size" in known.get(task, {})]
         batch_size, name = min([batch_size, *fitting]), f"{name}, compiled"
     words = ["--measure", "speed", "--presets", preset, "--num_genes", num_genes, "--batch_size", batch_size]
     found = run_measurement(args, name, [*words, *(["--compile"] if compiled else [])], seconds)
-    for task in found.keys() & {"training", "sampling"}:
-        peak = record["rows"]["matmul"].get("flops_per_second")
-        if peak and "error" not in found[task]:
+    peak = record["rows"].get("matmul", {}).get("flops_per_second")
+    for task in TASKS:
+        if peak and "flops_per_second" in found.get(task, {}):
             found[task]["share_of_matmul"] = found[task]["flops_per_second"] / peak
     return found
 
@@ -279,15 +282,15 @@ def list_rows(args, record: Record) -> list[Row]:
         Row("matmul", START, partial(run_measurement, args, "matmul", matmul)),
         Row("loader", START, partial(run_measurement, args, "loader", loader)),
     ]
+    models = [(preset, num_genes) for num_genes in args.num_genes for preset in args.presets]
+    for model in models:
+        rows.append(Row("{}, {} genes".format(*model), START, partial(measure_preset, args, record, *model, False)))
     if args.train_seconds:
         rows.append(Row("training", args.train_seconds + 2 * START, partial(train, args)))
         rows.append(Row("evaluation", JUDGEMENT, partial(evaluate, args)))
-    for compiled in (False, True):
-        for num_genes in args.num_genes:
-            for preset in args.presets:
-                name = f"{preset}, {num_genes} genes{', compiled' if compiled else ''}"
-                needed = COMPILATION if compiled else START
-                rows.append(Row(name, needed, partial(measure_preset, args, record, preset, num_genes, compiled)))
+    for model in models:
+        measure = partial(measure_preset, args, record, *model, True)
+        rows.append(Row("{}, {} genes, compiled".format(*model), COMPILATION, measure))
     return rows
 
 
@@ -316,13 +319,13 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         if " genes" in name:
             texts = []
-            for task in ("training", "sampling"):
+            for task in TASKS:
                 found = row.get(task, row)
                 share = f" ({found['share_of_matmul']:.2f})" if "share_of_matmul" in found else ""
                 rate = f"{found['cells_per_second']:,.0f}{share}" if "cells_per_second" in found else ""
                 texts.append(rate or str(found.get("error", found.get("skipped", "")))[:60])
             lines.append([name, *texts])
-    return to_markdown(["cells per second (share of the matmul)", "training", "sampling"], lines)
+    return to_markdown(["cells per second (share of the matmul)", *TASKS], lines)
 
 
 def parse() -> argparse.Namespace:
@@ -330,8 +333,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="counts to load and to train on; made cells if not given")
     parser.add_argument("--labels_key", default=LABELS_KEY)
-    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    parser.add_argument("--device", default=best, choices=["cpu", "cuda", "xpu"])
+    found = [device for device in DEVICES[1:] if torch.get_device_module(device).is_available()]
+    parser.add_argument("--device", default=[*found, "cpu"][0], choices=DEVICES)
     parser.add_argument("--presets", nargs="+", default=["scrdit-s", "scrdit-b", "scrdit-l"])
     parser.add_argument("--num_genes", type=int, nargs="+", default=[2000, 16791])
     parser.add_argument("--batch_size", type=int, default=4096, help="cells at a time, halved until they fit")

@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def train(args) -> dict[str, float]:
     start = time.monotonic()
     sys.argv = [str(TRAINING / "train.py"), *shlex.split(args.train_options)]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    return {"seconds": time.monotonic() - start}
+    config = json.loads((Path(args.output_dir) / "transformer/config.json").read_text())
+    return {"seconds": time.monotonic() - start, "num_genes": config["num_genes"]}
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
@@ -128,36 +130,41 @@ def run_measurement(args, name: str, *words: object) -> dict[str, Any]:
     return printed_results(log)
 
 
-def measure_quality(args, num_genes: int) -> dict[str, Any]:
-    """Train with a number of genes and judge the cells, and those of scVI."""
+def evaluate(args, name: str, *words: object) -> None:
+    """Run evaluate.py on the split of the dataset, or to split it."""
     folder = Path(args.output_dir)
+    command = [sys.executable, TRAINING / "evaluate.py", "--split_dir", folder / "split", *words]
+    run_logged(command, folder / "logs" / f"{name}.txt")
 
-    def evaluate(log: str, *words: object) -> None:
-        run_logged([sys.executable, TRAINING / "evaluate.py", *words], folder / "logs" / f"{log}.txt")
 
+def train_with(args, num_genes: int) -> dict[str, Any]:
+    """Train with the most variable genes, or all, by the defaults; continue what was interrupted."""
+    folder = Path(args.output_dir)
     if not (folder / "split/split.json").exists():
-        given = ["--dataset", args.dataset, "--labels_key", args.labels_key]
-        evaluate("split", *given, "--split_dir", folder / "split")
+        evaluate(args, "split", "--dataset", args.dataset, "--labels_key", args.labels_key)
     cells, model = folder / "split/train.h5ad", folder / f"pipeline-{num_genes}"
     all_genes = num_genes >= ad.read_h5ad(cells, backed="r").n_vars
     genes = ["--flavor", "all"] if all_genes else ["--n_top_genes", num_genes]
     words = ["--dataset", cells, "--labels_key", args.labels_key, "--output_dir", model, *genes, "--report_to", "none"]
-    words += ["--overwrite_output_dir", "True", *shlex.split(args.train_options)]
-    options = shlex.join(map(str, words))
-    found = run_measurement(args, f"train {num_genes}", "--measure", "train", "--train_options", options)
-    judged = ["--split_dir", folder / "split", "--pipeline", model, "--output_dir", folder / f"evaluation-{num_genes}"]
+    words += ["--resume_from_checkpoint", "latest", *shlex.split(args.train_options)]
+    options = ["--train_options", shlex.join(map(str, words)), "--output_dir", model]
+    return run_measurement(args, f"train {num_genes}", "--measure", "train", *options)
+
+
+def judge(args, num_genes: int) -> dict[str, Any]:
+    """Compare the cells of what was trained, and those of scVI, with real ones."""
+    folder = Path(args.output_dir)
+    judged = ["--pipeline", folder / f"pipeline-{num_genes}", "--output_dir", folder / f"evaluation-{num_genes}"]
     judged += ["--overwrite", "--baselines", "scvi_prior" if find_spec("scvi") else "none", "--steps_curve", 0]
     judged += ["--min_label_cells", sys.maxsize, "--num_seeds", args.num_seeds]
-    evaluate(f"evaluation {num_genes}", *judged, *shlex.split(args.evaluate_options))
+    evaluate(args, f"evaluation {num_genes}", *judged, *shlex.split(args.evaluate_options))
     rows = json.loads((folder / f"evaluation-{num_genes}/metrics.json").read_text())["rows"]
     names = {"value": "ours", "scvi_prior": "scVI", "ceiling": "real cells"}
-    found["num_genes"] = json.loads((model / "transformer/config.json").read_text())["num_genes"]
-    found["metrics"] = {
+    return {
         row["metric"]: {method: row[name] for name, method in names.items() if name in row}
         for row in rows
         if row["group"] == "all"
     }
-    return found
 
 
 def measure_rows(args, record: Record) -> None:
@@ -170,9 +177,10 @@ def measure_rows(args, record: Record) -> None:
                 for task in SPEEDS:
                     words = ["--measure", method, "--task", task, "--num_genes", num_genes]
                     name = f"{method} {task} {num_genes}"
-                    measures[name] = lambda name=name, words=words: run_measurement(args, name, *words)
+                    measures[name] = partial(run_measurement, args, name, *words)
         if "quality" in args.parts:
-            measures[f"quality {num_genes}"] = lambda number=num_genes: measure_quality(args, number)
+            measures[f"train {num_genes}"] = partial(train_with, args, num_genes)
+            measures[f"quality {num_genes}"] = partial(judge, args, num_genes)
         for name, call in measures.items():
             if name not in record["rows"]:
                 record["rows"][name] = call()
@@ -187,7 +195,9 @@ def tabulate(rows: dict[str, dict[str, Any]]) -> pd.DataFrame:
         what, number = name.rsplit(" ", 1)
         if what == "quality":
             for metric, title in QUALITY.items():
-                lines += [(method, title, int(number), value) for method, value in row["metrics"][metric].items()]
+                lines += [(method, title, int(number), value) for method, value in row[metric].items()]
+        elif what == "train":
+            lines.append(("ours", "train.py, memory in MB", int(number), row["megabytes"]))
         else:
             method, task = what.split(" ")
             lines.append((method, SPEEDS[task], int(number), row["cells_per_second"]))
