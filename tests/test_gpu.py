@@ -149,6 +149,19 @@ def test_compiled_models_begin_with_the_cells_that_fit_without(script, tmp_path,
     assert found["sampling"]["share_of_matmul"] == 0.25 and found["training"] == {"error": "no compiler"}
 
 
+def test_table_shows_rates_or_what_stands_in_their_place(script):
+    rows = {
+        "loader": {},
+        "scrdit-s, 40 genes": {"sampling": {"cells_per_second": 1234.5, "share_of_matmul": 0.25}, "skipped": "time"},
+        "scrdit-b, 40 genes": {"error": "exit code -9"},
+    }
+    lines = script.format_table(rows).splitlines()
+    assert lines[2:] == [
+        "| scrdit-s, 40 genes | 1,234 (0.25) | skipped: time |",
+        "| scrdit-b, 40 genes | exit code -9 | exit code -9 |",
+    ]
+
+
 def test_cells_are_halved_until_they_fit(script):
     tried = []
 

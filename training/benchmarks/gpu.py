@@ -323,7 +323,7 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
                 found = row.get(task, row)
                 share = f" ({found['share_of_matmul']:.2f})" if "share_of_matmul" in found else ""
                 rate = f"{found['cells_per_second']:,.0f}{share}" if "cells_per_second" in found else ""
-                texts.append(rate or str(found.get("error", found.get("skipped", "")))[:60])
+                texts.append(rate or (found.get("error") or f"skipped: {found.get('skipped')}")[:60])
             lines.append([name, *texts])
     return to_markdown(["cells per second (share of the matmul)", *TASKS], lines)
 
