@@ -183,7 +183,7 @@ def load_safely(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
         if isinstance(source, dict) or str(source) in str(error):
             raise
         raise ValueError(f"{source}: {error}") from error
-    except (AttributeError, KeyError, NotImplementedError, RecursionError, TypeError) as error:
+    except (AttributeError, KeyError, ModuleNotFoundError, NotImplementedError, RecursionError, TypeError) as error:
         raise OSError(
             f"Nothing can be made of {source} with these arguments ({type(error).__name__}: {error}): one of its JSON "
             "files is damaged or of another version, or an argument is wrong."

@@ -48,6 +48,14 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
         SCRDiTPipeline.from_pretrained(tmp_path)
 
 
+def test_a_flipped_letter_in_the_index_is_told(count_pipe, tmp_path):
+    count_pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace('"scrdit_diffusers"', '"scrdit_digfusers"'))
+    with pytest.raises(OSError, match=r"scrdit_digfusers.*JSON"):
+        SCRDiTPipeline.from_pretrained(tmp_path)
+
+
 def test_pickled_weights_are_not_written(count_pipe, tmp_path):
     for saved in (count_pipe, count_pipe.transformer):
         with pytest.raises(ValueError, match="^safe_serialization=False "):
