@@ -52,7 +52,7 @@ def test_a_flipped_letter_in_the_index_is_told(count_pipe, tmp_path):
     count_pipe.save_pretrained(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace('"scrdit_diffusers"', '"scrdit_digfusers"'))
-    with pytest.raises(OSError, match=r"scrdit_digfusers.*JSON"):
+    with pytest.raises((OSError, ValueError), match="scrdit_digfusers"):  # by the version of diffusers
         SCRDiTPipeline.from_pretrained(tmp_path)
 
 
