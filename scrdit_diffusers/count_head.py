@@ -50,13 +50,13 @@ class GeneGroup(NamedTuple):
 
     def split(self, num_genes: int) -> "list[GeneGroup]":
         """Split into groups of at most `num_genes` genes."""
-        first, tensors = self.genes.start, (self.lower, self.upper, self.value, self.common)
-        pieces = []
-        for start in range(0, len(self.lower), num_genes):
-            part = slice(start, min(start + num_genes, len(self.lower)))
-            genes = slice(first + part.start, first + part.stop)
-            lower, upper, value, common = (tensor[part] for tensor in tensors)
-            pieces.append(GeneGroup(genes, lower, upper, value, common, [table[part] for table in self.log_base]))
+        shared = (tensor.split(num_genes) for tensor in (self.lower, self.upper, self.value, self.common))
+        by_cell = [table.split(num_genes) for table in self.log_base]
+        pieces, start = [], self.genes.start
+        for i, parts in enumerate(zip(*shared, strict=True)):
+            genes = slice(start, start + len(parts[0]))
+            pieces.append(GeneGroup(genes, *parts, [table[i] for table in by_cell]))
+            start = genes.stop
         return pieces
 
     # Not properties, which torch.compile cannot trace in a NamedTuple before PyTorch 2.9.
@@ -234,17 +234,19 @@ class CountPosterior(NamedTuple):
         log_odds = log_mean - torch.logaddexp(log_mean, self.log_dispersion)  # (B, G)
         linear = noisy.float() * alpha_bar.sqrt() / (1 - alpha_bar)  # (B, G)
         quadratic = (-alpha_bar / (1 - alpha_bar) / 2).T  # (1, B)
-        log_odds, linear = (per_gene.T[self.gene_order, None] for per_gene in (log_odds, linear))  # (G, 1, B)
+        log_odds, linear = (self._sort(per_gene)[:, None] for per_gene in (log_odds, linear))  # (G, 1, B)
+        # Not slices: the gradient of each would be as large as the whole.
+        sizes = [len(group.lower) for group in self.groups]
         logits = []
-        for group in self.groups:
+        for group, odds, slope in zip(self.groups, log_odds.split(sizes), linear.split(sizes), strict=True):
             count, value = group.mean_count()[..., None], group.value[..., None]  # (genes, bins, 1)
             logit = group.common[..., None].repeat(1, 1, len(log_mean))  # (genes, bins, B)
             # Not a matmul, which TF32 and autocast would round: logits in the hundreds must be right to 0.01.
             # In place, and with at most one operand that all cells share, this takes a quarter of the time.
-            logit.addcmul_(log_odds[group.genes], count)
+            logit.addcmul_(odds, count)
             for log_base in group.log_base:
                 logit += log_base
-            logits.append(logit.addcmul_(torch.addcmul(linear[group.genes], quadratic, value), value))
+            logits.append(logit.addcmul_(torch.addcmul(slope, quadratic, value), value))
         return logits
 
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
@@ -264,9 +266,13 @@ class CountPosterior(NamedTuple):
             ]
         return self._unsort(torch.cat(means))
 
+    def _sort(self, values: torch.Tensor) -> torch.Tensor:
+        """Reorder values (B, G) to (G, B), with the genes sorted."""
+        return values.T.contiguous().index_select(0, self.gene_order)
+
     def _unsort(self, values: torch.Tensor) -> torch.Tensor:
         """Reorder values (G, B) of the sorted genes to (B, G) in the order of the model."""
-        return torch.empty_like(values).index_copy(0, self.gene_order, values).T
+        return torch.empty_like(values).index_copy(0, self.gene_order, values).T.contiguous()
 
 
 class SCRDiTCountHead(nn.Module):
@@ -358,9 +364,9 @@ class SCRDiTCountHead(nn.Module):
         else:
             log_size = (library_size.to(mean.device).float().clamp(min=1).log() - mean) / std  # (B,)
         rows = self._label_rows(class_labels)  # (B, K)
-        label_log_mean = _append_no_label(self.class_log_mean)[rows].sum(dim=1)  # (B, G)
+        label_log_mean = F.embedding(rows, _append_no_label(self.class_log_mean)).sum(dim=1)  # (B, G)
         label_log_dispersion = _append_no_label(self.class_log_dispersion)  # (labels + 1, G)
-        log_dispersion = self.log_dispersion.float() + label_log_dispersion[rows].sum(dim=1)  # (B, G)
+        log_dispersion = self.log_dispersion.float() + F.embedding(rows, label_log_dispersion).sum(dim=1)  # (B, G)
         return CountPosterior(
             library_size=log_size,
             log_mean=self.log_mean.float() + (log_size * std)[:, None] + label_log_mean,
@@ -386,11 +392,13 @@ class SCRDiTCountHead(nn.Module):
         log_b = self.log_base.float()[self.gene_order]  # (G, largest number of bins)
         groups: list[GeneGroup] = []
         on_cpu = log_b.device.type == "cpu" and not torch.compiler.is_compiling()
-        for (genes, _, (_, num_bins)), (lower, upper, value) in zip(self.groups, self.bins(), strict=True):
-            log_base = _log_base(midpoint(lower, upper)[..., None], dispersion[genes])  # (genes, bins, labels + 1)
+        sizes = [num_genes for _, _, (num_genes, _) in self.groups]
+        tables = zip(self.groups, self.bins(), dispersion.split(sizes), log_b.split(sizes), strict=True)
+        for (genes, _, (_, num_bins)), (lower, upper, value), theta, b in tables:
+            log_base = _log_base(midpoint(lower, upper)[..., None], theta)  # (genes, bins, labels + 1)
             log_width = (upper - lower).clamp(min=1).log().masked_fill(upper == lower, -1e9)  # (genes, bins)
             # Each of the K labels adds its change from no label.
-            common = (1 - rows.shape[1]) * log_base[..., -1] + log_b[genes, :num_bins] + log_width  # (genes, bins)
+            common = (1 - rows.shape[1]) * log_base[..., -1] + b[:, :num_bins] + log_width  # (genes, bins)
             label_log_base = [look_up(log_base, row) for row in rows.unbind(dim=1)]  # K x (genes, bins, B)
             whole = GeneGroup(genes, lower, upper, value, common, label_log_base)
             groups += whole.split(max(1, CACHED_BINS // (num_bins * max(1, len(rows)))) if on_cpu else len(lower))

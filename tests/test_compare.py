@@ -1,7 +1,5 @@
 """Comparison of generated with real cells: known answers on real cells."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -168,11 +166,12 @@ def test_genes_too_rare_to_split_on_do_not_change_the_classifier():
     rates = np.geomspace(0.01, 3, 30)
     counts = [sp.csr_matrix(rng.poisson(rates * shift, (100, 30)).astype(float)) for shift in (1, 1.3)]
     x, y = (CellsInSpace(c, log_normalize(c, "counts"), np.empty(0), np.empty(0)) for c in counts)
-    features = [np.column_stack([z.log_values.toarray(), z.library_size, z.genes_detected]) for z in (x, y)]
+    sizes = [np.column_stack([z.library_size, z.genes_detected]) for z in (x, y)]
+    features = [np.column_stack([z.log_values.toarray(), size]) for z, size in zip((x, y), sizes, strict=True)]
     boosting = HistGradientBoostingClassifier(max_bins=31, random_state=0)
     assert (sum((f > 0).sum(axis=0) for f in features) < boosting.min_samples_leaf).sum() > 5
-    all_genes = SimpleNamespace(columns=np.arange(30))
-    assert comparison._genes_auroc(x, y, all_genes, None, 0) == metrics.classifier_auroc(*features, boosting, 0)
+    auroc = comparison.genes_auroc(x.log_values, y.log_values, sizes)
+    assert auroc == metrics.classifier_auroc(*features, boosting, 0)
 
 
 def summary(**figures):

@@ -87,6 +87,17 @@ def test_quality_is_measured_at_each_number_of_steps(record):
     assert all(np.isfinite(entry["w2"]) for entry in record["steps_curve"])
 
 
+def test_more_genes_than_the_metrics_look_at_are_all_judged(
+    evaluate, evaluate_script, split_dir, pipeline, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate_script, "NUM_VARIABLE", 39)
+    evaluate("--split_dir", split_dir, "--pipeline", pipeline, "--output_dir", tmp_path, *QUICK)
+    strata = json.loads((tmp_path / "metrics.json").read_text())["strata"]
+    assert [entry["num_genes"] for entry in strata][0] == 40 and sum(entry["num_genes"] for entry in strata) == 80
+    assert strata[0]["value"] > 0.8 > strata[0]["ceiling"]
+    assert "<h2>All genes</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_pipeline_of_the_train_part_gives_no_warning(record):
     assert record["warnings"] == []
 

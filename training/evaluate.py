@@ -41,12 +41,14 @@ from scrdit_diffusers.evaluation import baselines, compare, model_card, privacy
 from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
 from scrdit_diffusers.evaluation.report import STEP_METRICS, draw_figures, render_report
 from scrdit_diffusers.evaluation.space import get_values
+from scrdit_diffusers.evaluation.strata import compare_strata
 from scrdit_diffusers.launch import check_device
 from scrdit_diffusers.redaction import redact
 
 matplotlib.use("Agg")
 logger = logging.getLogger("evaluate")
 PARTS = ("train", "control", "test")
+NUM_VARIABLE = 2000  # genes at which the metrics look; of more genes, all are judged as well
 PACKAGES = {"scrdit_diffusers": "scrdit-diffusers", "sklearn": "scikit-learn", "ot": "POT", "scvi": "scvi-tools"}
 PACKAGES |= {"scib_metrics": "scib-metrics"}
 PACKAGES |= {name: name for name in ("diffusers", "torch", "anndata", "scanpy", "numpy", "scipy")}
@@ -373,6 +375,7 @@ def make_record(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]
         "baselines": chosen,
         "seeds": [],
         "rows": [],
+        "strata": [],
         "steps_curve": [],
         "privacy": None,
     }
@@ -417,6 +420,17 @@ def measure_steps(evaluation: Evaluation, test: ad.AnnData) -> list[dict[str, An
     table = evaluation.compare(test, None, sets, seed=args.seed, quick=True).query("group == 'all'")
     curve = table.set_index("metric").loc[list(STEP_METRICS)]
     return [{"num_inference_steps": k} | curve[str(k)].to_dict() for k in steps]
+
+
+def measure_strata(evaluation: Evaluation, test: ad.AnnData, synthetic: ad.AnnData) -> list[dict[str, Any]]:
+    """Judge all genes and those of each level of expression, if there are more than the metrics look at."""
+    if len(evaluation.var_names) <= NUM_VARIABLE:
+        return []
+    args = evaluation.args
+    _, control = evaluation.draw_real(args.seed)
+    options = {"value_space": evaluation.value_space, "max_cells": args.max_cells, "n_jobs": args.n_jobs}
+    table = compare_strata(test, synthetic, evaluation.parts["train"], control, **options, seed=args.seed)
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def measure_privacy(evaluation: Evaluation, split: dict[str, Any]) -> dict[str, Any]:
@@ -476,6 +490,7 @@ def evaluate(args: EvaluationArguments, split: dict[str, Any]) -> None:
         write_text(output_dir / "metrics.json", json.dumps(record, indent=2, allow_nan=False))
 
     test, synthetic = compare_seeds(evaluation, record, save)
+    record["strata"] = measure_strata(evaluation, test, synthetic)
     record["steps_curve"] = measure_steps(evaluation, test)
     record["privacy"] = measure_privacy(evaluation, split) if args.privacy else None
     figures = draw_figures(record, test, synthetic, evaluation.parts["train"], evaluation.value_space)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from scipy.spatial.distance import pdist
 from scipy.stats import ks_2samp
 from sklearn.base import ClassifierMixin
@@ -276,7 +277,9 @@ def _score(
     labels = [group for group in sizes if group != "all"]
     figures = {"all": _pair_metrics(query, real, scale, quick, n_jobs, seed)}
     if not quick:
-        figures["all"]["classifier_genes_auroc"] = _genes_auroc(query, real, space, n_jobs, seed)
+        genes = (group.log_values[:, space.columns] for group in (query, real))
+        sizes_of_cells = [np.column_stack([group.library_size, group.genes_detected]) for group in (query, real)]
+        figures["all"]["classifier_genes_auroc"] = genes_auroc(*genes, sizes_of_cells, n_jobs=n_jobs, seed=seed)
         if importlib.util.find_spec("scib_metrics"):
             figures["all"]["ilisi"] = ilisi(query.pcs, real.pcs)
         figures["all"] |= legacy_metrics(query.log_values, real.log_values)
@@ -320,17 +323,24 @@ def _pair_metrics(
     }
 
 
-def _genes_auroc(x: CellsInSpace, y: CellsInSpace, space: EvaluationSpace, n_jobs: int | None, seed: int) -> float:
-    """AUROC of gradient boosting on log-normalized genes, library size and genes detected."""
+def genes_auroc(
+    x: sp.csr_matrix,
+    y: sp.csr_matrix,
+    further: Sequence[np.ndarray] | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+) -> float:
+    """AUROC of gradient boosting that tells cells x from cells y by log-normalized genes and further columns.
+
+    NaN without further columns if no gene is seen in enough cells.
+    """
     boosting = HistGradientBoostingClassifier(max_bins=31, random_state=seed)  # 255 bins: as good, many times slower
-    columns = space.columns
-    expressed = sum(group.log_values[:, columns].getnnz(axis=0) for group in (x, y))
-    columns = columns[expressed >= boosting.min_samples_leaf]  # no tree can split on a gene that fewer cells express
-    a, b = (
-        np.column_stack([group.log_values[:, columns].toarray(), group.library_size, group.genes_detected])
-        for group in (x, y)
-    )
-    return classifier_auroc(a, b, boosting, seed, n_jobs)
+    # No tree can split on a gene that fewer cells express.
+    seen = x.getnnz(axis=0) + y.getnnz(axis=0) >= boosting.min_samples_leaf
+    a, b = x[:, seen].toarray(), y[:, seen].toarray()
+    if further is not None:
+        a, b = np.column_stack([a, further[0]]), np.column_stack([b, further[1]])
+    return classifier_auroc(a, b, boosting, seed, n_jobs) if a.shape[1] else np.nan
 
 
 def _common_labels(groups: dict[str, CellsInSpace], min_cells: int) -> dict[str, int]:
