@@ -24,7 +24,7 @@ from .pipeline_scrdit_translate import SCRDiTTranslatePipeline
 from .processing_scrdit import SCRDiTProcessor
 from .remote_code import push_remote_code
 from .schedulers import default_scheduler
-from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer
+from .transformer_scrdit import SCRDIT_PRESETS, SCRDiTTransformer, fit_preset
 
 __version__ = version("scrdit_diffusers")
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "diffusion_loss",
     "draw_effects",
     "fit_dataset",
+    "fit_preset",
     "initialize_from_cells",
     "push_remote_code",
     "read_cells",

@@ -53,9 +53,9 @@ class GeneGroup(NamedTuple):
         shared = (tensor.split(num_genes) for tensor in (self.lower, self.upper, self.value, self.common))
         by_cell = [table.split(num_genes) for table in self.log_base]
         pieces, start = [], self.genes.start
-        for i, parts in enumerate(zip(*shared, strict=True)):
-            genes = slice(start, start + len(parts[0]))
-            pieces.append(GeneGroup(genes, *parts, [table[i] for table in by_cell]))
+        for i, (lower, upper, value, common) in enumerate(zip(*shared, strict=True)):
+            genes = slice(start, start + len(lower))
+            pieces.append(GeneGroup(genes, lower, upper, value, common, [table[i] for table in by_cell]))
             start = genes.stop
         return pieces
 

@@ -25,6 +25,7 @@ from .sampling import (
     Generators,
     cells_to_anndata,
     check_finite,
+    choose_batch_size,
     choose_timesteps,
     denoise,
     draw_seeds,
@@ -168,7 +169,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         guidance_scale: float,
         eta: float,
         generator: Generators | None,
-        batch_size: int,
+        batch_size: int | None,
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
@@ -176,9 +177,10 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTPipeline.__call__`] cannot use."""
         self.check_components()
-        sizes = dict(num_cells=num_cells, batch_size=batch_size)
-        sizes |= {} if num_inference_steps is None else dict(num_inference_steps=num_inference_steps)
+        sizes = dict(num_cells=num_cells, batch_size=batch_size, num_inference_steps=num_inference_steps)
         for name, size in sizes.items():
+            if size is None and name != "num_cells":
+                continue
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
                 raise TypeError(f"{name} must be an integer, got {size!r}.")
             if size < 1:
@@ -389,7 +391,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         decode: str | None = None,
         decode_timestep: int | None = None,
         generator: Generators | None = None,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "anndata",
         return_dict: bool = True,
@@ -433,7 +435,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             the others or on `batch_size`. `None` draws a seed from PyTorch's global state.
         batch_size
             Cells generated at a time; bounds the memory. With a single generator, another `batch_size` gives other
-            cells.
+            cells. `None`: 512, or of more than 8,192 genes fewer, with at most 2^22 values.
         latents
             Standard normal noise to start from, shape (cells, G); `None` draws it.
         output_type
@@ -507,6 +509,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             num_steps, self._num_timesteps = set_timesteps(self.scheduler, num_inference_steps, decode_timestep, device)
         else:
             num_steps = self._num_timesteps = num_inference_steps
+        batch_size = batch_size or choose_batch_size(self.transformer.config.num_genes)
         starts = range(0, num_cells, batch_size)
         batches: list = []
         with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from .hub import SafePipelineMixin
 from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
-from .sampling import Denoiser, cells_to_anndata, check_count_head, check_positive, draw_uniform
+from .sampling import Denoiser, cells_to_anndata, check_count_head, check_positive, choose_batch_size, draw_uniform
 from .transformer_scrdit import SCRDiTTransformer
 
 Effects = Mapping[str, Mapping[str, float]]  # group: gene: log2 fold change
@@ -91,7 +91,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
 
     def check_inputs(
-        self, obs: pd.DataFrame, effects: Effects, group_key: str, max_factor: float | None, batch_size: int
+        self, obs: pd.DataFrame, effects: Effects, group_key: str, max_factor: float | None, batch_size: int | None
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTSimulatePipeline.__call__`] cannot use."""
         check_count_head(self.transformer, self.processor, "simulate")
@@ -116,7 +116,8 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
                 raise ValueError(f"effects[{group!r}] must be finite log2 fold changes, got {bad}.")
         if max_factor is not None and not 1 <= max_factor < np.inf:
             raise ValueError(f"max_factor must be at least 1, got {max_factor!r}.")
-        check_positive(batch_size=batch_size)
+        if batch_size is not None:
+            check_positive(batch_size=batch_size)
 
     def fold_changes(self, effects: Effects) -> pd.DataFrame:
         """Log2 fold change of each gene in each group with effects, shape (G, groups)."""
@@ -152,7 +153,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         max_factor: float | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 512,
+        batch_size: int | None = None,
     ) -> ad.AnnData:
         """Simulate an experiment.
 
@@ -220,6 +221,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             probability[chosen] = (fold_change * lowered / factor).clamp(max=1)
         means = np.empty(noisy.shape, dtype=np.float32)
         counts = []
+        batch_size = batch_size or choose_batch_size(self.transformer.config.num_genes)
         for start in range(0, len(obs), batch_size):
             chunk = slice(start, start + batch_size)
             x_t, p = noisy[chunk], probability[chunk].to(noisy.device)  # (B, G)

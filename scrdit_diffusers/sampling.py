@@ -155,6 +155,15 @@ def choose_timesteps(
     return len(timesteps), list(timesteps)
 
 
+def choose_batch_size(num_genes: int) -> int:
+    """Cells generated at a time: 512, or of more than 8,192 genes fewer, so that no array exceeds 16 MB.
+
+    From 32 MB on, the C library hands arrays back to the system, and on CPUs a third of the time goes to getting them
+    again.
+    """
+    return min(512, max(1, 2**22 // num_genes))
+
+
 def visit_timesteps(scheduler: UniPCMultistepScheduler, timesteps: list[int]) -> None:
     """Let UniPC, after `set_timesteps`, visit given timesteps instead of evenly spaced ones.
 

@@ -44,6 +44,18 @@ SCRDIT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def fit_preset(name: str, num_genes: int) -> dict[str, Any]:
+    """Sizes of a preset for a number of genes: ours have as many tokens for more than 2,000 genes, each of more genes.
+
+    The cost of a token hardly depends on the genes that it stands for.
+    """
+    preset = SCRDIT_PRESETS[name]
+    if preset["patch_embed_type"] == "shared":
+        return dict(preset)
+    num_patches = -(-2000 // preset["patch_size"])
+    return preset | {"patch_size": max(preset["patch_size"], -(-num_genes // num_patches))}
+
+
 @dataclasses.dataclass
 class SCRDiTTransformerOutput(BaseOutput):
     """Output of [`SCRDiTTransformer`].

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins
+from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins, fit_preset
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock, SCRDiTTransformerOutput
@@ -339,6 +339,20 @@ def test_own_presets_grow():
     assert parameters == sorted(parameters)
     assert flops == sorted(flops)
     assert set(SCRDIT_PRESETS) == {"scrdit-s", "scrdit-b", "scrdit-l", "scrdit-paper-d1", "scrdit-paper-d3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_genes", "patch_size"),
+    [
+        ("scrdit-s", 500, 100),
+        ("scrdit-s", 2000, 100),
+        ("scrdit-s", 16791, 840),
+        ("scrdit-l", 16791, 420),
+        ("scrdit-paper-d1", 16791, 10),
+    ],
+)
+def test_more_genes_make_patches_larger_not_more(name, num_genes, patch_size):
+    assert fit_preset(name, num_genes) == SCRDIT_PRESETS[name] | {"patch_size": patch_size}
 
 
 @pytest.mark.parametrize("patch_embed_type", PATCH_EMBED_TYPES)

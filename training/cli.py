@@ -163,7 +163,7 @@ class PipelineArguments:
     revision: str | None = arg(None, "Branch, tag or commit on the Hub.")
     output: str = arg("cells.h5ad", ".h5ad file or .zarr store to write.")
     overwrite: bool = arg(False, "Replace --output.")
-    batch_size: int = arg(512, "Cells at a time; bounds the memory.")
+    batch_size: int | None = arg(None, "Cells at a time; bounds the memory. Default: 512, fewer of over 8,192 genes.")
     seed: int = arg(0, "Seed of all that is drawn.")
     dtype: str = arg("float32", "Precision.", choices=["float32", "bfloat16", "float16"])
     device: str | None = arg(None, "cpu, cuda, mps. Default: the best one available.")
@@ -173,6 +173,7 @@ class PipelineArguments:
 class CellArguments(PipelineArguments):
     """Arguments of every script that uses a trained pipeline on measured cells."""
 
+    batch_size: int = arg(512, "Cells at a time; bounds the memory.")
     dataset: str = arg(None, "Measured cells: .h5ad file, .zarr store, dataset folder or Hub dataset id.")
     layer: str | None = arg(None, "Layer that holds the values. Default: X.")
 

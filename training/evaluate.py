@@ -72,7 +72,7 @@ class EvaluationArguments:
     n_top_genes: int = arg(2000, "With --synthetic: number of genes at most; the most variable ones of train are kept.")
     num_inference_steps: int | None = arg(None, "Network calls per cell. Default: the pipeline's.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
-    batch_size: int = arg(512, "Cells generated at a time.")
+    batch_size: int | None = arg(None, "Cells generated at a time. Default: 512, fewer of over 8,192 genes.")
     device: str | None = arg(None, "cpu, cuda or mps; the best one if not given.")
     # how
     num_seeds: int = arg(5, "Evaluation seeds; each repeats generation, draws, folds and split of unseen cells.")

@@ -42,7 +42,6 @@ from tqdm.auto import tqdm
 
 import scrdit_diffusers
 from scrdit_diffusers import (
-    SCRDIT_PRESETS,
     CellBatches,
     CellCollator,
     CellDataset,
@@ -55,6 +54,7 @@ from scrdit_diffusers import (
     diffusion_loss,
     finetuning,
     fit_dataset,
+    fit_preset,
     hub,
     initialize_from_cells,
 )
@@ -311,7 +311,7 @@ def build_model(
         model, changes = finetuning.adapt_transformer(pretrained, cells.processor, statistics, **options)
     else:
         sizes = {name: getattr(args, name) for name in MODEL_SIZES if getattr(args, name) is not None}
-        config = SCRDIT_PRESETS[args.preset] | sizes | {"dropout": args.dropout}
+        config = fit_preset(args.preset, cells.processor.num_genes) | sizes | {"dropout": args.dropout}
         config |= {"num_genes": cells.processor.num_genes, "num_classes": cells.processor.num_classes}
         if statistics is not None:
             config |= {"count_bins": count_bins(statistics), "beta_schedule": args.beta_schedule}

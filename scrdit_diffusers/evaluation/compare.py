@@ -277,9 +277,9 @@ def _score(
     labels = [group for group in sizes if group != "all"]
     figures = {"all": _pair_metrics(query, real, scale, quick, n_jobs, seed)}
     if not quick:
-        genes = (group.log_values[:, space.columns] for group in (query, real))
+        x, y = (group.log_values[:, space.columns] for group in (query, real))
         sizes_of_cells = [np.column_stack([group.library_size, group.genes_detected]) for group in (query, real)]
-        figures["all"]["classifier_genes_auroc"] = genes_auroc(*genes, sizes_of_cells, n_jobs=n_jobs, seed=seed)
+        figures["all"]["classifier_genes_auroc"] = genes_auroc(x, y, sizes_of_cells, n_jobs=n_jobs, seed=seed)
         if importlib.util.find_spec("scib_metrics"):
             figures["all"]["ilisi"] = ilisi(query.pcs, real.pcs)
         figures["all"] |= legacy_metrics(query.log_values, real.log_values)

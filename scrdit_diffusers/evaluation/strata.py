@@ -64,8 +64,8 @@ def compare_strata(
     def score(query: sp.csr_matrix, genes: np.ndarray) -> float:
         return genes_auroc(query[:, genes], log_values["real"][:, genes], n_jobs=n_jobs, seed=seed)
 
-    rows = []
+    table = []
     for name, genes in columns.items():
         ceiling = np.nan if control is None else score(log_values["control"], genes)
-        rows.append((name, len(genes), score(log_values["synthetic"], genes), ceiling))
-    return pd.DataFrame(rows, columns=["stratum", "num_genes", "value", "ceiling"])
+        table.append((name, len(genes), score(log_values["synthetic"], genes), ceiling))
+    return pd.DataFrame(table, columns=["stratum", "num_genes", "value", "ceiling"])

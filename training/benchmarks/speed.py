@@ -34,13 +34,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from scrdit_diffusers import (
-    SCRDIT_PRESETS,
     SCRDiTPipeline,
     SCRDiTProcessor,
     SCRDiTTransformer,
     count_bins,
     default_scheduler,
     diffusion_loss,
+    fit_preset,
 )
 from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.cells.moments import CellMoments
@@ -87,7 +87,7 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
         num_genes=NUM_GENES,
         num_classes=[NUM_LABELS],
         count_bins=count_bins(counts) if ours else None,
-        **SCRDIT_PRESETS[preset],
+        **fit_preset(preset, NUM_GENES),
     )
     processor = SCRDiTProcessor(
         var_names=[f"gene{i}" for i in range(NUM_GENES)],
@@ -171,7 +171,7 @@ def time_sampling(pipe: SCRDiTPipeline, batch_size: int, num_inference_steps: in
 
 def matmul_rate(preset: str, batch_size: int, args) -> float:
     """FLOP/s of a plain matmul of the shape of a block's MLP: (B N, D) x (D, 4 D)."""
-    config = SCRDIT_PRESETS[preset]
+    config = fit_preset(preset, NUM_GENES)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     rows = batch_size * -(-NUM_GENES // config["patch_size"])
     a = torch.randn(rows, dim, device=args.device, dtype=getattr(torch, args.dtype))
