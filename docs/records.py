@@ -34,6 +34,7 @@ COMMANDS = {
     "complete": ("complete", "CompletionArguments"),
     "translate": ("translate", "TranslationArguments"),
     "interpolate": ("interpolate", "InterpolationArguments"),
+    "distill": ("distill", "DistillationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight", "savefig.dpi": 150})

@@ -20,7 +20,7 @@ from .pipeline_scrdit import SCRDiTPipeline
 from .redaction import redact
 
 JOBS = ("denoise", "annotate", "simulate", "augment", "complete", "translate", "interpolate")
-COMMANDS = ("train", "generate", "evaluate", *JOBS, "demo", "convert_checkpoint")
+COMMANDS = ("train", "generate", "evaluate", *JOBS, "distill", "demo", "convert_checkpoint")
 USAGE = f"""usage: scrdit COMMAND [arguments]
 
   scrdit train --dataset cells.h5ad --labels_key cell_type --output_dir my-model
@@ -33,6 +33,7 @@ USAGE = f"""usage: scrdit COMMAND [arguments]
   scrdit complete --pipeline my-model --dataset panel.h5ad --output completed.h5ad
   scrdit translate --pipeline my-model --dataset cells.h5ad --condition batch=B --output translated.h5ad
   scrdit interpolate --pipeline my-model --dataset cells.h5ad --start_cells A --end_cells B --output path.h5ad
+  scrdit distill --pipeline my-model --output_dir distilled
   scrdit demo                      train on real cells, generate new ones and compare them, in outputs/demo
   scrdit convert_checkpoint ...    turn a checkpoint of the original scRDiT into a pipeline
   scrdit path COMMAND              print where its script is, as in: accelerate launch "$(scrdit path train)" ...

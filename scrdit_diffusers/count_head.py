@@ -157,6 +157,19 @@ class CountPosterior(NamedTuple):
         probabilities = (logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep))  # one at a time
         return self.quantile(probabilities, uniform)
 
+    def sample_values(
+        self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw counts as `sample` does, and give them in model space, shape (B, G): the clean cell, not its mean."""
+        level = uniform[:, self.gene_order].T[:, None]  # (G, 1, B)
+        values = []
+        for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
+            is_beyond = logit.softmax(dim=1).cumsum(dim=1)[:, :-1] <= level[group.genes]  # (genes, bins - 1, B)
+            steps = (group.value.diff(dim=1) * (group.upper > group.lower)[:, 1:])[:, None]  # (genes, 1, bins - 1)
+            with torch.autocast(logit.device.type, enabled=False):
+                values.append(group.value[:, :1] + torch.bmm(steps, is_beyond.to(steps.dtype))[:, 0])  # (genes, B)
+        return self._unsort(torch.cat(values))
+
     def probabilities(
         self, log_mean: torch.Tensor, noisy: torch.Tensor | None = None, timestep: torch.Tensor | None = None
     ) -> list[torch.Tensor]:

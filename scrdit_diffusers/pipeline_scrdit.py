@@ -35,7 +35,7 @@ from .sampling import (
     to_data_values,
     visit_timesteps,
 )
-from .schedulers import NOISE_PROCESS, check_scheduler
+from .schedulers import DISTILLED_STEPS, NOISE_PROCESS, check_scheduler, distilled_for
 from .transformer_scrdit import SCRDiTTransformer
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         library_size: float | Sequence[float] | None,
         num_inference_steps: int | None,
         guidance_scale: float,
-        eta: float,
+        eta: float | None,
         generator: Generators | None,
         batch_size: int | None,
         latents: torch.Tensor | None,
@@ -192,7 +192,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f"guidance_scale must be a number of at least 0 (1.0 is off), got {guidance_scale!r}.")
         if guidance_scale != 1.0 and not self.processor.condition_keys:
             raise ValueError(f"guidance_scale={guidance_scale} needs a conditional model; this one has no conditions.")
-        if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        if eta is not None and (not isinstance(eta, (int, float)) or not 0 <= eta <= 1):
             raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (as DDPM), got {eta!r}.")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta; eta={eta} needs DDIMScheduler.")
@@ -230,7 +230,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         counts_behind = self.processor.models_counts and self.processor.value_space != "counts"
         if counts_behind and self.transformer.count_head is None:
             raise ValueError("The processor is of a model with a count head; the transformer has none.")
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, distilled_for(self.transformer))
         for name, trained in self._noise_process.items():
             if self.scheduler.config.get(name) != trained:
                 raise ValueError(
@@ -387,7 +387,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         library_size: float | Sequence[float] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
         decode: str | None = None,
         decode_timestep: int | None = None,
         generator: Generators | None = None,
@@ -418,13 +418,14 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             on average. For log-normalized values, it is the total over all genes before normalization.
         num_inference_steps
             Steps of the scheduler or, if counts are drawn from their posterior, network calls, evenly spaced. `None`:
-            the pipeline's `default_timesteps`.
+            the pipeline's `default_timesteps`, or 2 with a distilled adapter.
         guidance_scale
             Scale s of classifier-free guidance, `uncond + s * (cond - uncond)`: diffusers' convention, where 1.0 is
             off. It equals 1 + w in the convention of Ho and Salimans (2022, equation 6), where w = 0 is off. Scales
             above 1 sharpen the labels and inflate the counts.
         eta
-            Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it.
+            Noise of DDIM, 0 (deterministic) to 1 (as DDPM). Only for schedulers that take it. `None`: 0, or 1 with a
+            distilled adapter, which is trained for fresh noise after each call (the gamma of TCD).
         decode
             "posterior" draws counts from their posterior at `decode_timestep`, "round" denoises to the end and rounds.
             `None`: "posterior" if the pipeline has a `decode_timestep`, else "round".
@@ -487,6 +488,10 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             decode_timestep,
         )
+        distilled = distilled_for(self.transformer) is not None
+        eta = float(distilled) if eta is None else eta
+        if distilled and num_inference_steps is None:
+            num_inference_steps = DISTILLED_STEPS
         num_inference_steps, timesteps = choose_timesteps(
             num_inference_steps,
             self.config.default_timesteps,
@@ -543,6 +548,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
                     attention_kwargs,
                     step_kwargs={"eta": eta, "generator": chunk_generator},
                     autocast_dtype=self.choose_autocast_dtype(),
+                    draws_cells=distilled,
                 )
 
                 # 4. Denoise

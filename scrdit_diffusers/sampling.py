@@ -24,6 +24,7 @@ from diffusers import SchedulerMixin, UniPCMultistepScheduler
 
 from .count_head import CountPosterior
 from .processing_scrdit import SCRDiTProcessor
+from .schedulers import distilled_for
 from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,10 @@ def set_timesteps(
 
     if decode_timestep is None:
         return num_inference_steps, visited(num_inference_steps)
-    num_steps = 1 + bisect.bisect_left(range(1, num_train_timesteps), num_inference_steps, key=visited)
+    largest = num_train_timesteps
+    if "original_inference_steps" in inspect.signature(scheduler.set_timesteps).parameters:  # TCD has no more
+        largest = scheduler.config.original_inference_steps
+    num_steps = 1 + bisect.bisect_left(range(1, largest), num_inference_steps, key=visited)
     num_timesteps = min(visited(num_steps), num_inference_steps)
     if num_timesteps < num_inference_steps:
         logger.warning(
@@ -209,6 +213,9 @@ class Denoiser:
         `eta` and `generator`, passed to `scheduler.step` if it takes them.
     autocast_dtype
         The network's matmuls are computed in it; `None` for that of its weights.
+    draws_cells
+        Whether a step goes towards a cell drawn from the posterior of the counts, as distilled adapters have it, or
+        towards the mean of that posterior.
     """
 
     transformer: SCRDiTTransformer
@@ -219,6 +226,7 @@ class Denoiser:
     attention_kwargs: dict[str, Any] | None = None
     step_kwargs: Mapping[str, Any] = field(default_factory=dict)
     autocast_dtype: torch.dtype | None = None
+    draws_cells: bool = False
     count_posterior: CountPosterior | None = field(default=None, init=False)  # of the first call, for all others
 
     def __post_init__(self):
@@ -233,6 +241,9 @@ class Denoiser:
             class_labels = torch.cat([null_labels.expand_as(class_labels), class_labels])  # (2B, K)
             library_size = None if library_size is None else torch.cat([library_size] * 2)  # (2B,)
             x_t = torch.cat([x_t] * 2)  # (2B, G)
+        head = self.transformer.count_head
+        if self.count_posterior is None and head is not None and head.log_mean.device == x_t.device:
+            self.count_posterior = head(class_labels, library_size)
         autocast = torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         with self.transformer.cache_context("cond_uncond"), autocast:
             output = self.transformer(
@@ -242,16 +253,21 @@ class Denoiser:
                 library_size=library_size,
                 count_posterior=self.count_posterior,
                 attention_kwargs=self.attention_kwargs,
+                return_sample=not self.draws_cells,
             )
-        # Only now, since offloading loads the weights at the first call.
-        if self.count_posterior is None and self.transformer.count_head is not None:
-            self.count_posterior = self.transformer.count_head(class_labels, library_size)
+        if self.count_posterior is None and head is not None:  # only now, as the first call loads offloaded weights
+            self.count_posterior = head(class_labels, library_size)
         return output
 
     def step(self, output: SCRDiTTransformerOutput, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """Move the cells (B, G) to the next timestep."""
-        assert output.sample is not None
-        prediction = guide(output.sample, self.guidance_scale)  # (B, G)
+        if self.draws_cells:
+            posterior, *given = self._count_posterior(output, t, x_t)
+            uniform = draw_uniform(x_t.shape, self.step_kwargs["generator"], x_t.device)  # (B, G)
+            prediction = posterior.sample_values(*given, uniform)  # (B, G)
+        else:
+            assert output.sample is not None
+            prediction = guide(output.sample, self.guidance_scale)  # (B, G)
         return self.scheduler.step(prediction, t, x_t, **self.step_kwargs, return_dict=False)[0]  # (B, G)
 
     def draw_counts(
@@ -373,9 +389,11 @@ def denoise(
 
 
 def check_count_head(transformer: SCRDiTTransformer, processor: SCRDiTProcessor, job: str) -> None:
-    """Raise ValueError unless a model predicts counts, which `job`, such as "denoise", needs."""
+    """Raise ValueError unless a model predicts counts at all timesteps, which `job`, such as "denoise", needs."""
     if transformer.count_head is None or not processor.models_counts:
         raise ValueError(f"transformer has no count head: train with the default --decode posterior to {job}.")
+    if distilled_for(transformer):
+        raise ValueError(f"transformer has an adapter distilled to generate: pipe.unload_lora_weights() to {job}.")
 
 
 def check_positive(**numbers: Any) -> None:

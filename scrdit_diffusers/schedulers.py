@@ -3,7 +3,7 @@
 import inspect
 from typing import NamedTuple
 
-from diffusers import SchedulerMixin, UniPCMultistepScheduler
+from diffusers import ModelMixin, SchedulerMixin, UniPCMultistepScheduler
 
 _NOISE = ("epsilon", "v_prediction")
 _ALL = (*_NOISE, "sample")
@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, SchedulerVerdict] = {
     "LCMScheduler": SchedulerVerdict((), "it needs a model distilled for it and distorts the cells of any other"),
     "RePaintScheduler": SchedulerVerdict((), "it fills in masked images"),
     "SCMScheduler": SchedulerVerdict((), "it needs a consistency model"),
-    "TCDScheduler": SchedulerVerdict((), "it is DDIM at eta=0 and with more needs a model distilled for it"),
+    "TCDScheduler": SchedulerVerdict((), "it needs an adapter distilled for it (`scrdit distill`)"),
     "UnCLIPScheduler": SchedulerVerdict((), "it has a noise schedule and a variance of its own"),
     "DDIMInverseScheduler": _INVERSE,
     "DPMSolverMultistepInverseScheduler": _INVERSE,
@@ -97,6 +97,9 @@ _ALTERNATIVE = "use UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteSched
 
 # As good as 25 evenly spaced ones, if counts are drawn at the last. Much is decided at high noise (LOG, 2026-11-27).
 FAST_TIMESTEPS = [999, 950, 850, 720, 580, 450, 320, 200]
+
+DISTILLED = "distilled_for"  # entry of an adapter's `auto_mapping` that names the scheduler it was distilled for
+DISTILLED_STEPS = 2  # network calls with such an adapter, if a call does not say how many
 
 
 def default_scheduler(
@@ -135,9 +138,31 @@ def default_scheduler(
     return UniPCMultistepScheduler.from_config(config)
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError, with the reason and an alternative, for a scheduler that cannot sample an scRDiT model."""
+def distilled_for(transformer: ModelMixin) -> str | None:
+    """Name of the scheduler for which an active adapter of a transformer was distilled; `None` if there is none."""
+    adapters = getattr(transformer, "peft_config", {})
+    names = {name for name, config in adapters.items() if DISTILLED in (config.auto_mapping or {})}
+    layers = [layer for layer in transformer.modules() if hasattr(layer, "lora_A")] if names else []
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    return next((adapters[name].auto_mapping[DISTILLED] for name in sorted(names & active)), None)
+
+
+def check_scheduler(scheduler: SchedulerMixin, needed: str | None = None) -> None:
+    """Raise ValueError, with the reason and an alternative, for a scheduler that cannot sample an scRDiT model.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    needed
+        Output of [`distilled_for`]: the only scheduler that can sample a model with a distilled adapter.
+    """
     name = type(scheduler).__name__
+    if needed is not None and name != needed:
+        raise ValueError(
+            f"{name} cannot sample a model with an adapter distilled for {needed}: "
+            f"pipe.scheduler = {needed}.from_config(pipe.scheduler.config), or pipe.unload_lora_weights()."
+        )
     config = scheduler.config
     verdict = next((SCHEDULERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in SCHEDULERS), None)
     if verdict is None and type(scheduler).__module__.startswith("diffusers."):
@@ -146,7 +171,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"{name} has no init_noise_sigma and alphas_cumprod, the noise process of this model; {_ALTERNATIVE}"
         )
-    if verdict is not None:
+    if verdict is not None and needed is None:
         prediction_type = config.get("prediction_type", "epsilon")
         if not verdict.prediction_types:
             raise ValueError(f"{name} cannot sample this model: {verdict.reason}; {_ALTERNATIVE}")

@@ -538,6 +538,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         counts: torch.Tensor | None = None,
         count_posterior: CountPosterior | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        return_sample: bool = True,
         return_dict: bool = True,
     ) -> SCRDiTTransformerOutput | tuple[torch.Tensor, ...]:
         """Denoise a batch of cells in one network call.
@@ -561,6 +562,8 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
             `None`: it is looked up here.
         attention_kwargs
             `{"scale": s}` scales the LoRA layers.
+        return_sample
+            With a count head, whether to compute the prediction, the mean of the posterior; else it is `None`.
         return_dict
             Return a `SCRDiTTransformerOutput` (default) or a tuple.
 
@@ -623,7 +626,7 @@ class SCRDiTTransformer(SafeModelMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if self.count_head is not None:
             log_mean = posterior.log_mean + sample.float()  # (B, G)
             if counts is None:
-                sample = posterior.mean(log_mean, noisy, timestep).to(noisy.dtype)  # (B, G)
+                sample = posterior.mean(log_mean, noisy, timestep).to(noisy.dtype) if return_sample else None  # (B, G)
                 output = SCRDiTTransformerOutput(sample, log_mean)
             else:
                 nll = posterior.nll(counts, log_mean, noisy, timestep)  # (B,)

@@ -10,6 +10,7 @@ import cli
 import complete
 import convert_checkpoint
 import denoise
+import distill
 import evaluate
 import generate
 import interpolate
@@ -66,6 +67,7 @@ SCRIPTS = {
         interpolate.check_args,
         interpolate.InterpolationArguments("model", dataset="cells.h5ad", end_cells=["cell0"]),
     ),
+    "distill": (distill.check_args, distill.DistillationArguments("model")),
     "convert_checkpoint": (convert_checkpoint.main, convert_checkpoint.ConversionArguments("a.pt", "model")),
 }
 ANY_NUMBER = {"zero_value", "n_jobs"}  # finite, but of any sign

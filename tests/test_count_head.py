@@ -137,6 +137,16 @@ def test_samples_have_the_distribution_of_the_posterior(timestep):
         np.testing.assert_allclose(shares, case.posterior(cell, gene), atol=2 / draws)
 
 
+def test_drawn_cells_are_drawn_counts_in_model_space():
+    case = Case(800)
+    uniform = torch.rand(case.counts.shape, generator=torch.Generator().manual_seed(0))
+    counts = sample(case.head, *case.arguments, uniform).long()
+    expected = [[case.values[gene][counts[cell, gene]] for gene in range(len(LARGEST))] for cell in range(len(counts))]
+    log_mean, noisy, timestep, labels = case.arguments
+    drawn = case.head(labels).sample_values(log_mean, noisy, timestep, uniform)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_counts_at_the_scores_of_others_have_the_same_level_in_their_distribution():
     """Levels are those of the count's range in the one, and counts those whose range in the other holds the level."""
     cases = Case(900, num_cells=6), Case(700, num_cells=6)

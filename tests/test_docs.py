@@ -26,6 +26,7 @@ ARGUMENTS = {
     "complete": ("complete", "CompletionArguments"),
     "translate": ("translate", "TranslationArguments"),
     "interpolate": ("interpolate", "InterpolationArguments"),
+    "distill": ("distill", "DistillationArguments"),
     "convert_checkpoint": ("convert_checkpoint", "ConversionArguments"),
 }
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, TCDScheduler
 
 from scrdit_diffusers import SCRDiTPipeline, default_scheduler
 from scrdit_diffusers.sampling import (
@@ -73,6 +73,31 @@ def test_cells_are_not_moved_where_counts_are_drawn(denoiser):
     assert torch.equal(x_t, seen[2])
     counts = denoiser.draw_counts(output, timesteps[-1], x_t, torch.rand(2, 23))
     assert counts.shape == (2, 23) and torch.equal(counts, counts.round())
+
+
+@torch.no_grad()
+def test_a_step_can_go_towards_a_cell_that_is_drawn(count_model):
+    """With the network's own noise given back (eta=0), the step tells the clean cell: one of counts, not their mean."""
+    labels, sizes = torch.tensor([[0, 1], [2, 0]]), torch.tensor([40.0, 60.0])
+    scheduler, noise = TCDScheduler.from_config(default_scheduler().config), torch.randn(2, 23)
+    scheduler.set_timesteps(2)
+    options = dict(step_kwargs={"eta": 0.0, "generator": torch.Generator().manual_seed(0)}, draws_cells=True)
+    denoiser = Denoiser(count_model, scheduler, labels, sizes, **options)
+    output = denoiser.predict(noise, scheduler.timesteps[0])
+    assert output.sample is None
+    x_t = denoiser.step(output, scheduler.timesteps[0], noise)
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[1]]
+    x_0 = (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+    values = torch.cat([value.flatten() for _, _, value in count_model.count_head.bins()])
+    distance = (x_0.flatten()[:, None] - values).abs().min(dim=1).values
+    assert (distance < 1e-2).all() and len(x_0[:, 0].unique()) > 1
+
+
+def test_tcd_takes_no_more_steps_than_it_was_made_for(caplog):
+    scheduler = TCDScheduler.from_config(default_scheduler().config)
+    assert set_timesteps(scheduler, 2, 200, CPU) == (2, 2) and scheduler.timesteps.tolist() == [999, 499]
+    num_steps, num_timesteps = set_timesteps(scheduler, 60, 200, CPU)
+    assert (num_steps, num_timesteps) == (50, 41) and "Only 41 timesteps" in caplog.text
 
 
 @torch.no_grad()

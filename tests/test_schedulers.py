@@ -18,7 +18,8 @@ from sklearn.ensemble import RandomForestClassifier
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTTransformer, default_scheduler
 from scrdit_diffusers.count_head import CountPosterior
 from scrdit_diffusers.evaluation import compare
-from scrdit_diffusers.schedulers import SCHEDULERS, check_scheduler
+from scrdit_diffusers.finetuning import add_lora
+from scrdit_diffusers.schedulers import DISTILLED, SCHEDULERS, check_scheduler, distilled_for
 from scrdit_diffusers.transformer_scrdit import SCRDiTTransformerOutput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -176,6 +177,25 @@ def test_a_scheduler_of_diffusers_without_a_verdict_is_refused(pipe, monkeypatch
     monkeypatch.delitem(SCHEDULERS, "UniPCMultistepScheduler")
     with pytest.raises(ValueError, match="^UniPCMultistepScheduler .* package"):
         pipe()
+
+
+def test_an_adapter_that_was_not_distilled_does_not_change_the_verdicts(pipe):
+    add_lora(pipe.transformer, 2, {})
+    assert distilled_for(pipe.transformer) is None and pipe(1, num_inference_steps=1).adata.n_obs == 1
+    pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="^TCDScheduler .* distilled .*UniPC"):
+        pipe()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_distilled_adapter_can_be_sampled_by_its_scheduler_alone(pipe, name):
+    add_lora(pipe.transformer, 2, {})
+    pipe.transformer.peft_config["default"].auto_mapping = {DISTILLED: "TCDScheduler"}
+    scheduler = type(name, (SchedulerMixin,), {"config": {"prediction_type": "sample"}})()
+    if name == "TCDScheduler":
+        return check_scheduler(scheduler, distilled_for(pipe.transformer))
+    with pytest.raises(ValueError, match=f"^{name} .*TCDScheduler.*unload_lora_weights"):
+        check_scheduler(scheduler, distilled_for(pipe.transformer))
 
 
 # -- schedulers of the user's own --------------------------------------------------------------------------------------

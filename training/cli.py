@@ -30,6 +30,7 @@ from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
 from scrdit_diffusers.atomic import lock_folder, write_atomically
 from scrdit_diffusers.launch import check_device
 from scrdit_diffusers.redaction import redact
+from scrdit_diffusers.schedulers import distilled_for
 
 logger = logging.getLogger(__name__)
 
@@ -271,12 +272,19 @@ def load_pipeline(args: PipelineArguments) -> SCRDiTPipeline:
     """Load the pipeline, with its adapter if one is given."""
     pipe = SCRDiTPipeline.from_pretrained(args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype))
     if args.lora_weights:
-        pipe.load_lora_weights(args.lora_weights)
-        if (Path(args.lora_weights) / "processor").is_dir():  # composition and library sizes of the adapter's cells
-            pipe.processor = SCRDiTProcessor.from_pretrained(args.lora_weights, subfolder="processor")
+        load_adapter(pipe, args.lora_weights)
     elif any(Path(args.pipeline).glob("*lora_weights.safetensors")):
         logger.warning(f"{args.pipeline} holds an adapter, which is not used: --lora_weights {args.pipeline}")
     return pipe
+
+
+def load_adapter(pipe: SCRDiTPipeline, folder: str) -> None:
+    """Load an adapter, the processor beside it, and the scheduler that it was distilled for."""
+    pipe.load_lora_weights(folder)
+    if (Path(folder) / "processor").is_dir():  # composition and library sizes of the adapter's cells
+        pipe.processor = SCRDiTProcessor.from_pretrained(folder, subfolder="processor")
+    if name := distilled_for(pipe.transformer):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
 
 def choose_label(pipe: SCRDiTPipeline, labels_key: str | None) -> str:

@@ -29,7 +29,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from cli import arg, check_numbers, command_line, run
+from cli import arg, check_numbers, command_line, load_adapter, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
@@ -261,10 +261,8 @@ class Evaluation:
     def _load_pipeline(self, cells: dict[str, ad.AnnData], split: dict[str, Any]) -> tuple[dict, list[str]]:
         """Load the pipeline, select its genes and values from the real cells, and check that it knows their labels."""
         self.pipe = SCRDiTPipeline.from_pretrained(self.args.pipeline)
-        if folder := self.args.lora_weights:
-            self.pipe.load_lora_weights(folder)
-            if (Path(folder) / "processor").is_dir():  # composition and library sizes of the cells it was trained on
-                self.pipe.processor = SCRDiTProcessor.from_pretrained(folder, subfolder="processor")
+        if self.args.lora_weights:
+            load_adapter(self.pipe, self.args.lora_weights)
         self.pipe.set_progress_bar_config(disable=True)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.pipe.to(self.args.device or best)

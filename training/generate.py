@@ -69,7 +69,7 @@ class GenerationArguments(PipelineArguments):
     )
     scheduler: str | None = arg(None, "diffusers scheduler to swap in, such as DDIMScheduler.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1.0 is off.")
-    eta: float = arg(0.0, "Noise of DDIM: 0 deterministic, 1 as DDPM.")
+    eta: float | None = arg(None, "Noise of DDIM: 0, the default, is deterministic, 1 as DDPM.")
     shard_size: int = arg(4096, "Cells that are held in memory and written at a time.")
 
 

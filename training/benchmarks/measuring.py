@@ -56,7 +56,7 @@ class Clock:
         return {"cells_per_second": num_cells / wall, "cells_per_cpu_second": num_cells / cpu}
 
 
-def answer(benchmark: str, device: str, dtype: str, num_genes: str) -> None:
+def answer(benchmark: str, device: str, dtype: str, num_genes: str, distilled: str) -> None:
     """Measure by the functions of a file like speed.py, of any commit; for each task read, write a rate."""
     spec = importlib.util.spec_from_file_location("benchmark", benchmark)
     assert spec is not None and spec.loader is not None
@@ -64,9 +64,10 @@ def answer(benchmark: str, device: str, dtype: str, num_genes: str) -> None:
     spec.loader.exec_module(side)
     side.torch.set_flush_denormal(True)
     side.NUM_GENES = int(num_genes)
-    args = argparse.Namespace(device=device, dtype=dtype, compile=False)
+    args = argparse.Namespace(device=device, dtype=dtype, compile=False, distilled=int(distilled))
     batch = 128 if device == "cpu" else 4096
     num_calls = inspect.signature(side.SCRDiTPipeline.__call__).parameters["num_inference_steps"].default
+    num_calls = args.distilled or num_calls
     for line in sys.stdin:
         if line.strip() == "training":
             rate = side.train_rate(side.DEFAULT, batch, 4, args)[0]

@@ -12,7 +12,8 @@ few are measured and scaled, as all steps cost the same.
 With `--against`, the default preset is measured beside that of an earlier commit, whose files are checked out beside.
 Each side has a process of its own, and they take turns. Programs that run at the same time slow both down, so that the
 ratio of a turn says more than either rate. Sampling is the call without further arguments (network calls, dtype),
-training is that of `train.py` by default; `--dtype bfloat16` is its `--mixed_precision bf16`, on this side only.
+training is that of `train.py` by default; `--dtype bfloat16` is its `--mixed_precision bf16`, on this side only, as is
+`--distilled N`, which samples with N calls and an adapter as `distill.py` makes it, fused.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, TCDScheduler
 
 from scrdit_diffusers import (
     SCRDiTPipeline,
@@ -44,8 +45,9 @@ from scrdit_diffusers import (
 )
 from scrdit_diffusers.atomic import write_atomically
 from scrdit_diffusers.cells.moments import CellMoments
+from scrdit_diffusers.finetuning import add_lora
 from scrdit_diffusers.initialization import initialize_count_head
-from scrdit_diffusers.schedulers import FAST_TIMESTEPS
+from scrdit_diffusers.schedulers import DISTILLED, FAST_TIMESTEPS
 
 NUM_GENES, NUM_LABELS = 2000, 10
 DEFAULT, PAPER = "scrdit-s", "scrdit-paper-d1"
@@ -117,6 +119,14 @@ def make_pipeline(preset: str, device: str, dtype: torch.dtype) -> SCRDiTPipelin
     return pipe
 
 
+def add_distilled_adapter(pipe: SCRDiTPipeline) -> None:
+    """Do as after distillation: an adapter (untrained, as its weights do not matter for speed), fused, and TCD."""
+    add_lora(pipe.transformer, 16, {})
+    pipe.transformer.peft_config["default"].auto_mapping = {DISTILLED: "TCDScheduler"}
+    pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config)
+    pipe.fuse_lora(components=["transformer"])
+
+
 def train_rate(preset: str, batch_size: int, repeats: int, args) -> tuple[float, float]:
     """Cells per second of an optimizer step, and achieved FLOP/s, of a new pipeline."""
     return time_training(make_pipeline(preset, args.device, torch.float32), batch_size, repeats, args)
@@ -155,6 +165,8 @@ def time_training(pipe: SCRDiTPipeline, batch_size: int, repeats: int, args) -> 
 def sample_rate(preset: str, batch_size: int, num_inference_steps: int | None, repeats: int, args) -> float:
     """Cells per second of a call of a new pipeline; `None` takes its number of network calls."""
     pipe = make_pipeline(preset, args.device, getattr(torch, args.dtype))
+    if getattr(args, "distilled", 0):
+        add_distilled_adapter(pipe)
     return time_sampling(pipe, batch_size, num_inference_steps, repeats, args)
 
 
@@ -181,11 +193,11 @@ def matmul_rate(preset: str, batch_size: int, args) -> float:
 
 
 @contextmanager
-def start_side(root: Path, dtype: str, args) -> Iterator[subprocess.Popen]:
+def start_side(root: Path, dtype: str, distilled: int, args) -> Iterator[subprocess.Popen]:
     """Start a process that measures the package and the benchmark in `root`."""
     new = root / Path(__file__).relative_to(ROOT)
     command = [sys.executable, str(Path(__file__).with_name("measuring.py"))]
-    command += [str(new if new.exists() else root / OLD_PLACE), args.device, dtype, str(args.num_genes)]
+    command += [str(new if new.exists() else root / OLD_PLACE), args.device, dtype, str(args.num_genes), str(distilled)]
     environment = os.environ | {"PYTHONPATH": str(root)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
@@ -201,8 +213,8 @@ def compare_with(commit: str, args) -> dict[str, dict[str, list[float]]]:
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", f"{folder}/before", commit], check=True)
         try:
-            before = start_side(Path(folder) / "before", "float32", args)
-            with before as earlier, start_side(ROOT, args.dtype, args) as present:
+            before = start_side(Path(folder) / "before", "float32", 0, args)
+            with before as earlier, start_side(ROOT, args.dtype, args.distilled, args) as present:
                 for _ in range(args.turns):
                     for task, found in rates.items():
                         for name, side in (("before", earlier), ("now", present)):
@@ -222,7 +234,16 @@ def report_ratios(rates: dict[str, dict[str, list[float]]], args) -> None:
         ratios = [now / before for before, now in zip(found["before"], found["now"], strict=True)]
         middle = [statistics.median(figures) for figures in (found["before"], found["now"], ratios)]
         print(f"{task:18}{middle[0]:10.1f}{middle[1]:10.1f}{min(ratios):14.2f}{middle[2]:10.2f}{max(ratios):10.2f}")
-    save({"against": args.against, "num_genes": args.num_genes, "dtype": args.dtype, "rates": rates}, args.output)
+    save(
+        {
+            "against": args.against,
+            "num_genes": args.num_genes,
+            "dtype": args.dtype,
+            "distilled": args.distilled,
+            "rates": rates,
+        },
+        args.output,
+    )
 
 
 def save(results: dict, path: str) -> None:
@@ -242,6 +263,7 @@ def main() -> None:
     parser.add_argument("--paper_steps_measured", type=int, default=10, help="DDPM steps to measure, of 1,000")
     parser.add_argument("--output", default="outputs/benchmark.json")
     parser.add_argument("--against", metavar="COMMIT", help="measure against this commit instead of the paper's model")
+    parser.add_argument("--distilled", type=int, default=0, help="with --against: calls with a distilled adapter")
     parser.add_argument("--turns", type=int, default=7, help="with --against: how often each side is measured")
     parser.add_argument("--num_genes", type=int, default=NUM_GENES, help="with --against: genes of the model")
     args = parser.parse_args()
