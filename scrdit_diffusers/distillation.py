@@ -17,14 +17,15 @@ from collections.abc import Mapping
 import torch
 from diffusers import TCDScheduler
 
+from .count_head import CountPosterior
 from .pipeline_scrdit import SCRDiTPipeline
 from .sampling import Denoiser, add_noise, draw_uniform, set_timesteps
 from .schedulers import DISTILLED_STEPS
-from .transformer_scrdit import SCRDiTTransformer
+from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 
 GROUP_SIZE = 8  # cells with the same labels and library size, which the energy distance compares
-NUM_COMPONENTS = 20  # principal components on which it does
-ENERGY_WEIGHT = 40.0  # of the energy distance, relative to the log-likelihood of a cell
+NUM_COMPONENTS = 30  # principal components on which it does
+ENERGY_WEIGHT = 60.0  # of the energy distance, relative to the log-likelihood of a cell
 
 
 def choose_timesteps(pipe: SCRDiTPipeline) -> list[int]:
@@ -118,6 +119,22 @@ def energy_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
 
 
+def draw_cells(
+    posterior: CountPosterior,
+    output: SCRDiTTransformerOutput,
+    noisy: torch.Tensor,
+    timestep: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Draw clean cells (B, G) from their posterior; the gradient is that of their mean."""
+    assert output.sample is not None and output.count_log_mean is not None
+    with torch.no_grad():
+        uniform = draw_uniform(noisy.shape, generator, noisy.device)  # (B, G)
+        drawn = posterior.sample_values(output.count_log_mean, noisy, timestep, uniform)  # (B, G)
+    mean = output.sample.float()  # (B, G)
+    return mean + (drawn - mean).detach()
+
+
 def distillation_loss(
     model: SCRDiTTransformer,
     batch: Mapping[str, torch.Tensor],
@@ -128,9 +145,10 @@ def distillation_loss(
     """Compute the loss of the two network calls, shape ().
 
     The first call should make the counts likely in which the trajectory from its noise ended:
-    `-log p(counts | log mean(noise)) / G`. As it cannot follow each trajectory to the end, this alone would make cells
-    too much alike, so that the energy distance between the cells that it makes and those of the trajectories is added.
-    The second call is trained as before the distillation, on the cells of the trajectories.
+    `-log p(counts | log mean(noise)) / G`. The second call is trained as before the distillation, on the cells of the
+    trajectories. This alone would make cells too much alike: the first call cannot follow each trajectory to its end,
+    and the second draws each gene alone. So the energy distances between the cells of each call and those of the
+    trajectories are added.
 
     Parameters
     ----------
@@ -147,24 +165,30 @@ def distillation_loss(
     """
     names = ("noise", "counts", "values", "class_labels", "library_size")
     noise, counts, values, class_labels, library_size = (batch[name] for name in names)
+    labels, num_genes = (class_labels, library_size), noise.shape[1]
     assert model.count_head is not None
-    posterior = model.count_head(class_labels, library_size)
+    posterior = model.count_head(*labels)
     first, second = (torch.full_like(library_size, timestep) for timestep in timesteps)  # 2 x (B,)
 
+    def compare(cells: torch.Tensor) -> torch.Tensor:
+        """Energy distance of cells (B, G) from those of the trajectories, shape ()."""
+        groups = ((x_0 @ components).unflatten(0, (-1, GROUP_SIZE)) for x_0 in (cells, values))  # 2 x (S, M, C)
+        return ENERGY_WEIGHT * energy_distance(*groups) / num_genes
+
+    def add_fresh_noise(cells: torch.Tensor) -> torch.Tensor:
+        """Cells (B, G) at the noise level of the second call."""
+        fresh = torch.randn(cells.shape, generator=generator, device=generator.device).to(cells.device)  # (B, G)
+        return add_noise(posterior, cells, second, fresh)
+
     # 1. From noise to the end of its trajectory
-    output = model(noise, first, class_labels, library_size, count_posterior=posterior)
+    output = model(noise, first, *labels, count_posterior=posterior)
     likelihood = posterior.nll(counts, output.count_log_mean, noise, first).mean()  # ()
+    drawn = draw_cells(posterior, output, noise, first, generator)  # (B, G)
 
-    # 2. The cells that are drawn, which follow their mean when it moves, against those of the trajectories
-    with torch.no_grad():
-        uniform = draw_uniform(noise.shape, generator, noise.device)  # (B, G)
-        drawn = posterior.sample_values(output.count_log_mean, noise, first, uniform)  # (B, G)
-    drawn = output.sample.float() + (drawn - output.sample.float()).detach()  # (B, G)
-    groups = ((cells @ components).unflatten(0, (-1, GROUP_SIZE)) for cells in (drawn, values))  # 2 x (S, M, C)
-    energy = ENERGY_WEIGHT * energy_distance(*groups) / noise.shape[1]  # ()
-
-    # 3. The call that draws counts
-    fresh = torch.randn(noise.shape, generator=generator, device=generator.device).to(noise.device)  # (B, G)
-    noisy = add_noise(posterior, values, second, fresh)  # (B, G)
-    decoding = model(noisy, second, class_labels, library_size, counts, posterior).count_nll.mean()  # ()
-    return likelihood + energy + decoding
+    # 2. To the counts, from the cells of the trajectories and from those of the first call
+    noisy = add_fresh_noise(values)  # (B, G)
+    decoding = model(noisy, second, *labels, counts, posterior).count_nll.mean()  # ()
+    noisy = add_fresh_noise(drawn.detach())  # (B, G)
+    output = model(noisy, second, *labels, count_posterior=posterior)
+    redrawn = draw_cells(posterior, output, noisy, second, generator)  # (B, G)
+    return likelihood + decoding + compare(drawn) + compare(redrawn)
