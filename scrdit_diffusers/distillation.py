@@ -25,7 +25,7 @@ from .transformer_scrdit import SCRDiTTransformer, SCRDiTTransformerOutput
 
 GROUP_SIZE = 8  # cells with the same labels and library size, which the energy distance compares
 NUM_COMPONENTS = 30  # principal components on which it does
-ENERGY_WEIGHT = 60.0  # of the energy distance, relative to the log-likelihood of a cell
+ENERGY_WEIGHT = 300.0  # of the energy distance, relative to the log-likelihood of a cell
 
 
 def choose_timesteps(pipe: SCRDiTPipeline) -> list[int]:
