@@ -19,6 +19,9 @@ installed.
   effects the mean over 20 random divisions of the cells), and slope of estimated on true effects, weighted by their
   precision. Power to find effects of 20, 50 and 100 cells per group, beside that of real cells that were not trained
   on; there all effects are negative, so that real cells can be thinned to them.
+- Realism: the control group of such an experiment, with the labels of the test cells, against the test cells; beside
+  cells that the pipeline generates, and real cells (the control part). Genes with a lowered baseline
+  are left out. AUROC of the classifiers of `training/evaluate.py`, and 1-nearest-neighbor accuracy.
 - Augment: F1 of the labels with fewer than 5% of the training cells, and of the others, by classifiers trained on real
   cells, with class weights, with duplicates, with SMOTE, and with new cells of the rare labels.
 """
@@ -56,6 +59,7 @@ from scrdit_diffusers import (
     augment,
     draw_effects,
 )
+from scrdit_diffusers.evaluation.compare import METRIC_NAMES, compare
 from scrdit_diffusers.evaluation.power import power_curve
 from scrdit_diffusers.values import normalize_log1p
 
@@ -291,6 +295,27 @@ def measure_simulation(
     }
 
 
+def measure_realism(pipe: SCRDiTPipeline, parts: dict[str, ad.AnnData], key: str, seed: int) -> dict[str, dict]:
+    """How well classifiers tell simulated cells without effects, generated cells and real ones from the test cells."""
+    simulate = SCRDiTSimulatePipeline.from_pipe(pipe)
+    simulate.set_progress_bar_config(disable=True)
+    test, keys = parts["test"], pipe.processor.condition_keys
+    expressed = test.var_names[np.asarray(parts["train"].X.mean(axis=0)).ravel() > 0.1]
+    effects = draw_effects(expressed, ["treated"], min(200, len(expressed) // 2), seed=seed)
+    design = pd.concat([test.obs[keys].assign(group=group) for group in ("control", "treated")], ignore_index=True)
+    simulated = simulate(design, effects, generator=torch.Generator().manual_seed(seed))
+    genes = simulated.var_names[simulated.var["baseline"] == 1]
+    sets = {
+        "generated": pipe(obs=test.obs[keys], generator=torch.Generator().manual_seed(seed)).adata[:, genes],
+        "simulated, without effects": simulated[simulated.obs["group"] == "control", genes],
+    }
+    table = compare(test[:, genes], sets, parts["train"][:, genes], parts["control"][:, genes], key, seed=seed)
+    table = table[table["group"] == "all"].set_index("metric")
+    metrics = ["classifier_genes_auroc", "classifier_pcs_auroc", "nearest_neighbor_accuracy"]
+    names = {name: name for name in sets} | {"real cells": "ceiling"}
+    return {name: {METRIC_NAMES[m]: float(table.loc[m, column]) for m in metrics} for name, column in names.items()}
+
+
 def thin(cells: ad.AnnData, changes: dict[str, float], rng: np.random.Generator) -> ad.AnnData:
     """Divide real cells into a control and a group whose counts are thinned to negative log2 fold changes."""
     truth = pd.DataFrame({"treated": pd.Series(changes).reindex(cells.var_names, fill_value=0.0)})
@@ -414,6 +439,7 @@ class Study:
                     "denoise": measure_denoising,
                     "annotate": measure_annotation,
                     "simulate": partial(measure_simulation, num_cells=self.num_cells),
+                    "realism": measure_realism,
                     "augment": measure_augmentation,
                 }[job](pipe, parts, self.key, seed)
             self.record["results"][name] = found
@@ -442,7 +468,7 @@ def format_job(results: dict[str, dict], job: str) -> str:
 
 def main() -> None:
     """Measure each job on each dataset and print the tables."""
-    jobs = ["denoise", "annotate", "unseen", "simulate", "augment"]
+    jobs = ["denoise", "annotate", "unseen", "simulate", "realism", "augment"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", required=True, nargs="+", type=Path, help="AnnData files of raw counts")
     parser.add_argument("--labels_key", default="cell_type")
