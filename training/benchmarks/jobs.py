@@ -20,8 +20,8 @@ installed.
   precision. Power to find effects of 20, 50 and 100 cells per group, beside that of real cells that were not trained
   on; there all effects are negative, so that real cells can be thinned to them.
 - Realism: the control group of such an experiment, with the labels of the test cells, against the test cells; beside
-  cells that the pipeline generates, and real cells (the control part). Genes with a lowered baseline
-  are left out. AUROC of the classifiers of `training/evaluate.py`, and 1-nearest-neighbor accuracy.
+  cells that the pipeline generates, and real cells (the control part). AUROC of the classifiers of
+  `training/evaluate.py`, and 1-nearest-neighbor accuracy. Genes whose baseline the simulation lowers are left out.
 - Augment: F1 of the labels with fewer than 5% of the training cells, and of the others, by classifiers trained on real
   cells, with class weights, with duplicates, with SMOTE, and with new cells of the rare labels.
 """
