@@ -55,15 +55,18 @@ def draw_effects(
 class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
     r"""Generates cells of a designed experiment, with planted and therefore known effects.
 
-    Cells of every group are first generated alike, with F times the library size that was asked for. Each count k of
-    gene g in a cell of group j is then thinned,
+    Cells of every group are first generated alike. Each count k of gene g in a cell of group j is then thinned,
 
-        count ~ Binomial(k, b_g f_gj / F)
+        count ~ Binomial(k, b_g f_gj),  b_g = 1 / max(1, max_j f_gj)
 
-    with fold change f_gj (1 where nothing is planted). F is the largest fold change, unless cells of so many counts lie
-    beyond the training cells. Then F is `max_factor`, and b_g = min(1, F / max_j f_gj) lowers the baseline of the genes
-    with larger fold changes; of all others it is 1. Counts of unchanged genes are those of a cell of the library size
-    that was asked for, and the mean of a changed gene is exactly f_gj times its baseline.
+    with fold change f_gj (1 where nothing is planted). So unchanged genes are left as they were generated, a gene that
+    rises in some group has its natural level in the group where it is highest and less in the others (a baseline b_g
+    below 1), and the mean of a changed gene is exactly f_gj times its baseline.
+
+    With `max_factor` above 1, cells are generated with F times the library size that was asked for, F being the largest
+    fold change or `max_factor` if that is smaller, and every count is thinned to 1 / F more: then
+    b_g = min(1, F / max_j f_gj), so that fewer genes have a lowered baseline, but what remains is the profile of
+    larger cells, which differ from cells of the library size that was asked for.
 
     Parameters
     ----------
@@ -91,7 +94,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, processor=processor)
 
     def check_inputs(
-        self, obs: pd.DataFrame, effects: Effects, group_key: str, max_factor: float | None, batch_size: int | None
+        self, obs: pd.DataFrame, effects: Effects, group_key: str, max_factor: float, batch_size: int | None
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTSimulatePipeline.__call__`] cannot use."""
         check_count_head(self.transformer, self.processor, "simulate")
@@ -114,7 +117,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
                 )
             if bad := {gene: value for gene, value in changes.items() if not np.isfinite(value)}:
                 raise ValueError(f"effects[{group!r}] must be finite log2 fold changes, got {bad}.")
-        if max_factor is not None and not 1 <= max_factor < np.inf:
+        if not 1 <= max_factor < np.inf:
             raise ValueError(f"max_factor must be at least 1, got {max_factor!r}.")
         if batch_size is not None:
             check_positive(batch_size=batch_size)
@@ -126,23 +129,6 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             table.loc[list(changes), group] = list(changes.values())
         return table
 
-    def choose_max_factor(self, class_labels: torch.Tensor, library_size: float | Sequence[float] | None) -> float:
-        """Largest F, at least 1, with which three of four cells stay below half of the largest training library size.
-
-        Parameters
-        ----------
-        class_labels
-            Codes of the cells, shape (cells, K).
-        library_size
-            Total counts that were asked for; `None` takes the upper quartile of training cells with the same labels.
-        """
-        if not self.processor.log_library_sizes:
-            return np.inf
-        if library_size is None:
-            library_size = self.processor.sample_library_sizes(class_labels.numpy(), np.full(len(class_labels), 0.75))
-        largest = np.exp(np.max(self.processor.log_library_sizes))
-        return max(1.0, float(largest / 2 / np.quantile(library_size, 0.75)))
-
     @torch.no_grad()
     def __call__(
         self,
@@ -150,7 +136,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         effects: Effects,
         group_key: str = "group",
         library_size: float | Sequence[float] | None = None,
-        max_factor: float | None = None,
+        max_factor: float = 1.0,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
@@ -170,9 +156,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             Total count over the model's genes before effects, one number or one per cell; `None` draws it from the
             training cells with the same labels.
         max_factor
-            Largest F. `None` takes that of [`SCRDiTSimulatePipeline.choose_max_factor`], which stays among the training
-            cells. With a larger one, fewer genes have a lowered baseline; but cells have fewer counts than asked for, a
-            tenth or more where F times the library size exceeds that of every training cell.
+            Largest F. More than 1 lowers the baseline of fewer genes, but makes cells easier to tell from real ones.
         num_inference_steps
             As in [`SCRDiTPipeline.__call__`].
         generator
@@ -200,12 +184,12 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         if library_size is not None:
             generate._check_library_size(len(obs), library_size)
 
-        # 1. Noisy cells of F times the library size, from which counts can be drawn
+        # 1. Noisy cells, of F times the library size, from which counts can be drawn
         class_labels = generate.prepare_class_labels(len(obs), None, obs, generator)  # (cells, K)
         asked = generate.prepare_library_size(library_size, class_labels, generator)  # (cells,)
         assert asked is not None
         largest = 2.0 ** table.to_numpy().max(axis=1, initial=0.0)  # (G,), of all groups
-        factor = min(largest.max(), max_factor or self.choose_max_factor(class_labels, library_size))  # F
+        factor = min(largest.max(), max_factor)  # F
         baseline = np.minimum(1.0, factor / largest)  # (G,)
         sizes = asked * factor  # (cells,)
         options = dict(num_inference_steps=num_inference_steps, generator=generator, batch_size=batch_size)

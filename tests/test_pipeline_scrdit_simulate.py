@@ -49,8 +49,9 @@ def test_counts_scatter_around_their_means(simulate, design):
 
 
 def test_library_sizes_are_those_that_were_asked_for(simulate, design):
-    """Before effects, whatever the largest one is."""
-    adata = simulate(design, {"treated": {"gene0": 0.5}}, library_size=60, generator=torch.manual_seed(0))
+    """Before effects, if cells are generated with as many counts as the largest one asks for."""
+    options = {"library_size": 60, "max_factor": 2, "generator": torch.manual_seed(0)}
+    adata = simulate(design, {"treated": {"gene0": 0.5}}, **options)
     control = adata.X[:1000].sum(axis=1)
     assert control.mean() == pytest.approx(60, rel=0.05)
 
@@ -69,13 +70,17 @@ def test_large_effects_lower_the_baseline_of_their_genes_alone(simulate, design)
     assert np.array_equal(adata.X[50:].toarray(), twice.X[50:].toarray())
 
 
-def test_cells_are_not_generated_beyond_the_training_cells(simulate, design):
-    """The default factor follows from the library sizes of the training cells."""
-    largest = np.exp(np.max(simulate.processor.log_library_sizes))
-    effects = {"treated": {"gene3": 4.0}}
-    adata = simulate(design, effects, library_size=largest / 6, num_inference_steps=2, generator=torch.manual_seed(0))
-    assert adata.var.loc["gene3", "baseline"] == pytest.approx(3 / 16)
-    assert adata.var.loc["gene3", "changed"] and adata.uns["scrdit"]["num_inference_steps"] == 2
+def test_what_no_effect_lowers_is_as_it_was_generated(simulate, design):
+    adata, null = (
+        simulate(design[::20], effects, num_inference_steps=2, generator=torch.manual_seed(0))
+        for effects in ({"treated": {"gene3": 4.0, "gene5": -1.0}}, {})
+    )
+    unchanged = np.delete(np.arange(23), [3, 5])
+    assert np.array_equal(adata.X[:, unchanged].toarray(), null.X[:, unchanged].toarray())
+    assert np.array_equal(adata.X[50:, [3]].toarray(), null.X[50:, [3]].toarray())  # where it is highest
+    assert np.array_equal(adata.X[:50, [5]].toarray(), null.X[:50, [5]].toarray())
+    assert adata.var.loc["gene3", "baseline"] == 1 / 16 and (adata.var["baseline"].drop("gene3") == 1).all()
+    assert adata.uns["scrdit"]["num_inference_steps"] == 2
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])

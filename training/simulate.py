@@ -63,8 +63,8 @@ class SimulationArguments(PipelineArguments):
     library_size: float | None = arg(
         None, "Total count of each cell before effects. Default: drawn from the training cells."
     )
-    max_factor: float | None = arg(
-        None, "Larger fold changes lower the baseline of their genes. Default: what keeps to the training cells."
+    max_factor: float = arg(
+        1.0, "Generate cells with up to so many times the counts: larger effects lower their baseline."
     )
     num_inference_steps: int | None = arg(None, "Steps of the scheduler. Default: the pipeline's.")
     power_curve: str | None = arg(None, "Table to write, .csv or .tsv: share of the effects found, by cells per group.")
