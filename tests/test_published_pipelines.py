@@ -54,7 +54,6 @@ def test_cells_are_the_same(name):
         assert_same_cells(pipe(40, batch_size=16, output_type="np", **options).samples, CELLS[name])
 
 
-@pytest.mark.skipif(np.__version__ < "2", reason="with NumPy 1 other genes are chosen; see docs/compatibility.md")
 @pytest.mark.parametrize("name", make.RECIPES)
 def test_training_gives_the_same_weights(train_here, tmp_path, name):
     """Within the first pass over the cells, whose order is the same."""
