@@ -24,13 +24,13 @@ def compare_strata(
 ) -> pd.DataFrame:
     """Score classifiers of synthetic against real cells that see all genes, or those of one stratum of expression.
 
-    [`~scrdit_diffusers.evaluation.compare.compare`] looks at highly variable genes. Here every gene counts, so that
+    `compare` looks at highly variable genes. Here every gene counts, so that
     those that hardly vary or are hardly seen cannot be wrong unnoticed.
 
     Parameters
     ----------
     real, synthetic, train, control, layer, value_space, max_cells, n_jobs, seed
-        As in [`~scrdit_diffusers.evaluation.compare.compare`].
+        As in `compare`.
 
     Returns
     -------
