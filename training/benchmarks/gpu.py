@@ -243,7 +243,7 @@ def train(args, seconds: float) -> dict[str, Any]:
         split = ["--dataset", args.dataset, "--labels_key", args.labels_key, "--split_dir", folder / "split"]
         run("split", "evaluate", *split)
     rate = run_training(folder / "calibration", args.calibration_steps)
-    num_steps = max(args.calibration_steps, int(args.train_seconds * rate / args.train_batch_size))  # one has no rate
+    num_steps = max(1, int(args.train_seconds * rate / args.train_batch_size))
     started = time.monotonic()
     rate = run_training(folder / "pipeline", num_steps)
     settings = json.loads((folder / "pipeline/train_config.json").read_text())
