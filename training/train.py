@@ -405,7 +405,7 @@ def report_loss(state: TrainingState, progress: tqdm) -> None:
     state.accelerator.log({"train_loss": loss, "lr": state.lr_scheduler.get_last_lr()[0]}, step=state.step)
     cells = settings.train_batch_size * settings.gradient_accumulation_steps * state.accelerator.num_processes
     bar = progress.format_dict  # which knows no rate before it is drawn a second time
-    rate = cells * (bar["rate"] or (bar["n"] - bar["initial"]) / max(bar["elapsed"], 1e-3))
+    rate = cells * (bar["rate"] or (bar["n"] - (bar["initial"] or 0)) / max(bar["elapsed"], 1e-3))
     progress.set_postfix({"loss": f"{loss:.4f}", "cells/s": f"{rate:.0f}"})
 
 
