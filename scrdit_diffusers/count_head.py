@@ -133,7 +133,7 @@ class CountPosterior(NamedTuple):
         A count beyond a gene's last bin counts as in that bin. Without `noisy` the likelihood is that of `log_mean`,
         labels and library size alone, which a gene's own noisy value does not enter.
         """
-        counts = counts[:, self.gene_order].T.float().contiguous()  # (G, B)
+        counts = self._sort(counts).float()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
         for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
             bins = torch.searchsorted(group.upper.contiguous(), counts[group.genes], right=True)
@@ -161,7 +161,7 @@ class CountPosterior(NamedTuple):
         self, log_mean: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
         """Draw counts as `sample` does, and give them in model space, shape (B, G): the clean cell, not its mean."""
-        level = uniform[:, self.gene_order].T[:, None]  # (G, 1, B)
+        level = self._sort(uniform)[:, None]  # (G, 1, B)
         values = []
         for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
             is_beyond = logit.softmax(dim=1).cumsum(dim=1)[:, :-1] <= level[group.genes]  # (genes, bins - 1, B)
@@ -178,7 +178,7 @@ class CountPosterior(NamedTuple):
 
     def quantile(self, probabilities: Iterable[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
         """Find the counts (B, G) at levels (B, G) in [0, 1) of the distribution function of `probabilities`."""
-        level = level[:, self.gene_order].T[:, None]  # (G, 1, B)
+        level = self._sort(level)[:, None]  # (G, 1, B)
         counts = []
         for probability, group in zip(probabilities, self.groups, strict=True):
             cumulative = probability.cumsum(dim=1)
@@ -198,7 +198,7 @@ class CountPosterior(NamedTuple):
         range of levels, in which `uniform` (B, G), from 0 to 1, says the place: counts that follow `probabilities` have
         normal scores. Unlike levels, scores tell apart counts far above all that is expected.
         """
-        counts, uniform = (per_gene[:, self.gene_order].T[:, None].float() for per_gene in (counts, uniform))
+        counts, uniform = (self._sort(per_gene)[:, None].float() for per_gene in (counts, uniform))
         scores = []
         for probability, group in zip(probabilities, self.groups, strict=True):
             count = counts[group.genes]  # (genes, 1, B)
@@ -216,7 +216,7 @@ class CountPosterior(NamedTuple):
 
     def at_scores(self, probabilities: list[torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
         """Find the counts (B, G) that have these scores (B, G), see `scores`, among `probabilities`."""
-        scores = scores[:, self.gene_order].T[:, None]  # (G, 1, B)
+        scores = self._sort(scores)[:, None]  # (G, 1, B)
         counts = []
         for probability, group in zip(probabilities, self.groups, strict=True):
             score = scores[group.genes]  # (genes, 1, B)
