@@ -463,11 +463,13 @@ def test_export(model, inputs):
 @needs_compiler
 @from_torch
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch, of itself
 def test_compile_ahead_of_time(model, inputs, tmp_path):
-    program = torch.export.export(model, (), dict(inputs, return_dict=False))
+    arguments = dict(inputs, return_dict=False)
+    program = torch.export.export(model, (), arguments)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     compiled = torch._inductor.aoti_load_package(package)
-    torch.testing.assert_close(compiled(**inputs)[0], model(**inputs).sample)
+    torch.testing.assert_close(compiled(**arguments)[0], model(**inputs).sample)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
