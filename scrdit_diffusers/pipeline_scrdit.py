@@ -25,6 +25,7 @@ from .sampling import (
     Generators,
     cells_to_anndata,
     check_finite,
+    check_num_inference_steps,
     choose_batch_size,
     choose_timesteps,
     denoise,
@@ -291,11 +292,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             )
 
     def _check_timesteps(self, num_inference_steps: int | None, decode_timestep: int | None) -> None:
+        check_num_inference_steps(num_inference_steps, self.scheduler)
         last = self.scheduler.config.num_train_timesteps - 1
-        if num_inference_steps is not None and num_inference_steps > last + 1:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} exceeds the {last + 1} timesteps of the training."
-            )
         if decode_timestep is not None and self.transformer.count_head is None:
             raise ValueError("decode_timestep needs a transformer with a count head; this one has none.")
         if not self.config.min_timestep <= (decode_timestep or 0) <= last:
@@ -577,7 +575,8 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
 
         self._current_timestep = None
         self.maybe_free_model_hooks()
-        provenance = self.describe_run(num_inference_steps, guidance_scale, eta, decode_timestep, generator)
+        decoded_at = None if decode_timestep is None else float(visited[-1])
+        provenance = self.describe_run(num_inference_steps, guidance_scale, eta, decoded_at, generator)
         cells = self.make_output(batches, class_labels, library_sizes, output_type, provenance)
         return cells if return_dict else cells.to_tuple()[:1]
 
@@ -610,10 +609,10 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
         num_inference_steps: int,
         guidance_scale: float,
         eta: float,
-        decode_timestep: int | None,
+        decoded_at: float | None,
         generator: Generators,
     ) -> dict[str, Any]:
-        """Describe how cells were made, for `uns["scrdit"]`."""
+        """Describe how cells were made, for `uns["scrdit"]`; `decoded_at` is the timestep where counts were drawn."""
         seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
         exact = np.array(seeds, dtype=np.uint64)  # AnnData would write those from 2^63 on as floats
         return {
@@ -624,7 +623,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             "dtype": str(self.choose_autocast_dtype() or self.transformer.dtype).removeprefix("torch."),
             "guidance_scale": float(guidance_scale),
             "eta": float(eta),
-            "decode": "round" if decode_timestep is None else f"posterior at timestep {decode_timestep}",
+            "decode": "round" if decoded_at is None else f"posterior at timestep {decoded_at:g}",
             "seed": exact if isinstance(generator, list) else seeds[0],
             "scrdit_diffusers_version": version("scrdit_diffusers"),
             "diffusers_version": version("diffusers"),

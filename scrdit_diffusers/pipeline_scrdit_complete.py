@@ -18,6 +18,7 @@ from .sampling import (
     Denoiser,
     check_count_head,
     check_finite,
+    check_num_inference_steps,
     check_positive,
     choose_timesteps,
     denoise,
@@ -107,6 +108,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         check_positive(num_draws=num_draws, batch_size=batch_size)
         if num_inference_steps is not None:
             check_positive(num_inference_steps=num_inference_steps)
+        check_num_inference_steps(num_inference_steps, self.scheduler)
         if not 0 < interval < 1:
             raise ValueError(f"interval must be a share between 0 and 1, such as 0.9, got {interval!r}.")
         missing = [key for key in self.processor.condition_keys if key not in adata.obs]

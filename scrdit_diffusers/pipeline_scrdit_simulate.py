@@ -223,7 +223,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
             counts.append(sp.csr_matrix(thinned.float().numpy()))
 
         # 3. AnnData with the truth
-        provenance = generate.describe_run(generate.num_timesteps, 1.0, 0.0, int(t), generator)
+        provenance = generate.describe_run(generate.num_timesteps, 1.0, 0.0, float(t), generator)
         provenance["model"] = str(self.config.get("_name_or_path") or "")
         kept = obs.drop(columns="synthetic", errors="ignore").set_axis(obs.index.astype(str))
         adata = cells_to_anndata(self.processor, sp.vstack(counts, format="csr"), kept, asked.numpy(), provenance)

@@ -126,6 +126,15 @@ def set_timesteps(
     return num_steps, num_timesteps
 
 
+def check_num_inference_steps(num_inference_steps: int | None, scheduler: SchedulerMixin) -> None:
+    """Raise ValueError for more network calls than there are timesteps."""
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if num_inference_steps is not None and num_inference_steps > num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} exceeds the {num_train_timesteps} timesteps of the training."
+        )
+
+
 def choose_timesteps(
     num_inference_steps: int | None,
     default_timesteps: list[int] | None,

@@ -63,6 +63,7 @@ def test_other_scripts_take_the_scheduler_of_the_adapter(distill, run_job):
     run_job("generate", "--lora_weights", "distilled", "--num_cells", 4, "--output", "new.h5ad")
     about = ad.read_h5ad("new.h5ad").uns["scrdit"]
     assert about["scheduler"] == "TCDScheduler" and about["num_inference_steps"] == 2
+    assert about["decode"] == "posterior at timestep 499"  # where TCD's last call is
 
 
 def test_the_adapter_is_a_function_of_the_seed(distill):

@@ -168,6 +168,7 @@ def test_the_network_is_called_where_the_pipeline_says(count_pipe, adata, tmp_pa
     ("arguments", "message"),
     [
         (dict(num_draws=0), "num_draws.*0"),
+        (dict(num_inference_steps=3000), "3000.*1000"),
         (dict(num_inference_steps=True), "num_inference_steps.*True"),
         (dict(batch_size=2.5), "batch_size.*2.5"),
         (dict(interval=90), "interval.*90"),
