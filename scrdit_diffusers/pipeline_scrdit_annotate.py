@@ -174,8 +174,8 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         ValueError, TypeError
             Genes are missing, values are not what the model was trained on, or an argument does not fit.
         """
-        if labels_key is None and len(self.processor.conditions) == 1:
-            labels_key = self.processor.condition_keys[0]
+        if labels_key is None and len(self.processor.labels_keys) == 1:
+            labels_key = self.processor.labels_keys[0]
         self.check_inputs(adata, str(labels_key), prior, temperature, timesteps, batch_size)
         assert labels_key is not None
         likelihood = self.log_likelihood(adata, labels_key, layer, timesteps, generator, batch_size)

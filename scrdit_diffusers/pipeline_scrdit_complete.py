@@ -111,7 +111,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         check_num_inference_steps(num_inference_steps, self.scheduler)
         if not 0 < interval < 1:
             raise ValueError(f"interval must be a share between 0 and 1, such as 0.9, got {interval!r}.")
-        missing = [key for key in self.processor.condition_keys if key not in adata.obs]
+        missing = [key for key in self.processor.labels_keys if key not in adata.obs]
         if use_labels and missing:
             raise ValueError(f"adata.obs has no {missing}: add the labels, or complete without by use_labels=False.")
         if library_size is None and not self.processor.log_library_sizes:
@@ -278,13 +278,14 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         )
         columns = self.find_genes(adata.var_names)  # (G,)
         matrix = get_matrix(adata, layer, expect_counts=True)
-        class_labels = self.prepare_class_labels(adata.obs, use_labels)  # (cells, K)
         measured = columns >= 0  # (G,)
         place = sp.csr_matrix(
             (np.ones(measured.sum(), np.float32), (columns[measured], np.flatnonzero(measured))),
             shape=(adata.n_vars, len(columns)),
         )
         counts = sp.csr_matrix(matrix.astype(np.float32) @ place)  # (cells, G)
+        obs = self.processor.add_states(adata.obs, counts, measured)
+        class_labels = self.prepare_class_labels(obs, use_labels)  # (cells, K)
         if library_size is None:
             library_sizes = self.prepare_library_size(counts, measured, class_labels)  # (cells,)
         else:

@@ -57,7 +57,7 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
         first, last = self.transformer.config.min_timestep, self.transformer.config.num_train_timesteps - 1
         if not first <= timestep <= last:
             raise ValueError(f"timestep must be from {first} to {last}, as in training, got {timestep!r}.")
-        missing = [key for key in self.processor.condition_keys if key not in adata.obs]
+        missing = [key for key in self.processor.labels_keys if key not in adata.obs]
         if use_labels and missing:
             raise ValueError(f"adata.obs has no {missing}: add the labels, or denoise without by use_labels=False.")
 
@@ -111,7 +111,7 @@ class SCRDiTDenoisePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         self.check_inputs(adata, use_labels, timestep, num_draws, batch_size)
         counts, library_sizes = self.processor.get_counts(adata, layer)  # (cells, G), (cells,)
-        class_labels = self.prepare_class_labels(adata.obs, use_labels)  # (cells, K)
+        class_labels = self.prepare_class_labels(self.processor.add_states(adata.obs, counts), use_labels)  # (cells, K)
         rates = np.empty(counts.shape, dtype=np.float32)
         starts = range(0, counts.shape[0], batch_size)
         with self.progress_bar(total=len(starts) * num_draws) as progress_bar:

@@ -70,9 +70,9 @@ class SCRDiTInterpolatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise TypeError(f"end must be an AnnData of measured cells or a dict of labels, got {end!r}.")
         if isinstance(end, ad.AnnData) and end.n_obs != start.n_obs:
             raise ValueError(f"end has {end.n_obs} cells for the {start.n_obs} of start; give one for each.")
-        conditions = self.processor.conditions
+        conditions, labels_keys = self.processor.conditions, self.processor.labels_keys
         for name, cells in {"start": start, "end": end}.items():
-            if isinstance(cells, ad.AnnData) and (missing := [key for key in conditions if key not in cells.obs]):
+            if isinstance(cells, ad.AnnData) and (missing := [key for key in labels_keys if key not in cells.obs]):
                 raise ValueError(f"{name}.obs has no {missing}: add the labels of the cells.")
         if isinstance(end, Mapping) and (unknown := [key for key in end if key not in conditions]):
             raise ValueError(f"end: {unknown} are not conditions of the model: {list(conditions) or 'it has none'}.")
@@ -126,8 +126,9 @@ class SCRDiTInterpolatePipeline(SafePipelineMixin, DiffusionPipeline):
         self.check_inputs(start, end, positions, num_draws, batch_size)
         ends = [start, end if isinstance(end, ad.AnnData) else start]
         tables = [start.obs, end.obs if isinstance(end, ad.AnnData) else start.obs.assign(**end)]
-        codes = [torch.from_numpy(self.processor.encode_labels(table)) for table in tables]  # (cells, K)
         cells = [self.processor.get_counts(adata, layer) for adata in ends]  # (cells, G) and (cells,)
+        tables = [self.processor.add_states(table, counts) for table, (counts, _) in zip(tables, cells, strict=True)]
+        codes = [torch.from_numpy(self.processor.encode_labels(table)) for table in tables]  # (cells, K)
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         device = self._execution_device
         last = self.transformer.config.num_train_timesteps - 1  # where nothing of the cell is left

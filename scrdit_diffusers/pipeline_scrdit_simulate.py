@@ -100,7 +100,7 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         check_count_head(self.transformer, self.processor, "simulate")
         if not isinstance(obs, pd.DataFrame) or obs.empty:
             raise TypeError(f"obs must be a table with one row per cell to simulate, got {type(obs).__name__}.")
-        missing = [key for key in self.processor.condition_keys if key not in obs]
+        missing = [key for key in self.processor.labels_keys if key not in obs]
         if missing:
             raise ValueError(f"obs has no {missing}: give each cell a label of {list(self.processor.conditions)}.")
         if effects and group_key not in obs:

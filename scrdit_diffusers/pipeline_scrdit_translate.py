@@ -84,7 +84,7 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
         conditions = self.processor.conditions
         if unknown := [key for key in target if key not in conditions]:
             raise ValueError(f"target: {unknown} are not conditions of the model: {list(conditions) or 'it has none'}.")
-        if missing := [key for key in conditions if key not in adata.obs]:
+        if missing := [key for key in self.processor.labels_keys if key not in adata.obs]:
             raise ValueError(f"adata.obs has no {missing}: add the labels that the cells are to be translated from.")
         for key, labels in target.items():
             if np.ndim(labels) and len(labels) != adata.n_obs:
@@ -169,8 +169,9 @@ class SCRDiTTranslatePipeline(SafePipelineMixin, DiffusionPipeline):
             column = pd.Series(labels if np.ndim(labels) == 0 else list(labels), obs.index, dtype=object)
             # Left as they are, encode_labels names the unknown one.
             obs[key] = pd.Categorical(column, categories=known) if column.isin(known).all() else column
-        source, goal = (self.processor.encode_labels(table) for table in (adata.obs, obs))  # (cells, K)
         counts, library_sizes = self.processor.get_counts(adata, layer)  # (cells, G), (cells,)
+        tables = (self.processor.add_states(table, counts) for table in (adata.obs, obs))
+        source, goal = map(self.processor.encode_labels, tables)  # (cells, K)
         new_sizes = self.translate_library_size(library_sizes, source, goal)  # (cells,)
         changed = torch.from_numpy((source != goal).any(axis=1))  # (cells,)
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))

@@ -17,12 +17,13 @@ from transformers import FeatureExtractionMixin
 from .checks import check_gene_names, check_label, get_matrix, matrix_name
 from .hub import explain_push
 from .stored_weights import DamagedFileError
-from .values import Counts, choose_value_kind
+from .values import Counts, choose_value_kind, normalize_log1p
 
 logger = logging.getLogger(__name__)
 
 RARE_LABEL_CELLS = 30  # labels with fewer training cells may give poor cells
 MAX_LOG_LIBRARY_SIZE = 30  # e^30 = 10^13 counts
+STATE_KEY = "scrdit_state"  # the condition that groups of similar training cells are
 ZERO_TOLERANCE = 1e-6  # largest error of an exact zero after standardizing and back
 
 
@@ -84,6 +85,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Step in which other log-normalized values are counted; `None` if they are not.
     value_min
         Smallest value of each gene, shape (G,), if values are counted in steps.
+    state_profiles
+        For a model of states (groups of similar cells, the condition `STATE_KEY`): mean log-normalized counts of each
+        of the S groups, shape (S, G). Each cell belongs to the nearest, see [`SCRDiTProcessor.add_states`].
+    state_library_size
+        Library size over the model's genes to which counts are scaled for that.
 
     Raises
     ------
@@ -116,6 +122,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         normalized_to: float | None = None,
         value_step: float | None = None,
         value_min: Sequence[float] | np.ndarray = (),
+        state_profiles: Sequence[Sequence[float]] | np.ndarray = (),
+        state_library_size: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -136,6 +144,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         self.normalized_to = None if normalized_to is None else float(normalized_to)
         self.value_step = None if value_step is None else float(value_step)
         self.value_min = np.asarray(value_min, dtype=np.float64)
+        self.state_profiles = np.asarray(state_profiles, dtype=np.float64)
+        self.state_library_size = None if state_library_size is None else float(state_library_size)
 
         _ = self.value_kind  # raises ValueError for settings that do not go together
         check_gene_names(self.var_names, "var_names")
@@ -156,11 +166,22 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise ValueError("zero_value, zero_threshold and value_min must be finite.")
         self._check_labels()
 
+    def _check_states(self) -> None:
+        """Raise ValueError unless states belong to the genes and to the last condition."""
+        states, profiles = self.conditions.get(STATE_KEY, []), self.state_profiles
+        if len(profiles) != len(states) or (states and self.condition_keys[-1] != STATE_KEY):
+            raise ValueError(f"state_profiles has {len(profiles)} rows for {len(states)} labels of {STATE_KEY!r}.")
+        if states and (profiles.shape != (len(states), self.num_genes) or not np.isfinite(profiles).all()):
+            raise ValueError(f"state_profiles has shape {profiles.shape}, expected finite (S, {self.num_genes}).")
+        if states and not (self.state_library_size and 0 < self.state_library_size < np.inf):
+            raise ValueError(f"state_library_size must be positive, got {self.state_library_size}.")
+
     def _check_labels(self) -> None:
         """Raise ValueError unless conditions, composition and library sizes belong together."""
         if len(self.condition_keys) != len(self.condition_categories):
             lengths = (len(self.condition_keys), len(self.condition_categories))
             raise ValueError(f"condition_keys and condition_categories must have the same length, got {lengths}.")
+        self._check_states()
         for key, names in self.conditions.items():
             if len(set(names)) != len(names):
                 raise ValueError(f"condition_categories repeats a label of {key!r}.")
@@ -194,6 +215,13 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
             place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "preprocessor_config.json")
             raise DamagedFileError(f"{place} describes no {cls.__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialize to a dict; a processor without states has no entries for these."""
+        settings = super().to_dict()
+        if not len(self.state_profiles):
+            del settings["state_profiles"], settings["state_library_size"]
+        return settings
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the processor as `FeatureExtractionMixin.save_pretrained` does; errors of the upload say what to do."""
@@ -269,6 +297,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
     def conditions(self) -> dict[str, list[str]]:
         """Categories of each condition by its obs column, in the order of their codes."""
         return dict(zip(self.condition_keys, self.condition_categories, strict=True))
+
+    @property
+    def labels_keys(self) -> list[str]:
+        """The columns of obs that condition the model: all conditions but states, which are found by the counts."""
+        return [key for key in self.condition_keys if key != STATE_KEY]
 
     @property
     def label_counts(self) -> dict[str, dict[str, int]]:
@@ -440,13 +473,15 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
-    def encode_labels(self, obs: pd.DataFrame) -> np.ndarray:
+    def encode_labels(self, obs: pd.DataFrame, keys: Sequence[str] | None = None) -> np.ndarray:
         """Encode each cell's labels.
 
         Parameters
         ----------
         obs
             One row per cell, with all condition columns.
+        keys
+            The conditions to encode; `None`: all.
 
         Returns
         -------
@@ -457,10 +492,37 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         ValueError
             A column is missing, comes twice, holds NaN, or holds a label that the model does not know.
         """
-        for key in self.condition_keys:
+        keys = self.condition_keys if keys is None else keys
+        for key in keys:
             check_label(obs, key)
-        codes = [self._encode(key, obs[key]) for key in self.condition_keys]
+        codes = [self._encode(key, obs[key]) for key in keys]
         return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), dtype=np.int64)
+
+    def add_states(
+        self, obs: pd.DataFrame, counts: sp.csr_matrix, measured: np.ndarray | None = None
+    ) -> pd.DataFrame:
+        """Find the states of measured cells, as one more column of their labels, unless there is none or it is there.
+
+        Parameters
+        ----------
+        obs
+            One row per cell.
+        counts
+            Counts of these cells, shape (cells, G).
+        measured
+            Whether a gene is measured, shape (G,); `None`: all are.
+        """
+        if not len(self.state_profiles) or STATE_KEY in obs:
+            return obs
+        profiles, library_size = self.state_profiles, self.state_library_size
+        if measured is not None:
+            rates = np.expm1(profiles).mean(axis=0)  # (G,)
+            library_size *= rates[measured].sum() / max(rates.sum(), 1e-12)
+            counts, profiles = counts[:, np.flatnonzero(measured)], profiles[:, measured]
+        logs = normalize_log1p(counts, library_size)  # (cells, genes)
+        distance = (profiles**2).sum(axis=1) - 2 * (logs @ profiles.T)  # (cells, S), up to a constant of each cell
+        states = pd.Categorical.from_codes(distance.argmin(axis=1), categories=self.conditions[STATE_KEY])
+        return obs.assign(**{STATE_KEY: states})
 
     def _encode(self, key: str, labels: pd.Series) -> np.ndarray:
         """Encode the labels of one condition as codes (cells,)."""

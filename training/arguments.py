@@ -77,6 +77,11 @@ class TrainingArguments:
     gene_key: str | None = arg(None, "Column of var that identifies a gene, such as gene_ids; var_names if not given.")
     preprocessing_num_workers: int | None = arg(None, "Processes that convert files and fit the processor.", True)
     labels_key: list[str] = arg([], "Column(s) of obs that condition the model; none trains without labels.")
+    num_states: int | None = arg(
+        None,
+        "Groups of similar cells to find as one more condition, drawn with the labels. If not given: without labels, "
+        "a quarter of the root of the number of cells, at most 20; with labels, or of fewer than 200 cells, none.",
+    )
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str | None = recipe_arg(
         "value_space", "Kind of values that are read and generated.", choices=["counts", "log_normalized"]
@@ -227,7 +232,7 @@ POSITIVE += ["lora_rank", "learning_rate", "max_loss_weight", "prior_std", "max_
 POSITIVE += ["checkpoints_total_limit", "n_top_genes", "preprocessing_num_workers"]
 POSITIVE += ["patch_size", "num_layers", "num_attention_heads", "attention_head_dim"]
 NOT_NEGATIVE = ["lr_warmup_steps", "checkpointing_minutes", "dataloader_num_workers", "num_cell_tokens"]
-NOT_NEGATIVE += ["adam_weight_decay", "adam_epsilon", "decode_timestep", "min_timestep"]
+NOT_NEGATIVE += ["adam_weight_decay", "adam_epsilon", "decode_timestep", "min_timestep", "num_states"]
 SHARES = ["val_fraction", "class_dropout_prob", "dropout", "adam_beta2"]
 FIXED = [argument.name for argument in dataclasses.fields(TrainingArguments) if not may_change(argument)]
 
@@ -259,6 +264,12 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError(f"--mixed_precision must be no, fp16 or bf16, got {args.mixed_precision}.")
     if len(set(args.labels_key)) < len(args.labels_key):
         raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
+    if args.num_states and args.decode != "posterior":
+        raise ValueError(f"--num_states {args.num_states} needs --decode posterior: states are groups of counts.")
+    if args.num_states is not None and args.pretrained_model_name_or_path:
+        raise ValueError(
+            f"--num_states {args.num_states} does not go with --pretrained_model_name_or_path, which keeps its states."
+        )
     if args.lora_rank and not args.pretrained_model_name_or_path:
         raise ValueError(
             f"--lora_rank {args.lora_rank} needs --pretrained_model_name_or_path: adapters change a trained model."

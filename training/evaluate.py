@@ -267,7 +267,7 @@ class Evaluation:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.pipe.to(self.args.device or best)
         processor = self.pipe.processor
-        conditions = processor.condition_keys
+        conditions = processor.labels_keys
         self.labels_key = self.args.labels_key or next(
             (key for key in (split.get("labels_key"), *conditions) if key in conditions), None
         )
@@ -278,7 +278,7 @@ class Evaluation:
         self.value_space, self.var_names = processor.value_space, pd.Index(processor.var_names)
         self.gene_choice = "those of the pipeline"
         for name in ("control", "test"):
-            processor.encode_labels(cells[name].obs)
+            processor.encode_labels(cells[name].obs, conditions)
         return {name: processor.get_values(part, self.args.layer) for name, part in cells.items()}, conditions
 
     def _choose_genes(self, cells: dict[str, ad.AnnData]) -> dict:

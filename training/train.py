@@ -288,6 +288,7 @@ def fit_processor(
     options |= {"recover_counts": args.decode == "posterior", "token_key": train.token_key}
     genes = read_genes(args.genes) if args.genes else None
     if pretrained is None:
+        options["num_states"] = args.num_states
         return fit_dataset(train.rows, train.var, args.labels_key, genes=genes, **options)
     known = pretrained.processor.var_names
     finetuning.check_common_genes(known, genes or list(train.var.index))
@@ -296,6 +297,8 @@ def fit_processor(
         total = len(train.var) if args.flavor == "all" else options["n_top_genes"]
         genes = finetuning.choose_genes(known, list(train.var.index), variable, total)
     genes = finetuning.arrange_genes(known, genes)
+    if len(pretrained.processor.state_profiles):
+        options["pretrained_states"] = pretrained.processor
     fitted, statistics = fit_dataset(train.rows, train.var, args.labels_key, genes=genes, **options)
     adapted = finetuning.adapt_processor(pretrained.processor, fitted, keep_labels=bool(args.lora_rank))
     return adapted, statistics

@@ -190,7 +190,9 @@ class CellCollator:
         """
         matrix = rows_to_matrix(rows, self.num_vars, self.positions)
         values, library_size = self.processor.value_kind.model_values(matrix, self.columns)
-        obs = rows_to_obs(rows, self.processor.condition_keys)
+        obs = rows_to_obs(rows, self.processor.labels_keys)
+        if self.processor.models_counts:
+            obs = self.processor.add_states(obs, values)
         batch = {
             "values": torch.from_numpy(self.processor.transform(values)).float(),
             "class_labels": torch.from_numpy(self.processor.encode_labels(obs)),

@@ -33,7 +33,7 @@ from scrdit_diffusers.checks import (
     matrix_name,
 )
 from scrdit_diffusers.launch import without_main_module
-from scrdit_diffusers.processing_scrdit import SCRDiTProcessor
+from scrdit_diffusers.processing_scrdit import STATE_KEY, SCRDiTProcessor
 from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts, row_sums
 
 from .anndata_builder import READ_ONLY
@@ -41,6 +41,7 @@ from .damage import folder_of, reading
 from .gene_selection import GeneSelection
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
+from .states import fit_states, with_states
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ class FitOptions:
         Column of var with Ensembl ids. `None` looks for "gene_ids", "gene_id", "ensembl_id" and "ensembl".
     standardize
         Whether model space is standardized; the paper's is not (mean 0 and standard deviation 1 are stored).
+    num_states
+        For a model of counts, how many groups of similar cells to find as one more condition, `STATE_KEY`, see
+        [`~scrdit_diffusers.cells.states.find_states`]; `None` chooses by the number of cells if there are no labels.
+    pretrained_states
+        Processor of a pretrained model, whose groups are kept.
     recover_counts
         With "log_normalized": let the model see the counts behind the values, see `normalized_by` of
         [`SCRDiTProcessor`]. Where a cell's values are whole multiples of its smallest one (before log1p), as those of
@@ -101,6 +107,8 @@ class FitOptions:
     genes: Sequence[str] | None = None
     gene_ids_key: str | None = None
     standardize: bool = True
+    num_states: int | None = 0
+    pretrained_states: SCRDiTProcessor | None = None
     recover_counts: bool = False
 
     def __post_init__(self):
@@ -174,6 +182,8 @@ def fit_chunks(
         check_gene_names(list(map(str, options.genes)), "genes")
         find_genes(options.genes, var_names)
     labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key or [])
+    if STATE_KEY in labels_key:
+        raise ValueError(f"labels_key: {STATE_KEY!r} is what states are called, which are found; rename the column.")
     gene_ids = find_gene_ids(var, options.gene_ids_key)
     parts = [chunks] if callable(chunks) else list(chunks)
 
@@ -209,13 +219,18 @@ def fit_chunks(
         condition_categories=[label_categories(seen.labels, key, moments.num_cells) for key in labels_key],
     )
 
-    # 3. Composition and library sizes
+    # 3. States, composition and library sizes
     combinations = np.unique(processor.encode_labels(seen.labels), axis=0)
     combinations = combinations if labels_key else np.zeros((1, 0), dtype=np.int64)
+    if processor.models_counts:
+        known = options.pretrained_states
+        fit_states(processor, columns, parts, map_parts, moments.num_cells, options.num_states, known)
+        combinations = with_states(combinations, len(processor.state_profiles))
     cell_moments = CellMoments(combinations, len(columns) if processor.models_counts else None)
     second = run_pass(_SecondPass(processor, columns, cell_moments), parts, map_parts)
     cell_moments = second.moments
-    processor.composition = np.column_stack([combinations, cell_moments.num_cells]).tolist()
+    cell_moments.drop_absent()
+    processor.composition = np.column_stack([cell_moments.combinations, cell_moments.num_cells]).tolist()
     if processor.normalized_by == "library_size" and second.no_other_genes:
         processor.normalized_by = "model_genes"
     if processor.models_counts:
@@ -321,6 +336,7 @@ class _SecondPass:
         if self.moments.counts:
             counts, library_sizes = self.processor.select_counts(matrix, self.columns)
             self.no_other_genes = self.no_other_genes and np.allclose(row_sums(counts), library_sizes, rtol=1e-3)
+            obs = self.processor.add_states(obs, counts)
         self.moments.update(counts, self.processor.encode_labels(obs), library_sizes)
 
     def merge(self, other: "_SecondPass") -> None:

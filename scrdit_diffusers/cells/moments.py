@@ -216,6 +216,18 @@ class CellMoments:
         numbers = np.concatenate([self._numbers, numbers])
         self._numbers = np.bincount(place.ravel(), weights=numbers).astype(np.int64)
 
+    def drop_absent(self) -> None:
+        """Forget combinations of labels that no cell has."""
+        present = self.num_cells > 0
+        self.combinations, self._keys, self.num_cells = (
+            array[present] for array in (self.combinations, self._keys, self.num_cells)
+        )
+        if self.counts:
+            self._join_sizes()
+            self.count_sum, self.weighted_sum = self.count_sum[present], self.weighted_sum[present]
+            place = np.cumsum(present) - 1
+            self._sizes = (place[self._sizes >> 40] << 40) | (self._sizes & (2**40 - 1))
+
     def library_sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Library sizes that occur: their combination of labels, their size, and how many cells have them."""
         self._join_sizes()

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scrdit_diffusers.pipeline_scrdit import SCRDiTPipeline
-from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
+from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS, STATE_KEY
 from scrdit_diffusers.redaction import redact
 
 from .baselines import BASELINE_NAMES
@@ -70,11 +70,14 @@ def describe_pipeline(
     recipe["base_model_on_hub"] = bool(start) and not Path(start).exists()
     space = {name: getattr(processor, name) for name in ("value_space", "target_sum", "normalized_by", "num_genes")}
     has_library_size = transformer.count_head is not None and processor.value_step is None
+    labels = processor.label_counts
+    states = len(labels.pop(STATE_KEY, {}))
     parameters = {"parameters": transformer.num_parameters(), "library_size": has_library_size}
     return {
         "about": redact({name: about.get(name) for name in ABOUT}),
         **space,
-        "labels": processor.label_counts,
+        "labels": labels,
+        "states": states,
         "transformer": config,
         **parameters,
         "recipe": recipe,

@@ -124,12 +124,14 @@ def denoising_losses(
     Losses, shape (cells,).
     """
     processor, model, device = pipe.processor, pipe.transformer, pipe.device
-    columns = {"class_labels": torch.from_numpy(processor.encode_labels(adata.obs))}
+    obs, columns = adata.obs, {}
     if processor.models_counts:
         values, library_sizes = processor.get_counts(adata, layer)
-        columns |= {"library_size": torch.from_numpy(np.asarray(library_sizes)).float()}
+        obs = processor.add_states(obs, values)
+        columns["library_size"] = torch.from_numpy(np.asarray(library_sizes)).float()
     else:
         values = processor.get_values(adata, layer)
+    columns["class_labels"] = torch.from_numpy(processor.encode_labels(obs))
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     first, last = pipe.config.min_timestep or 0, scheduler.config.num_train_timesteps
     timesteps = (first + (np.arange(num_draws) + 0.5) * (last - first) / num_draws).astype(int)
