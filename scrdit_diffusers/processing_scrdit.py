@@ -498,9 +498,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         codes = [self._encode(key, obs[key]) for key in keys]
         return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), dtype=np.int64)
 
-    def add_states(
-        self, obs: pd.DataFrame, counts: sp.csr_matrix, measured: np.ndarray | None = None
-    ) -> pd.DataFrame:
+    def add_states(self, obs: pd.DataFrame, counts: sp.csr_matrix, measured: np.ndarray | None = None) -> pd.DataFrame:
         """Find the states of measured cells, as one more column of their labels, unless there is none or it is there.
 
         Parameters
@@ -512,7 +510,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         measured
             Whether a gene is measured, shape (G,); `None`: all are.
         """
-        if not len(self.state_profiles) or STATE_KEY in obs:
+        if self.state_library_size is None or STATE_KEY in obs:
             return obs
         profiles, library_size = self.state_profiles, self.state_library_size
         if measured is not None:
@@ -521,7 +519,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             counts, profiles = counts[:, np.flatnonzero(measured)], profiles[:, measured]
         logs = normalize_log1p(counts, library_size)  # (cells, genes)
         distance = (profiles**2).sum(axis=1) - 2 * (logs @ profiles.T)  # (cells, S), up to a constant of each cell
-        states = pd.Categorical.from_codes(distance.argmin(axis=1), categories=self.conditions[STATE_KEY])
+        states = pd.Categorical.from_codes(np.argmin(distance, axis=1), categories=pd.Index(self.conditions[STATE_KEY]))
         return obs.assign(**{STATE_KEY: states})
 
     def _encode(self, key: str, labels: pd.Series) -> np.ndarray:

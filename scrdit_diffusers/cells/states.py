@@ -1,4 +1,4 @@
-"""States: groups of similar training cells, one more condition of a model whose labels say too little or are missing."""
+"""States: groups of similar training cells, one more condition where labels say too little or are missing."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -67,8 +67,8 @@ def find_states(log_values: sp.csr_matrix, num_states: int, seed: int = 0) -> np
 
     Returns
     -------
-    Mean log-normalized values of each group, shape (S, G). Each cell belongs to the nearest. None, shape (0, G), if there
-    are not two large ones.
+    Mean log-normalized values of each group, shape (S, G). Each cell belongs to the nearest. Shape (0, G) if there are
+    not two large ones.
     """
     num_components = min(NUM_COMPONENTS, *(size - 1 for size in log_values.shape))
     if num_states < 2 or num_components < 1:
