@@ -58,7 +58,7 @@ def test_small_groups_join_others(grouped):
 def test_states_do_not_depend_on_chunks_and_survive_saving(grouped, tmp_path):
     options = FitOptions(flavor="all", num_states=3)
     whole, _ = fit_chunks(chunked(grouped.X, grouped.obs, 150), grouped.var, options=options)
-    parts, _ = fit_chunks(chunked(grouped.X, grouped.obs, 150), grouped.var, options=options)
+    parts, _ = fit_chunks(chunked(grouped.X, grouped.obs, 17), grouped.var, options=options)
     np.testing.assert_array_equal(whole.state_profiles, parts.state_profiles)
     whole.save_pretrained(tmp_path)
     again = SCRDiTProcessor.from_pretrained(tmp_path)
@@ -96,6 +96,21 @@ def test_damaged_states_are_refused(grouped):
         SCRDiTProcessor(**settings | {"state_profiles": settings["state_profiles"][:2]})
     with pytest.raises(ValueError, match="state_library_size"):
         SCRDiTProcessor(**settings | {"state_library_size": 0.0})
+
+
+def test_moments_of_states_that_occur_are_kept(grouped):
+    """Library sizes and sums follow the states, of which one has no cell with one of the labels."""
+    grouped.obs["half"] = np.where(grouped.obs["kind"] == "2", "b", "a")
+    processor, moments = fit_chunks(
+        chunked(grouped.X, grouped.obs, 40), grouped.var, "half", options=FitOptions(flavor="all", num_states=3)
+    )
+    table = processor.encode_labels(processor.add_states(grouped.obs, grouped.X))
+    for i, codes in enumerate(moments.combinations):
+        rows = (table == codes).all(axis=1)
+        np.testing.assert_allclose(moments.count_sum[i], grouped.X.toarray()[rows].sum(axis=0))
+        sizes = np.log(grouped.X.toarray()[rows].sum(axis=1))
+        assert processor.log_library_sizes[i][0] == pytest.approx(sizes.min(), abs=1e-3)
+        assert processor.log_library_sizes[i][-1] == pytest.approx(sizes.max(), abs=1e-3)
 
 
 def test_the_name_of_the_condition_is_taken(grouped):
