@@ -8,7 +8,8 @@ r"""Completion, translation and paths of real cells beside their baselines, as M
         --path NFOL2 MOL1
 
 The pipeline is trained on the train part of a split by `training/evaluate.py`, from which cells may have been taken
-out: these are then in `held_out.h5ad` of the same folder. The same command continues after an interruption.
+out: these are then in `held_out.h5ad` of the same folder. Several pipelines, of other training seeds, take turns with
+the seeds of the measurement. The same command continues after an interruption.
 
 - Complete: cells of the test part keep 300 genes, the most variable ones of the training cells or random ones. Mean
   over the missing genes of the correlation, over cells, between expected and true counts after log1p; share of true
@@ -17,25 +18,33 @@ out: these are then in `held_out.h5ad` of the same folder. The same command cont
   regression and the number of neighbors are chosen on the control part.
 - Translate: cells of the control and test parts with other labels of the condition are translated to the target and
   compared with the real ones there: energy distance on 50 PCs within each of `--labels_key`, AUROC of classifiers on
-  PCs and genes, share kept of each cell's 5 nearest neighbors among those of the same labels, and of the labels by a
-  classifier. If the cells of `held_out.h5ad` are those of the target, the real ones are these, of a combination of
-  labels that the model never saw; all other parts are then translated.
+  PCs and genes, iLISI on PCs (median, 0 to 1), share kept of each cell's 5 nearest neighbors among those of the same
+  labels, and of the labels by a classifier, log fold changes of genes with a mean of at least 1. If the cells of
+  `held_out.h5ad` are those of the target, the real ones are these, of a combination of labels that the model never saw;
+  all other parts are then translated. scVI, trained on the train part, is measured where scvi-tools is installed, as
+  expected counts and as draws; iLISI and Harmony where harmonypy is. Harmony corrects PCs, of the train part, the cells
+  and the real ones together; its classifier of labels is trained on them.
 - Path: cells half-way between those of two labels, paired at random, beside the cells of `held_out.h5ad`, which lie
   between them: 2-Wasserstein and energy distance on 50 PCs.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import torch
 from _common import Record, to_markdown
 from jobs import PARTS, labels_of, log_normalize, new_pca
 from scipy.spatial.distance import cdist
+from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -46,9 +55,11 @@ from scrdit_diffusers import (
     SCRDiTPipeline,
     SCRDiTTranslatePipeline,
 )
+from scrdit_diffusers.evaluation.baselines import gaussian_copula
 from scrdit_diffusers.evaluation.metrics import classifier_auroc, wasserstein2
 
 PANEL = 300  # genes
+TREES = 300  # of a random forest
 Parts = dict[str, ad.AnnData]
 Results = dict[str, dict[str, float]]
 
@@ -77,7 +88,7 @@ def linear_auroc(x: np.ndarray, y: np.ndarray) -> float:
 
 def forest_auroc(x: np.ndarray, y: np.ndarray) -> float:
     """AUROC of a random forest."""
-    return classifier_auroc(x, y, RandomForestClassifier(300, random_state=0))
+    return classifier_auroc(x, y, RandomForestClassifier(TREES, random_state=0))
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -191,6 +202,41 @@ def shift_means(cells: ad.AnnData, train: ad.AnnData, key: str, condition: str, 
     return profiles / profiles.sum(axis=1, keepdims=True) * sizes[:, None]
 
 
+def translate_by_scvi(
+    train: ad.AnnData, cells: ad.AnnData, condition: str, target: str, sizes: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """Decode under the target the latent variables that scVI, trained on the training cells, finds: means and draws."""
+    import scvi
+
+    scvi.settings.seed = seed
+    known, asked = (
+        ad.AnnData(part.X.astype(np.float32), obs=pd.DataFrame({"batch": labels_of(part, condition)}, part.obs_names))
+        for part in (train, cells)
+    )
+    scvi.model.SCVI.setup_anndata(known, batch_key="batch")
+    model = scvi.model.SCVI(known)
+    model.train(accelerator="cpu", enable_progress_bar=False, logger=None)
+    means = model.get_normalized_expression(asked, transform_batch=target, n_samples=10, return_numpy=True)
+    code = sorted(set(known.obs["batch"])).index(target)
+    with torch.inference_mode():
+        outputs = model.module.generative(
+            z=torch.from_numpy(model.get_latent_representation(asked, give_mean=False)),
+            library=torch.from_numpy(sizes).float().log()[:, None],
+            batch_index=torch.full((len(sizes), 1), code),
+        )
+        draws = outputs["px"].sample().double().numpy()
+    return {"scVI, means": means * sizes[:, None], "scVI, draws": draws}
+
+
+def correct_by_harmony(pcs: list[np.ndarray], batches: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Correct the PCs of several sets of cells together."""
+    from harmonypy import run_harmony
+
+    batch = {"batch": np.concatenate(batches)}
+    model = run_harmony(np.concatenate(pcs), pd.DataFrame(batch), "batch", verbose=False, random_state=seed, ncores=1)
+    return np.split(model.Z_corr, np.cumsum([len(z) for z in pcs])[:-1])
+
+
 def share_neighbors_kept(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> float:
     """Share of each cell's 5 nearest neighbors within its group that stay so."""
     shares = []
@@ -203,10 +249,81 @@ def share_neighbors_kept(before: np.ndarray, after: np.ndarray, groups: np.ndarr
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def log_fold_changes(cells: np.ndarray, source: np.ndarray, genes: np.ndarray) -> np.ndarray:
-    """Log2 ratios of the mean counts per 10,000."""
-    one, other = (np.log2((x / x.sum(axis=1, keepdims=True) * 1e4).mean(axis=0) + 0.05)[genes] for x in (cells, source))
-    return one - other
+def scaled_ilisi(x: np.ndarray, y: np.ndarray) -> float:
+    """Median inverse Simpson index of two sets in the neighborhoods of all points: 0 apart, 1 mixed."""
+    from harmonypy import compute_lisi
+
+    both = np.concatenate([x, y])
+    of_set = pd.DataFrame({"set": np.repeat(["x", "y"], [len(x), len(y)])})
+    return float(np.median(compute_lisi(both, of_set, ["set"], min(30, len(both) // 6))) - 1)
+
+
+def compare_changes(
+    new: np.ndarray, before: np.ndarray, labels: np.ndarray, goal: np.ndarray, goal_labels: np.ndarray
+) -> dict[str, float]:
+    """Compare log2 fold changes with those to real cells, of which each label counts as much as among `labels`."""
+    weights = np.array([(labels == label).sum() / (goal_labels == label).sum() for label in goal_labels])
+    genes = np.maximum(goal.mean(axis=0), before.mean(axis=0)) > 1
+    logs = [
+        np.log2(np.average(x / x.sum(axis=1, keepdims=True) * 1e4, axis=0, weights=w)[genes] + 0.05)
+        for x, w in ((before, None), (new, None), (goal, weights))
+    ]
+    change, true = logs[1] - logs[0], logs[2] - logs[0]
+    return {
+        "correlation of log fold changes": float(np.corrcoef(change, true)[0, 1]),
+        "slope of log fold changes": float((change * true).sum() / (true**2).sum()),
+    }
+
+
+def pair_by_label(one: np.ndarray, other: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Choose rows of two sets at random, as many of each label in both."""
+    rng = np.random.default_rng(seed)
+    rows: tuple[list, list] = ([], [])
+    for label in sorted(set(one) & set(other)):
+        found = [rng.permutation(np.flatnonzero(labels == label)) for labels in (one, other)]
+        for chosen, part in zip(rows, found, strict=True):
+            chosen.extend(part[: min(map(len, found))])
+    return [np.array(chosen) for chosen in rows]
+
+
+def compare_pcs(z: np.ndarray, labels: np.ndarray, goal: np.ndarray, goal_labels: np.ndarray, seed: int):
+    """How well cells mix with the real ones on PCs."""
+    rows = pair_by_label(labels, goal_labels, seed)
+    pair = z[rows[0]], goal[rows[1]]
+    return {"AUROC, 50 PCs": forest_auroc(*pair)} | ({"iLISI": scaled_ilisi(*pair)} if find_spec("harmonypy") else {})
+
+
+def compare_genes(
+    cells: np.ndarray, labels: np.ndarray, goal: np.ndarray, goal_labels: np.ndarray, pca: PCA, seed: int
+) -> dict[str, float]:
+    """How near cells are to the real ones; the distance is that within labels."""
+    z, goal_z = (pca.transform(log_normalize(x)) for x in (cells, goal))
+    types, numbers = np.unique(labels, return_counts=True)
+    types, numbers = types[numbers > 1], numbers[numbers > 1]
+    distances = [energy_distance(z[labels == t], goal_z[goal_labels == t]) for t in types]
+    rows = pair_by_label(labels, goal_labels, seed)
+    return {
+        "energy distance": float(np.average(distances, weights=numbers)),
+        **compare_pcs(z, labels, goal_z, goal_labels, seed),
+        "AUROC, genes": linear_auroc(cells[rows[0]], goal[rows[1]]),
+    }
+
+
+def translate_by_all(
+    pipe: SCRDiTPipeline, train: ad.AnnData, source: ad.AnnData, key: str, condition: str, target: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Translate cells by each method: counts, or values that stand for them."""
+    translate = SCRDiTTranslatePipeline.from_pipe(pipe)
+    translate.set_progress_bar_config(disable=True)
+    codes = [pipe.processor.encode_labels(obs) for obs in (source.obs, source.obs.assign(**{condition: target}))]
+    before = dense(source)
+    sizes = translate.translate_library_size(before.sum(axis=1), *codes)
+    cells = {"not translated": before, "mean shift": shift_means(source, train, key, condition, target, sizes)}
+    if find_spec("scvi"):
+        cells |= translate_by_scvi(train, source, condition, target, sizes, seed)
+    for name, timesteps in {"ours, labels alone": (999,), "ours": (999, 600)}.items():
+        cells[name] = dense(translate(source, {condition: target}, timesteps=timesteps, generator=seeded(seed)))
+    return cells
 
 
 def measure_translation(
@@ -216,54 +333,45 @@ def measure_translation(
     train = parts["train"]
     unseen = "held_out" in parts and set(labels_of(parts["held_out"], condition)) == {target}
     others = ad.concat([parts[part] for part in (PARTS if unseen else PARTS[1:])])
-    real = parts["held_out"] if unseen else others[labels_of(others, condition) == target].copy()
-    types = [t for t in sorted(set(labels_of(real, key))) if (labels_of(real, key) == t).sum() > 1]
-    source = others[(labels_of(others, condition) != target) & np.isin(labels_of(others, key), types)]
+    real = parts["held_out"] if unseen else others[labels_of(others, condition) == target]
+    real = choose(real, num_cells, seed)
+    types, numbers = np.unique(labels_of(real, key), return_counts=True)
+    enough = types[numbers > 3]  # for two halves with distances within
+    real = real[np.isin(labels_of(real, key), enough)]
+    source = others[(labels_of(others, condition) != target) & np.isin(labels_of(others, key), enough)]
     source = choose(source, num_cells, seed)
+    labels, goal_labels, goal = labels_of(source, key), labels_of(real, key), dense(real)
     pca = new_pca(log_normalize(train.X)).fit(log_normalize(train.X))
-    classifier = LogisticRegression(max_iter=2000)
-    classifier.fit(pca.transform(log_normalize(train.X)), labels_of(train, key))
-    translate = SCRDiTTranslatePipeline.from_pipe(pipe)
-    translate.set_progress_bar_config(disable=True)
-    codes = [pipe.processor.encode_labels(obs) for obs in (source.obs, source.obs.assign(**{condition: target}))]
-    before = dense(source)
-    sizes = translate.translate_library_size(before.sum(axis=1), *codes)
-    cells = {"not translated": before, "mean shift": shift_means(source, train, key, condition, target, sizes)}
-    for name, timesteps in {"ours, labels alone": (999,), "ours": (999, 600)}.items():
-        cells[name] = dense(translate(source, {condition: target}, timesteps=timesteps, generator=seeded(seed)))
-    if unseen:
-        obs = source.obs.assign(**{condition: target})
-        cells["generated with the target labels"] = dense(pipe(obs=obs, generator=seeded(seed)).adata)
-    of_source, of_real, goal = labels_of(source, key), labels_of(real, key), dense(real)
-    groups = np.char.add(of_source.astype(str), labels_of(source, condition).astype(str))
-    genes = np.maximum(goal.mean(axis=0), before.mean(axis=0)) > 1
-    true = log_fold_changes(goal, before, genes)
-    rng = np.random.default_rng(seed)
-    rows: tuple[list, list] = ([], [])  # as many of each label
-    for t in types:
-        pair = [rng.permutation(np.flatnonzero(labels == t)) for labels in (of_source, of_real)]
-        number = min(map(len, pair))
-        for chosen, part in zip(rows, pair, strict=True):
-            chosen.extend(part[:number])
-    z_before, z_goal = (pca.transform(log_normalize(x)) for x in (before, goal))
+    pcs = [pca.transform(log_normalize(x.X)) for x in (train, source, real)]
+    groups = np.char.add(labels.astype(str), labels_of(source, condition).astype(str))
+    cells = translate_by_all(pipe, train, source, key, condition, target, seed)
+    before, beside = cells["not translated"], (goal, goal_labels)
+
+    def conserved(z: np.ndarray, known: np.ndarray) -> dict[str, float]:
+        classifier = LogisticRegression(max_iter=2000).fit(known, labels_of(train, key))
+        kept = float((classifier.predict(z) == labels).mean())
+        return {"labels kept": kept, "neighbors kept": share_neighbors_kept(pcs[1], z, groups)}
+
     results: Results = {}
     for name, new in cells.items():
-        z = pca.transform(log_normalize(new))
-        distances = [energy_distance(z[of_source == t], z_goal[of_real == t]) for t in types if t in set(of_source)]
-        weights = [(of_source == t).sum() for t in types if t in set(of_source)]
-        found = {
-            "energy distance": float(np.average(distances, weights=weights)),
-            "AUROC, 50 PCs": forest_auroc(z[rows[0]], z_goal[rows[1]]),
-            "AUROC, genes": linear_auroc(new[rows[0]], goal[rows[1]]),
-            "labels kept": float((classifier.predict(z) == of_source).mean()),
+        results[name] = compare_genes(new, labels, *beside, pca, seed)
+        results[name] |= conserved(pca.transform(log_normalize(new)), pcs[0])
+        results[name] |= compare_changes(new, before, labels, *beside) if name != "not translated" else {}
+    if find_spec("harmonypy"):
+        batches = [labels_of(x, condition) for x in (train, source, real)]
+        known, z, goal_z = correct_by_harmony(pcs, batches, seed)
+        results["Harmony"] = compare_pcs(z, labels, goal_z, goal_labels, seed) | conserved(z, known)
+    if unseen:
+        obs, rng = source.obs.assign(**{condition: target}), np.random.default_rng(seed)
+        generated = {
+            "generated with the target labels": pipe(obs=obs, generator=seeded(seed)).adata,
+            "Gaussian copula of the label": gaussian_copula(train, obs, key, rng),
         }
-        if not name.startswith("generated"):
-            found["neighbors kept"] = share_neighbors_kept(z_before, z, groups)
-        change = log_fold_changes(new, before, genes)
-        if unseen and name != "not translated":
-            found["correlation of log fold changes"] = float(np.corrcoef(change, true)[0, 1])
-            found["slope of log fold changes"] = float((change * true).sum() / (true**2).sum())
-        results[name] = found
+        for name, new in ((name, dense(new)) for name, new in generated.items()):
+            results[name] = compare_genes(new, labels, *beside, pca, seed)
+            results[name] |= compare_changes(new, before, labels, *beside)
+    halves = train_test_split(goal, goal_labels, test_size=0.5, stratify=goal_labels, random_state=seed)
+    results["half of the real cells beside the others"] = compare_genes(*halves[::2], *halves[1::2], pca, seed)
     return results
 
 
@@ -314,10 +422,19 @@ def measure_path(
     return results
 
 
+def load(pipeline: str, split_dir: Path) -> tuple[SCRDiTPipeline, Parts]:
+    """Load a pipeline, and its genes of the parts of the split."""
+    pipe = SCRDiTPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    paths = {part: split_dir / f"{part}.h5ad" for part in (*PARTS, "held_out")}
+    genes = pipe.processor.var_names
+    return pipe, {part: ad.read_h5ad(path)[:, genes].copy() for part, path in paths.items() if path.exists()}
+
+
 def main() -> None:
     """Measure what was asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True)
+    parser.add_argument("--pipeline", nargs="+", required=True, help="one, or one for each seed")
     parser.add_argument("--split_dir", required=True, help="train.h5ad, control.h5ad, test.h5ad, perhaps held_out.h5ad")
     parser.add_argument("--complete", action="store_true")
     parser.add_argument("--translate", nargs=2, metavar=("CONDITION", "LABEL"))
@@ -327,28 +444,20 @@ def main() -> None:
     parser.add_argument("--num_cells", type=int, default=300, help="cells that are edited")
     parser.add_argument("--output_dir", default="outputs/editing", help="folder of the results")
     args = parser.parse_args()
-    pipe = SCRDiTPipeline.from_pretrained(args.pipeline)
-    pipe.set_progress_bar_config(disable=True)
-    genes = pipe.processor.var_names
-    paths = {name: Path(args.split_dir) / f"{name}.h5ad" for name in (*PARTS, "held_out")}
-    parts = {name: ad.read_h5ad(path)[:, genes].copy() for name, path in paths.items() if path.exists()}
-    common = (pipe, parts, args.labels_key)
-    jobs: dict[str, Callable[[int], Results]] = {}
+    jobs: dict[str, Callable[..., Results]] = {}
     if args.complete:
-        for kind in ("variable", "random"):
-            jobs[f"complete, {kind} panel"] = lambda seed, kind=kind: measure_completion(
-                *common, seed, args.num_cells, kind
-            )
+        jobs |= {f"complete, {kind} panel": partial(measure_completion, kind=kind) for kind in ("variable", "random")}
     if args.translate:
-        jobs["translate"] = lambda seed: measure_translation(*common, seed, args.num_cells, *args.translate)
+        jobs["translate"] = partial(measure_translation, condition=args.translate[0], target=args.translate[1])
     if args.path:
-        jobs["path"] = lambda seed: measure_path(*common, seed, args.num_cells, *args.path)
+        jobs["path"] = partial(measure_path, start=args.path[0], end=args.path[1])
     given = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_seeds", "complete")}
     record = Record(Path(args.output_dir) / "editing.json", given, results={})
     for seed in range(args.num_seeds):
+        pipe, parts = load(args.pipeline[seed % len(args.pipeline)], Path(args.split_dir))
         for job, measure in jobs.items():
             if f"{job} {seed}" not in record["results"]:
-                record["results"][f"{job} {seed}"] = measure(seed)
+                record["results"][f"{job} {seed}"] = measure(pipe, parts, args.labels_key, seed, args.num_cells)
                 record.save()
     for job in jobs:
         seeds = [record["results"][f"{job} {seed}"] for seed in range(args.num_seeds)]
