@@ -20,10 +20,10 @@ the seeds of the measurement. The same command continues after an interruption.
   compared with the real ones there: energy distance on 50 PCs within each of `--labels_key`, AUROC of classifiers on
   PCs and genes, iLISI on PCs (median, 0 to 1), share kept of each cell's 5 nearest neighbors among those of the same
   labels, and of the labels by a classifier, log fold changes of genes with a mean of at least 1. If the cells of
-  `held_out.h5ad` are those of the target, the real ones are these, of a combination of labels that the model never saw;
-  all other parts are then translated. scVI, trained on the train part, is measured where scvi-tools is installed, as
-  expected counts and as draws; iLISI and Harmony where harmonypy is. Harmony corrects PCs, of the train part, the cells
-  and the real ones together; its classifier of labels is trained on them.
+  `held_out.h5ad` are those of the target, the real ones are these, of a combination of labels that the model never saw,
+  and training cells are translated as well, for the log fold changes alone. scVI, trained on the train part, is
+  measured where scvi-tools is installed, as expected counts and as draws; iLISI and Harmony where harmonypy is. Harmony
+  corrects PCs, of the train part, the cells and the real ones together; its classifier of labels is trained on them.
 - Path: cells half-way between those of two labels, paired at random, beside the cells of `held_out.h5ad`, which lie
   between them: 2-Wasserstein and energy distance on 50 PCs.
 """
@@ -341,35 +341,31 @@ def measure_translation(
     source = others[(labels_of(others, condition) != target) & np.isin(labels_of(others, key), enough)]
     source = choose(source, num_cells, seed)
     labels, goal_labels, goal = labels_of(source, key), labels_of(real, key), dense(real)
+    new = ~source.obs_names.isin(train.obs_names)  # PCs of cells that they were fitted on lie apart
     pca = new_pca(log_normalize(train.X)).fit(log_normalize(train.X))
-    pcs = [pca.transform(log_normalize(x.X)) for x in (train, source, real)]
-    groups = np.char.add(labels.astype(str), labels_of(source, condition).astype(str))
+    pcs = [pca.transform(log_normalize(x.X)) for x in (train, source[new], real)]
+    groups = np.char.add(labels.astype(str), labels_of(source, condition).astype(str))[new]
     cells = translate_by_all(pipe, train, source, key, condition, target, seed)
-    before, beside = cells["not translated"], (goal, goal_labels)
+    if unseen:
+        obs = source.obs.assign(**{condition: target})
+        cells["generated with the target labels"] = dense(pipe(obs=obs, generator=seeded(seed)).adata)
+        cells["Gaussian copula of the label"] = dense(gaussian_copula(train, obs, key, np.random.default_rng(seed)))
 
     def conserved(z: np.ndarray, known: np.ndarray) -> dict[str, float]:
         classifier = LogisticRegression(max_iter=2000).fit(known, labels_of(train, key))
-        kept = float((classifier.predict(z) == labels).mean())
+        kept = float((classifier.predict(z) == labels[new]).mean())
         return {"labels kept": kept, "neighbors kept": share_neighbors_kept(pcs[1], z, groups)}
 
     results: Results = {}
-    for name, new in cells.items():
-        results[name] = compare_genes(new, labels, *beside, pca, seed)
-        results[name] |= conserved(pca.transform(log_normalize(new)), pcs[0])
-        results[name] |= compare_changes(new, before, labels, *beside) if name != "not translated" else {}
+    for i, (name, values) in enumerate(cells.items()):
+        results[name] = compare_genes(values[new], labels[new], goal, goal_labels, pca, seed)
+        results[name] |= conserved(pca.transform(log_normalize(values[new])), pcs[0])
+        if i > 0:
+            results[name] |= compare_changes(values, dense(source), labels, goal, goal_labels)
     if find_spec("harmonypy"):
-        batches = [labels_of(x, condition) for x in (train, source, real)]
+        batches = [labels_of(x, condition) for x in (train, source[new], real)]
         known, z, goal_z = correct_by_harmony(pcs, batches, seed)
-        results["Harmony"] = compare_pcs(z, labels, goal_z, goal_labels, seed) | conserved(z, known)
-    if unseen:
-        obs, rng = source.obs.assign(**{condition: target}), np.random.default_rng(seed)
-        generated = {
-            "generated with the target labels": pipe(obs=obs, generator=seeded(seed)).adata,
-            "Gaussian copula of the label": gaussian_copula(train, obs, key, rng),
-        }
-        for name, new in ((name, dense(new)) for name, new in generated.items()):
-            results[name] = compare_genes(new, labels, *beside, pca, seed)
-            results[name] |= compare_changes(new, before, labels, *beside)
+        results["Harmony"] = compare_pcs(z, labels[new], goal_z, goal_labels, seed) | conserved(z, known)
     halves = train_test_split(goal, goal_labels, test_size=0.5, stratify=goal_labels, random_state=seed)
     results["half of the real cells beside the others"] = compare_genes(*halves[::2], *halves[1::2], pca, seed)
     return results
