@@ -263,7 +263,7 @@ class SCRDiTPipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"obs has {len(obs)} rows for num_cells={num_cells}; leave num_cells out to use every row."
             )
-        if keys and not set(keys) & set(obs):
+        if self.processor.labels_keys and not set(keys) & set(obs):
             raise ValueError(f"obs has none of the model's conditions {keys}; it has {list(obs)}.")
         for key in set(keys) & set(obs):
             check_label(obs, key)

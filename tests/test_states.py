@@ -130,6 +130,7 @@ def test_training_without_labels_finds_states_and_jobs_use_them(tmp_path, monkey
     assert pipe.processor.condition_keys == [STATE_KEY]
     adata = pipe(20, num_inference_steps=2, generator=torch.manual_seed(0)).adata
     assert set(adata.obs[STATE_KEY]) <= set(pipe.processor.conditions[STATE_KEY])
+    assert pipe(obs=cells.obs[:7], num_inference_steps=2).adata.n_obs == 7  # which has no state
     denoised = SCRDiTDenoisePipeline.from_pipe(pipe)(cells[:5], num_draws=1, generator=torch.manual_seed(0))
     assert denoised.shape == (5, 30)
     card = (tmp_path / "model" / "README.md").read_text()
