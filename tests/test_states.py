@@ -49,9 +49,10 @@ def test_states_are_drawn_as_often_as_with_each_label(grouped):
     assert sorted(np.unique(codes[:, 1], return_counts=True)[1]) == [50, 60]
 
 
-def test_small_groups_join_others(grouped):
+def test_small_groups_join_others(grouped, caplog):
     few = grouped[np.r_[0:60, 60:110, 110 : 110 + RARE_LABEL_CELLS - 1]].copy()
     processor = SCRDiTProcessor.from_anndata(few, flavor="all", num_states=3)
+    assert "2 states instead of 3" in caplog.text
     assert len(processor.state_profiles) == 2 and sum(row[-1] for row in processor.composition) == few.n_obs
 
 

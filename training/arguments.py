@@ -264,6 +264,8 @@ def check_args(args: TrainingArguments) -> None:
         raise ValueError(f"--mixed_precision must be no, fp16 or bf16, got {args.mixed_precision}.")
     if len(set(args.labels_key)) < len(args.labels_key):
         raise ValueError(f"--labels_key names a column twice: {args.labels_key}.")
+    if args.num_states == 1:
+        raise ValueError("--num_states must be at least 2, or 0 for none, got 1.")
     if args.num_states and args.decode != "posterior":
         raise ValueError(f"--num_states {args.num_states} needs --decode posterior: states are groups of counts.")
     if args.num_states is not None and args.pretrained_model_name_or_path:

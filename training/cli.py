@@ -291,7 +291,9 @@ def choose_label(pipe: SCRDiTPipeline, labels_key: str | None) -> str:
     """Take the condition that was asked for, or the model's only one."""
     keys = pipe.processor.labels_keys
     if not keys:
-        raise ValueError("This needs a model with labels, and the pipeline was trained without: use --labels_key there.")
+        raise ValueError(
+            "This needs a model with labels, and the pipeline was trained without: use --labels_key there."
+        )
     if labels_key not in keys and (labels_key or len(keys) != 1):
         raise ValueError(f"--labels_key must be one of the model's conditions {keys}, got {labels_key}.")
     return labels_key or keys[0]

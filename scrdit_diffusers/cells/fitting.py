@@ -1,7 +1,7 @@
 """What a processor learns from training cells that need not fit in memory: genes, transform, labels, library sizes.
 
-Fitting takes two passes over the cells, and a third with `flavor="seurat_v3"` or `recover_counts`. The first gives the
-moments from which genes are chosen; library sizes are those over the chosen genes and need the second.
+Fitting takes two passes over the cells, and one more each for `flavor="seurat_v3"`, `recover_counts` and states. The
+first gives the moments from which genes are chosen; library sizes are those over the chosen genes and need the second.
 """
 
 import logging

@@ -1,5 +1,6 @@
 """States: groups of similar training cells, one more condition where labels say too little or are missing."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS, STATE_KEY, SCRD
 from scrdit_diffusers.values import normalize_log1p, row_sums
 
 from .moments import Chunks, run_pass
+
+logger = logging.getLogger(__name__)
 
 MAX_STATES = 20
 MIN_GROUPED_CELLS = 200  # training cells, for groups that were not asked for
@@ -108,6 +111,7 @@ def fit_states(
     pretrained
         Processor whose states are taken instead; a gene that it lacks does not count.
     """
+    asked_for = num_states
     if num_states is None:
         num_states = 0 if processor.condition_keys else choose_num_states(num_cells)
     if pretrained is not None and len(pretrained.state_profiles):
@@ -119,6 +123,13 @@ def fit_states(
         counts = sp.vstack(cells.counts, format="csr")
         library_size = float(np.median(row_sums(counts).clip(1)))
         profiles = np.round(find_states(normalize_log1p(counts, library_size), num_states), 4)
+        if asked_for and len(profiles) < asked_for:
+            logger.warning(
+                "%d states instead of %d: the other groups have fewer than %d cells.",
+                len(profiles),
+                asked_for,
+                RARE_LABEL_CELLS,
+            )
     else:
         return
     if len(profiles):
