@@ -1,5 +1,8 @@
 """States: groups of similar training cells as one more condition."""
 
+import subprocess
+import sys
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -112,6 +115,12 @@ def test_moments_of_states_that_occur_are_kept(grouped):
         sizes = np.log(grouped.X.toarray()[rows].sum(axis=1))
         assert processor.log_library_sizes[i][0] == pytest.approx(sizes.min(), abs=1e-3)
         assert processor.log_library_sizes[i][-1] == pytest.approx(sizes.max(), abs=1e-3)
+
+
+def test_the_package_is_imported_without_scikit_learn():
+    code = "import sys; sys.modules['sklearn'] = None; import scrdit_diffusers; scrdit_diffusers.SCRDiTPipeline"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def test_the_name_of_the_condition_is_taken(grouped):

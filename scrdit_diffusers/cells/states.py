@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS, STATE_KEY, SCRDiTProcessor
 from scrdit_diffusers.values import normalize_log1p, row_sums
@@ -73,6 +71,9 @@ def find_states(log_values: sp.csr_matrix, num_states: int, seed: int = 0) -> np
     Mean log-normalized values of each group, shape (S, G). Each cell belongs to the nearest. Shape (0, G) if there are
     not two large ones.
     """
+    from sklearn.cluster import KMeans  # here, because generating cells does not need scikit-learn
+    from sklearn.decomposition import PCA
+
     num_components = min(NUM_COMPONENTS, *(size - 1 for size in log_values.shape))
     if num_states < 2 or num_components < 1:
         return np.empty((0, log_values.shape[1]))
