@@ -1,72 +1,10 @@
-"""The command that measures completion, translation and paths beside their baselines."""
-
-import json
-import sys
+"""How completion, translation and paths are measured."""
 
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
 from scripts import load_script
-
-
-@pytest.fixture
-def run(adata, count_pipe, tmp_path, monkeypatch, capsys):
-    """Run the command with the tiny pipeline on 240 cells; those of one label and batch are held out."""
-    script = load_script("benchmarks/editing")
-    cells = ad.concat([adata] * 4, index_unique="-")
-    held_out = ((cells.obs["cell_type"] == "T") & (cells.obs["batch"] == "b2")).to_numpy()
-    cells[held_out].copy().write_h5ad(tmp_path / "held_out.h5ad")
-    kept = np.random.default_rng(0).permutation(np.flatnonzero(~held_out))
-    for part, rows in zip(("train", "control", "test"), np.array_split(kept, 3), strict=True):
-        cells[rows].copy().write_h5ad(tmp_path / f"{part}.h5ad")
-    count_pipe.save_pretrained(tmp_path / "pipeline")
-    monkeypatch.setattr(script, "PANEL", 8)
-    monkeypatch.setattr(script, "TREES", 10)
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
-
-    def run(*arguments, folder="out"):
-        folders = ["--pipeline", tmp_path / "pipeline", "--split_dir", tmp_path, "--output_dir", tmp_path / folder]
-        words = [*folders, "--num_cells", 30, *arguments]
-        monkeypatch.setattr(sys, "argv", ["editing.py", *map(str, words)])
-        script.main()
-        return json.loads((tmp_path / folder / "editing.json").read_text())["results"], capsys.readouterr().out
-
-    return run
-
-
-def test_each_job_has_finite_figures_beside_its_baselines(run):
-    results, printed = run("--complete", "--translate", "batch", "b2", "--path", "NK", "B", "--num_seeds", 1)
-    assert set(results) == {"complete, variable panel 0", "complete, random panel 0", "translate 0", "path 0"}
-    for name, found in results.items():
-        assert {"ours"} < set(found) and f"## {name[:-2]}" in printed
-        values = {metric: value for values in found.values() for metric, value in values.items()}
-        values.pop("neighbors kept", None)  # needs twelve cells of a label
-        assert np.isfinite(list(values.values())).all(), name
-    translated = results["translate 0"]
-    assert translated["not translated"]["labels kept"] <= 1 and "generated with the target labels" in translated
-    assert {"Gaussian copula of the label", "half of the real cells beside the others"} < set(translated)
-
-
-def test_pipelines_take_turns_with_the_seeds(run, count_pipe, tmp_path):
-    first, _ = run("--path", "NK", "B", "--num_seeds", 2)
-    other = tmp_path / "other"
-    with torch.no_grad():
-        for weight in count_pipe.transformer.parameters():
-            weight.add_(torch.randn_like(weight) / 4)
-    count_pipe.save_pretrained(other)
-    both, _ = run("--pipeline", tmp_path / "pipeline", other, "--path", "NK", "B", "--num_seeds", 2, folder="both")
-    assert both["path 0"] == first["path 0"] and both["path 1"]["start"] == first["path 1"]["start"]
-    assert both["path 1"]["ours"] != first["path 1"]["ours"]
-
-
-def test_the_same_command_continues(run):
-    first, _ = run("--path", "NK", "B", "--num_seeds", 1)
-    second, _ = run("--path", "NK", "B", "--num_seeds", 2)
-    assert second["path 0"] == first["path 0"] != second["path 1"]
-    with pytest.raises(ValueError, match="--output_dir"):
-        run("--path", "B", "NK", "--num_seeds", 1)
 
 
 @pytest.fixture(scope="module")

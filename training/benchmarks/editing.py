@@ -1,15 +1,7 @@
-r"""Completion, translation and paths of real cells beside their baselines, as Markdown tables.
+"""Completion, translation and paths of real cells beside their baselines; `jobs.py` measures them.
 
-    python training/benchmarks/editing.py --pipeline split/pipeline --split_dir split --output_dir outputs/editing \
-        --complete
-    python training/benchmarks/editing.py --pipeline lung/pipeline --split_dir lung --output_dir outputs/lung \
-        --translate batch sc_celseq2
-    python training/benchmarks/editing.py --pipeline oligo/pipeline --split_dir oligo --output_dir outputs/oligo \
-        --path NFOL2 MOL1
-
-The pipeline is trained on the train part of a split by `training/evaluate.py`, from which cells may have been taken
-out: these are then in `held_out.h5ad` of the same folder. Several pipelines, of other training seeds, take turns with
-the seeds of the measurement. The same command continues after an interruption.
+Each function takes a pipeline, the parts of a split by `training/evaluate.py`, the column of labels and a seed. Cells
+may have been taken out of the parts: these are then in the part `held_out`.
 
 - Complete: cells of the test part keep 300 genes, the most variable ones of the training cells or random ones. Mean
   over the missing genes of the correlation, over cells, between expected and true counts after log1p; share of true
@@ -19,27 +11,23 @@ the seeds of the measurement. The same command continues after an interruption.
 - Translate: cells of the control and test parts with other labels of the condition are translated to the target and
   compared with the real ones there: energy distance on 50 PCs within each of `--labels_key`, AUROC of classifiers on
   PCs and genes, iLISI on PCs (median, 0 to 1), share kept of each cell's 5 nearest neighbors among those of the same
-  labels, and of the labels by a classifier, log fold changes of genes with a mean of at least 1. If the cells of
-  `held_out.h5ad` are those of the target, the real ones are these, of a combination of labels that the model never saw,
+  labels, and of the labels by a classifier, log fold changes of genes with a mean of at least 1. If the cells that
+  were taken out are those of the target, the real ones are these, of a combination of labels that the model never saw,
   and training cells are translated as well, for the log fold changes alone. scVI, trained on the train part, is
   measured where scvi-tools is installed, as expected counts and as draws; iLISI and Harmony where harmonypy is. Harmony
   corrects PCs, of the train part, the cells and the real ones together; its classifier of labels is trained on them.
-- Path: cells half-way between those of two labels, paired at random, beside the cells of `held_out.h5ad`, which lie
+- Path: cells half-way between those of two labels, paired at random, beside the cells that were taken out, which lie
   between them: 2-Wasserstein and energy distance on 50 PCs.
 """
 
-import argparse
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from _common import Record, to_markdown
-from jobs import PARTS, labels_of, log_normalize, new_pca
+from answers import labels_of, log_normalize, new_pca
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -58,7 +46,10 @@ from scrdit_diffusers import (
 from scrdit_diffusers.evaluation.baselines import gaussian_copula
 from scrdit_diffusers.evaluation.metrics import classifier_auroc, wasserstein2
 
+PARTS = ("train", "control", "test")
 PANEL = 300  # genes
+COMPLETED = 200  # cells, and pairs of cells of a path
+TRANSLATED = 500  # cells
 TREES = 300  # of a random forest
 Parts = dict[str, ad.AnnData]
 Results = dict[str, dict[str, float]]
@@ -150,9 +141,9 @@ def complete_by_baselines(
     return {method: expected for method, (_, expected) in best.items()}
 
 
-def measure_completion(pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, kind: str) -> Results:
+def measure_completion(pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, kind: str) -> Results:
     """Correlation, coverage and AUROC of each method."""
-    train, test = parts["train"], choose(parts["test"], num_cells, seed)
+    train, test = parts["train"], choose(parts["test"], COMPLETED, seed)
     panel = choose_panel(train, kind, seed)
     missing = np.setdiff1d(np.arange(train.n_vars), panel)
     counts, true = dense(train), dense(test)
@@ -327,19 +318,19 @@ def translate_by_all(
 
 
 def measure_translation(
-    pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, condition: str, target: str
+    pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, condition: str, target: str
 ) -> Results:
     """Nearness to the real cells of the target, and what is kept of the cells."""
     train = parts["train"]
     unseen = "held_out" in parts and set(labels_of(parts["held_out"], condition)) == {target}
     others = ad.concat([parts[part] for part in (PARTS if unseen else PARTS[1:])])
     real = parts["held_out"] if unseen else others[labels_of(others, condition) == target]
-    real = choose(real, num_cells, seed)
+    real = choose(real, TRANSLATED, seed)
     types, numbers = np.unique(labels_of(real, key), return_counts=True)
     enough = types[numbers > 3]  # for two halves with distances within
     real = real[np.isin(labels_of(real, key), enough)]
     source = others[(labels_of(others, condition) != target) & np.isin(labels_of(others, key), enough)]
-    source = choose(source, num_cells, seed)
+    source = choose(source, TRANSLATED, seed)
     labels, goal_labels, goal = labels_of(source, key), labels_of(real, key), dense(real)
     new = ~source.obs_names.isin(train.obs_names)  # PCs of cells that they were fitted on lie apart
     pca = new_pca(log_normalize(train.X)).fit(log_normalize(train.X))
@@ -374,14 +365,12 @@ def measure_translation(
 # -- path --------------------------------------------------------------------------------------------------------------
 
 
-def measure_path(
-    pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, num_cells: int, start: str, end: str
-) -> Results:
+def measure_path(pipe: SCRDiTPipeline, parts: Parts, key: str, seed: int, start: str, end: str) -> Results:
     """Distance of the middle of the path from real cells that were left out of training."""
     everything = ad.concat([parts[part] for part in PARTS])
     rng = np.random.default_rng(seed)
     middle = parts["held_out"]
-    num_cells = min(num_cells, middle.n_obs // 2)
+    num_cells = min(COMPLETED, middle.n_obs // 2)
     order = rng.permutation(middle.n_obs)
     real, others = (dense(middle[order[rows]]) for rows in (slice(num_cells), slice(num_cells, 2 * num_cells)))
     ends = []
@@ -416,62 +405,3 @@ def measure_path(
             "energy distance": energy_distance(z, goal),
         }
     return results
-
-
-def load(pipeline: str, split_dir: Path) -> tuple[SCRDiTPipeline, Parts]:
-    """Load a pipeline, and its genes of the parts of the split."""
-    pipe = SCRDiTPipeline.from_pretrained(pipeline)
-    pipe.set_progress_bar_config(disable=True)
-    paths = {part: split_dir / f"{part}.h5ad" for part in (*PARTS, "held_out")}
-    genes = pipe.processor.var_names
-    return pipe, {part: ad.read_h5ad(path)[:, genes].copy() for part, path in paths.items() if path.exists()}
-
-
-def main() -> None:
-    """Measure what was asked for and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", nargs="+", required=True, help="one, or one for each seed")
-    parser.add_argument("--split_dir", required=True, help="train.h5ad, control.h5ad, test.h5ad, perhaps held_out.h5ad")
-    parser.add_argument("--complete", action="store_true")
-    parser.add_argument("--translate", nargs=2, metavar=("CONDITION", "LABEL"))
-    parser.add_argument("--path", nargs=2, metavar=("START", "END"))
-    parser.add_argument("--labels_key", default="cell_type")
-    parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--num_cells", type=int, default=300, help="cells that are edited")
-    parser.add_argument("--output_dir", default="outputs/editing", help="folder of the results")
-    args = parser.parse_args()
-    jobs: dict[str, Callable[..., Results]] = {}
-    if args.complete:
-        jobs |= {f"complete, {kind} panel": partial(measure_completion, kind=kind) for kind in ("variable", "random")}
-    if args.translate:
-        jobs["translate"] = partial(measure_translation, condition=args.translate[0], target=args.translate[1])
-    if args.path:
-        jobs["path"] = partial(measure_path, start=args.path[0], end=args.path[1])
-    given = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_seeds", "complete")}
-    record = Record(Path(args.output_dir) / "editing.json", given, results={})
-    for seed in range(args.num_seeds):
-        pipe, parts = load(args.pipeline[seed % len(args.pipeline)], Path(args.split_dir))
-        for job, measure in jobs.items():
-            if f"{job} {seed}" not in record["results"]:
-                record["results"][f"{job} {seed}"] = measure(pipe, parts, args.labels_key, seed, args.num_cells)
-                record.save()
-    for job in jobs:
-        seeds = [record["results"][f"{job} {seed}"] for seed in range(args.num_seeds)]
-        print(f"\n## {job}\n\n{format_table(seeds)}", flush=True)
-
-
-def format_table(seeds: list[Results]) -> str:
-    """Format the mean of each value over the seeds, and its range: a row per method, a column per metric."""
-    metrics = list(dict.fromkeys(metric for found in seeds[0].values() for metric in found))
-    rows = []
-    for method, found in seeds[0].items():
-        row = [method]
-        for metric in metrics:
-            values = [seed[method][metric] for seed in seeds if metric in found]
-            row.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "")
-        rows.append(row)
-    return to_markdown(["method", *metrics], rows)
-
-
-if __name__ == "__main__":
-    main()
