@@ -176,6 +176,17 @@ class CountPosterior(NamedTuple):
         """Probability of each bin, of shape (genes, bins, B) for each group of genes; parameters as in `nll`."""
         return [logit.softmax(dim=1) for logit in self.logits(log_mean, noisy, timestep)]
 
+    def log_likelihood(self, probabilities: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+        """Log probability (B, G) of each of the counts (B, G) under `probabilities`; in a bin, counts are uniform."""
+        counts = self._sort(counts).float()  # (G, B)
+        found = []
+        for probability, group in zip(probabilities, self.groups, strict=True):
+            chosen = torch.searchsorted(group.upper.contiguous(), counts[group.genes], right=True)
+            chosen = chosen.minimum(group.last())  # (genes, B)
+            inside = probability.gather(1, chosen[:, None])[:, 0]  # (genes, B)
+            found.append(inside.clamp(min=1e-30).log() - (group.upper - group.lower).gather(1, chosen).log())
+        return self._unsort(torch.cat(found))
+
     def quantile(self, probabilities: Iterable[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
         """Find the counts (B, G) at levels (B, G) in [0, 1) of the distribution function of `probabilities`."""
         level = self._sort(level)[:, None]  # (G, 1, B)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_gene_names, get_matrix
+from .count_head import CountPosterior
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
 from .sampling import (
@@ -30,18 +31,57 @@ from .sampling import (
 from .schedulers import check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
 
+TEMPERATURE = 4  # of the likelihood of measured counts: the genes of a cell err together
+
+
+class Mixture:
+    """Draws of the same B cells, weighted by how probable they make the measured counts.
+
+    Parameters
+    ----------
+    counts
+        Shape (B, G).
+    measured
+        Which genes are measured, shape (G,).
+    generator
+        Chooses one of the draws for each cell.
+    """
+
+    def __init__(self, counts: torch.Tensor, measured: torch.Tensor, generator: torch.Generator):
+        self.counts, self.measured, self.generator = counts, measured, generator
+        self.log_weight = counts.new_full((len(counts),), -torch.inf)  # of all draws, (B,)
+        self.probabilities: list[torch.Tensor] = []  # of the missing counts, (genes, bins, B) for each group of genes
+        self.chosen: tuple[torch.Tensor, torch.Tensor] = (counts, counts)  # log means and noisy cell of a draw, (B, G)
+
+    def add(self, posterior: CountPosterior, log_mean: torch.Tensor, noisy: torch.Tensor) -> None:
+        """Add a draw: log mean counts (B, G) that its noisy cells (B, G) let expect."""
+        parts = posterior.probabilities(log_mean)
+        likelihood = posterior.log_likelihood(parts, self.counts)  # (B, G)
+        log_weight = torch.where(self.measured, likelihood, 0).sum(dim=1) / TEMPERATURE  # (B,)
+        self.log_weight = torch.logaddexp(self.log_weight, log_weight)
+        share = (log_weight - self.log_weight).exp()  # of this draw among those so far, (B,)
+        if self.probabilities:
+            parts = [torch.lerp(*pair, share) for pair in zip(self.probabilities, parts, strict=True)]
+        self.probabilities = parts
+        uniform = draw_uniform(share.shape, self.generator, share.device)  # (B,)
+        is_chosen = (uniform < share)[:, None]  # (B, 1)
+        log_mean_before, noisy_before = self.chosen
+        self.chosen = torch.where(is_chosen, log_mean, log_mean_before), torch.where(is_chosen, noisy, noisy_before)
+
 
 class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
     r"""Fills in the genes that cells were not measured on.
 
     Cells are generated as by [`SCRDiTPipeline`], but after each step the measured genes go back to what they are, at
-    the noise level of the next step, as in the in-painting of pictures. At `decode_timestep` only missing genes are
-    drawn. What is known of a missing gene is a mixture, over `num_draws` such cells, of the distributions that the
-    *other* genes of each let expect,
+    the noise level of the next step, as in the in-painting of pictures. What a cell is, is decided at noise levels at
+    which its measured counts hardly show. So `num_draws` cells are drawn for each measured one. The distributions that
+    the *other* genes of each let expect are mixed, with weights for how probable they make the measured counts:
 
-        p(k) = mean_d p(k | x_t of draw d without the gene, labels, library size)
+        p(k) = sum_d w_d p(k | x_t of draw d without the gene, labels, library size)
+        w_d  ~  prod_measured p(count | x_t of draw d without the gene, labels, library size)^(1 / 4)
 
-    whose mean varies less from draw to draw than the counts themselves do.
+    The exponent is below 1, since the genes of a cell err together. At `decode_timestep` only missing genes are drawn,
+    in one of the cells, which is chosen with these weights.
 
     Parameters
     ----------
@@ -55,7 +95,8 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
 
     References
     ----------
-    RePaint: Lugmayr et al. 2022, arXiv 2201.09865, here without its jumps back, which did not help.
+    RePaint: Lugmayr et al. 2022, arXiv 2201.09865, here without its jumps back, which did not help. Weights: Wu et al.
+    2023, arXiv 2306.17775 (twisted diffusion sampler), here without resampling on the way, which did not help either.
 
     Examples
     --------
@@ -225,7 +266,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         use_labels: bool = True,
         library_size: float | Sequence[float] | None = None,
         num_inference_steps: int | None = None,
-        num_draws: int = 4,
+        num_draws: int = 16,
         interval: float = 0.9,
         generator: torch.Generator | None = None,
         batch_size: int = 512,
@@ -247,7 +288,7 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         num_inference_steps
             Network calls for each draw, evenly spaced. `None`: the `default_timesteps`.
         num_draws
-            Cells that are drawn for each measured one, for mean and interval.
+            Cells that are drawn for each measured one. More of them find better ones.
         interval
             Share of the counts that lie from `lower` to `upper`; for counts, which are integers, at least that many.
         generator
@@ -308,19 +349,19 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
                 labels = class_labels[chunk].to(device)  # (B, K)
                 denoiser = Denoiser(self.transformer, scheduler, labels, sizes, step_kwargs={"generator": generator})
                 posterior = self.transformer.count_head(labels, sizes)
-                mixture: list[torch.Tensor] = []  # (genes, bins, B) for each group of genes
-                for draw in range(num_draws):
+                mixture = Mixture(k, known, generator)
+                for _ in range(num_draws):
                     t, x_t, log_mean = self.draw_cells(denoiser, x_0, known, *steps, visited, generator)
-                    parts = [p / num_draws for p in posterior.probabilities(log_mean)]
-                    mixture = [torch.add(*pair) for pair in zip(mixture, parts, strict=True)] if mixture else parts
-                    if draw == 0:
-                        uniform = draw_uniform(x_t.shape, generator, device)  # (B, G)
-                        sample = posterior.sample(log_mean, x_t, t.expand(len(x_t)), uniform)  # (B, G)
-                        drawn.append(sp.csr_matrix(torch.where(known, k, sample).cpu().numpy()))
+                    mixture.add(posterior, log_mean, x_t)
                     progress_bar.update()
+                uniform = draw_uniform(k.shape, generator, device)  # (B, G)
+                sample = posterior.sample(*mixture.chosen, t.expand(len(k)), uniform)  # (B, G)
+                drawn.append(sp.csr_matrix(torch.where(known, k, sample).cpu().numpy()))
                 levels = {"lower": (1 - interval) / 2, "upper": (1 + interval) / 2}
-                found = {name: posterior.quantile(mixture, torch.full_like(k, q)) for name, q in levels.items()}
-                for name, values in (found | {"mean": posterior.mean_count(mixture)}).items():
+                found = {
+                    name: posterior.quantile(mixture.probabilities, torch.full_like(k, q)) for name, q in levels.items()
+                }
+                for name, values in (found | {"mean": posterior.mean_count(mixture.probabilities)}).items():
                     layers[name][chunk] = torch.where(known, k, values).cpu().numpy()
         self.maybe_free_model_hooks()
         var = pd.DataFrame({"measured": measured}, index=pd.Index(self.processor.var_names))

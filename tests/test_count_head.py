@@ -125,6 +125,15 @@ def test_nll_is_that_of_the_posterior(timestep):
     np.testing.assert_allclose(likelihood, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_log_likelihoods_of_single_genes_add_up_to_the_nll():
+    case = Case(500)
+    log_mean, _, _, labels = case.arguments
+    posterior, counts = case.head(labels), torch.from_numpy(case.counts)
+    found = posterior.log_likelihood(posterior.probabilities(log_mean), counts)
+    assert found.shape == counts.shape
+    torch.testing.assert_close(-found.mean(dim=1), posterior.nll(counts, log_mean))
+
+
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_samples_have_the_distribution_of_the_posterior(timestep):
     """Equally spaced uniform numbers give the distribution function without sampling error."""

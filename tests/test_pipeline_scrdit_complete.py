@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from scipy.stats import gamma, poisson
 
 from scrdit_diffusers import SCRDiTCompletePipeline, SCRDiTPipeline
+from scrdit_diffusers.pipeline_scrdit_complete import TEMPERATURE, Mixture
 
 PANEL = slice(3, 15)
 FAST = dict(num_inference_steps=4, num_draws=2)
@@ -32,6 +33,11 @@ def marginal(complete):
         for parameter in part.parameters():
             torch.nn.init.zeros_(parameter)
     return complete
+
+
+def prepared(complete, adata):
+    """Labels and library sizes."""
+    return complete.prepare_class_labels(adata.obs, True), torch.from_numpy(np.asarray(adata.X.sum(axis=1)).ravel())
 
 
 def seeded(seed=0):
@@ -89,6 +95,38 @@ def test_measured_genes_inform_the_others(complete, adata):
         for cells in (adata[:, PANEL], other)
     ]
     assert not np.allclose(*means)
+
+
+def test_draws_count_the_more_the_better_they_expect_the_measured_counts(complete, adata):
+    counts = torch.from_numpy(adata.X[:4].toarray()).float()
+    measured = torch.arange(counts.shape[1]) % 2 == 0
+    posterior = complete.transformer.count_head(*prepared(complete, adata[:4]))
+    log_means = [posterior.log_mean + shift for shift in (0.0, -1.0, 2.0)]
+    mixture = Mixture(counts, measured, seeded())
+    for draw, log_mean in enumerate(log_means):
+        mixture.add(posterior, log_mean, torch.full_like(counts, draw))
+    parts = [posterior.probabilities(log_mean) for log_mean in log_means]
+    scores = [posterior.log_likelihood(part, counts)[:, measured].sum(dim=1) / TEMPERATURE for part in parts]
+    weights = torch.stack(scores).softmax(dim=0)  # (draws, cells)
+    for found, *expected in zip(mixture.probabilities, *parts, strict=True):
+        torch.testing.assert_close(found, sum(p * w for p, w in zip(expected, weights, strict=True)))
+    chosen = mixture.chosen[1][:, 0].long()
+    assert torch.equal(mixture.chosen[0], torch.stack(log_means)[chosen, torch.arange(4)])
+
+
+def test_one_draw_is_chosen_with_the_weight_that_it_has(complete, adata):
+    many = adata[np.zeros(4000, dtype=int)]
+    counts = torch.from_numpy(many.X.toarray()).float()
+    measured = torch.arange(counts.shape[1]) < 5
+    posterior = complete.transformer.count_head(*prepared(complete, many))
+    mixture = Mixture(counts, measured, seeded())
+    log_means = [posterior.log_mean, posterior.log_mean + 0.7, posterior.log_mean - 0.7]
+    for draw, log_mean in enumerate(log_means):
+        mixture.add(posterior, log_mean, torch.full_like(counts, draw))
+    parts = [posterior.log_likelihood(posterior.probabilities(x), counts)[0, measured].sum() for x in log_means]
+    expected = (torch.stack(parts) / TEMPERATURE).softmax(dim=0)
+    shares = torch.bincount(mixture.chosen[1][:, 0].long(), minlength=3) / 4000
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("use_labels", [True, False])

@@ -33,7 +33,7 @@ class CompletionArguments(CellArguments):
         None, "Total count of each cell over the model's genes. Default: estimated from its measured genes."
     )
     num_inference_steps: int | None = arg(None, "Network calls for each draw. Default: the pipeline's.")
-    num_draws: int = arg(4, "Cells that are drawn for each measured one, for mean and interval.")
+    num_draws: int = arg(16, "Cells that are drawn for each measured one; more of them find better ones.")
     interval: float = arg(0.9, "Share of the counts that lie within the interval.")
 
 
