@@ -44,7 +44,7 @@ import pandas as pd
 import scanpy as sc
 import torch
 from _common import Record, to_markdown
-from jobs import labels_of, log_normalize
+from answers import labels_of, log_normalize
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 from sklearn.decomposition import PCA
