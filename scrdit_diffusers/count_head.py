@@ -68,6 +68,10 @@ class GeneGroup(NamedTuple):
         """Position of each gene's last bin that is not padding, shape (genes, 1)."""
         return (self.upper > self.lower).sum(dim=1, keepdim=True) - 1
 
+    def find(self, counts: torch.Tensor) -> torch.Tensor:
+        """Find the bins of counts (genes, B); a count beyond a gene's last bin is in that one."""
+        return torch.searchsorted(self.upper.contiguous(), counts.contiguous(), right=True).minimum(self.last())
+
     def ends(self, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up the ends of one bin for each gene and cell; both have the shape of `bins`, (genes, 1, B)."""
         return self.lower.gather(1, bins[:, 0])[:, None], self.upper.gather(1, bins[:, 0])[:, None]
@@ -136,8 +140,7 @@ class CountPosterior(NamedTuple):
         counts = self._sort(counts).float()  # (G, B)
         total = counts.new_zeros(counts.shape[1])
         for logit, group in zip(self.logits(log_mean, noisy, timestep), self.groups, strict=True):
-            bins = torch.searchsorted(group.upper.contiguous(), counts[group.genes], right=True)
-            bins = bins.minimum(group.last())  # (genes, B)
+            bins = group.find(counts[group.genes])  # (genes, B)
             nll = F.cross_entropy(logit, bins, reduction="none")  # (genes, B)
             total = total + (nll + (group.upper - group.lower).gather(1, bins).log()).sum(dim=0)
         return total / counts.shape[0]
@@ -181,10 +184,9 @@ class CountPosterior(NamedTuple):
         counts = self._sort(counts).float()  # (G, B)
         found = []
         for probability, group in zip(probabilities, self.groups, strict=True):
-            chosen = torch.searchsorted(group.upper.contiguous(), counts[group.genes], right=True)
-            chosen = chosen.minimum(group.last())  # (genes, B)
-            inside = probability.gather(1, chosen[:, None])[:, 0]  # (genes, B)
-            found.append(inside.clamp(min=1e-30).log() - (group.upper - group.lower).gather(1, chosen).log())
+            bins = group.find(counts[group.genes])  # (genes, B)
+            inside = probability.gather(1, bins[:, None])[:, 0]  # (genes, B)
+            found.append(inside.clamp(min=1e-30).log() - (group.upper - group.lower).gather(1, bins).log())
         return self._unsort(torch.cat(found))
 
     def quantile(self, probabilities: Iterable[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
@@ -213,8 +215,7 @@ class CountPosterior(NamedTuple):
         scores = []
         for probability, group in zip(probabilities, self.groups, strict=True):
             count = counts[group.genes]  # (genes, 1, B)
-            chosen = torch.searchsorted(group.upper.contiguous(), count[:, 0].contiguous(), right=True)[:, None]
-            chosen = chosen.minimum(group.last()[..., None])  # (genes, 1, B)
+            chosen = group.find(count[:, 0])[:, None]  # (genes, 1, B)
             low, high = group.ends(chosen)
             inside = (count.minimum(high - 1) - low + uniform[group.genes]) / (high - low)  # where in the bin, 0 to 1
             below, above = _tails(probability)  # (genes, bins + 1, B)

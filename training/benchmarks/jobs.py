@@ -143,11 +143,9 @@ class Bench:
         given = {name: getattr(study, name) for name in ("labels_key", "held_out", "only")}
         self.record = Record(self.folder / "jobs.json", given, results={})
         files = {part: self.folder / f"{part}.h5ad" for part in (*PARTS, "held_out")}
-        if not files["held_out"].exists():  # the last one that is written
+        if not files["test"].exists():  # the last one that is written
             self._split(path)
-        self.all_genes = {part: ad.read_h5ad(file) for part, file in files.items()}
-        if not study.held_out:
-            del self.all_genes["held_out"]
+        self.all_genes = {part: ad.read_h5ad(file) for part, file in files.items() if file.exists()}
 
     def _split(self, path: Path) -> None:
         """Write the parts, as `training/evaluate.py` makes them, and the cells that are held out of all of them."""
@@ -155,11 +153,11 @@ class Bench:
         cells = cells[has_labels(cells.obs, self.study.only)].copy()
         rest, test = split_cells(cells, self.key, 0.2, seed=0)
         train, control = split_cells(cells[rest], self.key, 0.25, seed=0)
-        held_out = has_labels(cells.obs, self.study.held_out) & bool(self.study.held_out)
         rows = {"train": rest[train], "control": rest[control], "test": test}
-        rows = {part: chosen[~held_out[chosen]] for part, chosen in rows.items()} | {
-            "held_out": np.flatnonzero(held_out)
-        }
+        if self.study.held_out:
+            held_out = has_labels(cells.obs, self.study.held_out)
+            kept = {part: chosen[~held_out[chosen]] for part, chosen in rows.items()}
+            rows = {"held_out": np.flatnonzero(held_out)} | kept
         self.folder.mkdir(parents=True, exist_ok=True)
         for part, chosen in rows.items():
             with write_atomically(self.folder / f"{part}.h5ad") as temporary:
