@@ -30,6 +30,7 @@ from .metrics import (
     mmd2,
     nearest_neighbor_accuracies,
     train_on_synthetic_f1,
+    variance_within_labels,
     wasserstein2,
 )
 from .space import CellsInSpace, EvaluationSpace, get_values
@@ -72,6 +73,7 @@ AIMS = {
     "label_accuracy": Aim("near ceiling", "within 0.02 of ceiling", lambda v, c, s: abs(v - c) <= 0.02),
     "train_on_synthetic_f1": Aim("higher", ">= ceiling - 0.02", lambda v, c, s: v >= c - 0.02),
     "effect_size_slope": Aim("near 1", "0.95 - 1.05", lambda v, c, s: 0.95 <= v <= 1.05),
+    "variance_within_labels": Aim("near 1", "0.90 - 1.10", lambda v, c, s: 0.9 <= v <= 1.1),
     "nearest_train_distance_ratio": Aim("near 1", ">= 0.95", lambda v, c, s: v >= 0.95),
     "share_nearer_to_train": Aim("near 0.5", "<= 0.55", lambda v, c, s: v <= 0.55),
     "share_duplicates_of_train": Aim("lower", "0", lambda v, c, s: v == 0),
@@ -100,6 +102,7 @@ METRIC_NAMES = {
     "label_accuracy": "label accuracy",
     "train_on_synthetic_f1": "trained on generated, F1 on real",
     "effect_size_slope": "effect sizes, slope",
+    "variance_within_labels": "variance within labels, PCs 1-10, ratio",
     "nearest_train_distance_ratio": "distance to nearest training cell, ratio",
     "share_nearer_to_train": "share nearer to training cells",
     "share_duplicates_of_train": "share equal to a training cell",
@@ -298,6 +301,8 @@ def _score(
     if labels and len(np.unique(real.labels)) > 1 and len(np.unique(query.labels)) > 1:
         for group, slope in effect_size_slopes(query, real, train, labels).items():
             figures[group]["effect_size_slope"] = slope
+    if len(np.unique(real.labels)) > 1:
+        figures["all"]["variance_within_labels"] = variance_within_labels(query, real)
     figures["all"] |= memorization(query.values, real.values, train.values, space, seed)
     return {
         (metric, group): float(figures[group][metric])

@@ -196,6 +196,22 @@ def effect_size_slopes(
     return {group: float(numerator / denominator) for group, (numerator, denominator) in products.items()}
 
 
+def variance_within_labels(x: CellsInSpace, y: CellsInSpace, n_comps: int = 10) -> float:
+    """Variance of x within labels along the first components of E over that of y, mean over components. 1 is best.
+
+    Below 1 the cells of a label are too alike. The variance is pooled over labels, and NaN where it is 0 in y.
+    """
+
+    def pooled(cells: CellsInSpace) -> np.ndarray:
+        labels, codes = np.unique(cells.labels, return_inverse=True)
+        pcs = cells.pcs[:, :n_comps]
+        means = np.stack([pcs[codes == code].mean(axis=0) for code in range(len(labels))])
+        return np.square(pcs - means[codes]).sum(axis=0) / max(len(pcs) - len(labels), 1)
+
+    variance = pooled(y)
+    return float(np.mean(pooled(x) / variance)) if variance.all() else np.nan
+
+
 # -- memorization ------------------------------------------------------------------------------------------------------
 
 

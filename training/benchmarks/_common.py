@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from scrdit_diffusers import split_cells
 from scrdit_diffusers.atomic import write_atomically
 
 
@@ -78,6 +83,38 @@ def printed_results(log: Path) -> dict[str, Any]:
         if line.startswith("{"):
             found |= json.loads(line)
     return found
+
+
+def select_labels(obs: pd.DataFrame, wanted: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Which cells have one of the labels in each column."""
+    return np.all([np.ones(len(obs), dtype=bool), *(obs[key].isin(labels) for key, labels in wanted.items())], axis=0)
+
+
+def write_split(cells: ad.AnnData, key: str, folder: Path, held_out: Mapping[str, Sequence[str]]) -> None:
+    """Write the parts of cells as `training/evaluate.py` makes them, and the cells that are held out of all of them.
+
+    Parameters
+    ----------
+    cells
+        Cells.
+    key
+        Column of obs within whose labels they are split 60 / 20 / 20.
+    folder
+        Gets `train.h5ad`, `control.h5ad` and, as the last one, `test.h5ad`; `held_out.h5ad` comes before.
+    held_out
+        Columns of obs and labels: cells that have one in each column are held out.
+    """
+    rest, test = split_cells(cells, key, 0.2, seed=0)
+    train, control = split_cells(cells[rest], key, 0.25, seed=0)
+    rows = {"train": rest[train], "control": rest[control], "test": test}
+    if held_out:
+        is_held_out = select_labels(cells.obs, held_out)
+        kept = {part: chosen[~is_held_out[chosen]] for part, chosen in rows.items()}
+        rows = {"held_out": np.flatnonzero(is_held_out)} | kept
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, chosen in rows.items():
+        with write_atomically(folder / f"{part}.h5ad") as temporary:
+            cells[chosen].copy().write_h5ad(temporary)
 
 
 def to_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

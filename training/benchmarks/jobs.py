@@ -25,8 +25,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import pandas as pd
-from _common import Record, to_markdown
+from _common import Record, select_labels, to_markdown, write_split
 from answers import (
     labels_of,
     measure_annotation,
@@ -39,8 +38,7 @@ from answers import (
 )
 from editing import PARTS, Parts, Results, measure_completion, measure_path, measure_translation
 
-from scrdit_diffusers import SCRDiTPipeline, split_cells
-from scrdit_diffusers.atomic import write_atomically
+from scrdit_diffusers import SCRDiTPipeline
 
 TRAINING = Path(__file__).resolve().parents[1]
 ANSWERS = ("denoise", "annotate", "unseen", "simulate", "realism", "augment", "complete")
@@ -120,11 +118,6 @@ STUDIES = (
 )
 
 
-def has_labels(obs: pd.DataFrame, wanted: dict[str, tuple[str, ...]]) -> np.ndarray:
-    """Which cells have one of the labels in each column."""
-    return np.all([np.ones(len(obs), dtype=bool), *(obs[key].isin(labels) for key, labels in wanted.items())], axis=0)
-
-
 class Bench:
     """The split of a study, the pipelines trained on it, and the record of results.
 
@@ -144,24 +137,9 @@ class Bench:
         self.record = Record(self.folder / "jobs.json", given, results={})
         files = {part: self.folder / f"{part}.h5ad" for part in (*PARTS, "held_out")}
         if not files["test"].exists():  # the last one that is written
-            self._split(path)
+            cells = ad.read_h5ad(path)
+            write_split(cells[select_labels(cells.obs, study.only)], self.key, self.folder, study.held_out)
         self.all_genes = {part: ad.read_h5ad(file) for part, file in files.items() if file.exists()}
-
-    def _split(self, path: Path) -> None:
-        """Write the parts, as `training/evaluate.py` makes them, and the cells that are held out of all of them."""
-        cells = ad.read_h5ad(path)
-        cells = cells[has_labels(cells.obs, self.study.only)].copy()
-        rest, test = split_cells(cells, self.key, 0.2, seed=0)
-        train, control = split_cells(cells[rest], self.key, 0.25, seed=0)
-        rows = {"train": rest[train], "control": rest[control], "test": test}
-        if self.study.held_out:
-            held_out = has_labels(cells.obs, self.study.held_out)
-            kept = {part: chosen[~held_out[chosen]] for part, chosen in rows.items()}
-            rows = {"held_out": np.flatnonzero(held_out)} | kept
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part, chosen in rows.items():
-            with write_atomically(self.folder / f"{part}.h5ad") as temporary:
-                cells[chosen].copy().write_h5ad(temporary)
 
     def _train(self, cells: Path, seed: int, output: Path) -> SCRDiTPipeline:
         """Train with the defaults, or load what was trained before."""
