@@ -52,7 +52,7 @@ MODEL["num_classes"] = [len(CELL_TYPES), len(BATCHES)]
 TRAINING_MODULES = {"test_ablations", "test_acceleration", "test_checkpointing", "test_commands"}
 TRAINING_MODULES |= {"test_diffusers_testers", "test_docs_snippets", "test_folders"}
 TRAINING_MODULES |= {"test_evaluate", "test_first_class", "test_generate", "test_hub", "test_metrics", "test_notebooks"}
-TRAINING_MODULES |= {"test_compare", "test_gpu", "test_growth", "test_train"}
+TRAINING_MODULES |= {"test_compare", "test_gpu", "test_growth", "test_realism", "test_train"}
 TRAINING_MODULES |= {"test_properties", "test_published_pipelines", "test_readme", "test_report", "test_schedulers"}
 TRAINING_FIXTURES = {"embedding", "pretrained", "run_job", "train", "train_here", "trained", "tuned"}
 

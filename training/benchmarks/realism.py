@@ -259,6 +259,11 @@ BESIDE_REAL = {
 }
 
 
+def titles() -> list[str]:
+    """Titles of the columns of [`Run.row`]."""
+    return ["", *COMPARED.values(), "excess over real", "copula over ours", *BESIDE_REAL.values()]
+
+
 def main() -> None:
     """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,10 +287,9 @@ def main() -> None:
         if not run.is_done:
             print(f"{run.case.part}: {run.case.name}", flush=True)
             run.measure()
-    titles = ["", *COMPARED.values(), "excess over real", "copula over ours", *BESIDE_REAL.values()]
     for part in dict.fromkeys(run.case.part for run in chosen):
         rows = [run.row() for run in chosen if run.case.part == part]
-        print(f"\n## {part}\n\n{to_markdown(titles, rows)}")
+        print(f"\n## {part}\n\n{to_markdown(titles(), rows)}")
 
 
 if __name__ == "__main__":
