@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,12 +14,34 @@ from scipy.special import log_softmax
 
 from .checks import check_label
 from .hub import SafePipelineMixin
+from .pipeline_scrdit import SCRDiTPipeline
 from .processing_scrdit import SCRDiTProcessor
 from .sampling import add_noise, check_count_head, check_positive, check_timesteps, read_batch
+from .schedulers import default_scheduler
 from .transformer_scrdit import SCRDiTTransformer
+from .values import normalize_log1p
 
 TIMESTEPS = (999, 800, 700, 600, 500, 400)
 TEMPERATURE = 5.0
+NUM_GENERATED = 2500  # cells that measured ones are compared with
+YARDSTICK = 0.2  # share of these that only say what is usual
+NUM_COMPONENTS, NUM_NEIGHBORS = 50, 5
+MIN_GENERATED = 100
+TARGET_SUM = 1e4
+
+
+def standardize(
+    values: np.ndarray, library_sizes: np.ndarray, usual: np.ndarray, usual_sizes: np.ndarray
+) -> np.ndarray:
+    """Express values (cells,) in standard deviations of usual ones (M,) from what is usual for the library size.
+
+    What is usual is a parabola in the logarithm of the library size, beyond that of all usual cells a constant.
+    """
+    logs = np.log(np.maximum(usual_sizes, 1))
+    parabola = np.polynomial.Polynomial.fit(logs, usual, 2 if np.ptp(logs) > 0 else 0)
+    spread = np.std(usual - parabola(logs))
+    expected = parabola(np.log(np.maximum(library_sizes, 1)).clip(logs.min(), logs.max()))
+    return (values - expected) / spread if spread > 0 else np.zeros(len(values))
 
 
 class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
@@ -31,8 +54,11 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
 
     a pseudo-likelihood: genes inform each other, and each counts once. At high noise only the label says what to
     expect, and genes count as independent; at low noise the other genes say so too, and little is left to the label. As
-    genes are not independent, the posterior of the labels is softmax(l(y) / temperature + log prior(y)). What the other
-    genes say beyond the label, l at the lowest noise minus l at the highest, is large for cells unlike all labels.
+    genes are not independent, the posterior of the labels is softmax(l(y) / temperature + log prior(y)).
+
+    A cell unlike all labels is told by what the model does not generate. Two numbers are large for it: its distance to
+    the nearest generated cells, and what the other genes say beyond the label, l at the lowest noise minus l at the
+    highest. Each is measured in standard deviations of generated cells with the same library size.
 
     Parameters
     ----------
@@ -69,6 +95,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         temperature: float,
         timesteps: Sequence[int],
         batch_size: int,
+        num_generated: int = NUM_GENERATED,
     ) -> None:
         """Raise ValueError or TypeError for arguments that [`SCRDiTAnnotatePipeline.__call__`] cannot use."""
         if not isinstance(adata, ad.AnnData):
@@ -84,6 +111,10 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
         check_timesteps(self.transformer, timesteps)
         check_positive(batch_size=batch_size)
+        if num_generated != 0:
+            check_positive(num_generated=num_generated)
+            if num_generated < MIN_GENERATED:
+                raise ValueError(f"num_generated must be at least {MIN_GENERATED}, or 0 for none, got {num_generated}.")
 
     @torch.no_grad()
     def log_likelihood(
@@ -104,30 +135,93 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         Nats, shape (cells, labels, timesteps).
         """
         counts, library_sizes = self.processor.get_counts(adata, layer)  # (cells, G), (cells,)
-        keys = list(self.processor.conditions)
-        num_labels = len(self.processor.conditions[labels_key])
+        codes = np.arange(len(self.processor.conditions[labels_key]))
+        labels = np.broadcast_to(codes, (counts.shape[0], len(codes)))
+        return self._log_likelihood(counts, library_sizes, labels_key, labels, timesteps, generator, batch_size)
+
+    def _log_likelihood(
+        self,
+        counts: sp.csr_matrix,
+        library_sizes: np.ndarray,
+        labels_key: str,
+        labels: np.ndarray,
+        timesteps: Sequence[int],
+        generator: torch.Generator | None,
+        batch_size: int,
+    ) -> np.ndarray:
+        """Log-likelihood of counts (cells, G) under some labels of each cell, codes (cells, labels)."""
+        key = list(self.processor.conditions).index(labels_key)
         null = torch.tensor(self.processor.num_classes, dtype=torch.long, device=self._execution_device)  # (K,)
-        found = np.zeros((counts.shape[0], num_labels, len(timesteps)))
+        found = np.zeros((*labels.shape, len(timesteps)))
         starts = range(0, counts.shape[0], batch_size)
         with self.progress_bar(total=len(starts) * len(timesteps)) as progress_bar:
             for start in starts:
                 chunk = slice(start, start + batch_size)
                 batch = (counts[chunk], library_sizes[chunk])
                 k, x_0, library_size = read_batch(self.processor, *batch, null.device)  # (B, G), (B, G), (B,)
+                codes = torch.from_numpy(labels[chunk].astype(np.int64)).to(null.device)  # (B, labels)
                 for level, timestep in enumerate(timesteps):
                     t = torch.full((len(k),), timestep, device=null.device)  # (B,)
                     noise = randn_tensor(x_0.shape, generator=generator, device=null.device, dtype=torch.float32)
-                    for code in range(num_labels):
-                        labels = null.repeat(len(k), 1)  # (B, K)
-                        labels[:, keys.index(labels_key)] = code
-                        posterior = self.transformer.count_head(labels, library_size)
+                    for column in range(codes.shape[1]):
+                        class_labels = null.repeat(len(k), 1)  # (B, K)
+                        class_labels[:, key] = codes[:, column]
+                        posterior = self.transformer.count_head(class_labels, library_size)
                         x_t = add_noise(posterior, x_0, t, noise)  # (B, G)
-                        output = self.transformer(x_t.to(self.transformer.dtype), t, labels, library_size)
+                        output = self.transformer(x_t.to(self.transformer.dtype), t, class_labels, library_size)
                         nll = posterior.nll(k, output.count_log_mean.float()) * k.shape[1]  # (B,)
-                        found[chunk, code, level] = -nll.cpu().numpy()
+                        found[chunk, column, level] = -nll.cpu().numpy()
                     progress_bar.update()
         self.maybe_free_model_hooks()
         return found
+
+    @torch.no_grad()
+    def _unlikeness(
+        self,
+        counts: sp.csr_matrix,
+        library_sizes: np.ndarray,
+        gain: np.ndarray,
+        labels_key: str,
+        timesteps: Sequence[int],
+        generator: torch.Generator | None,
+        batch_size: int,
+        num_generated: int,
+    ) -> np.ndarray:
+        """How unlike generated cells measured ones are, shape (cells,), with l at low minus high noise, (cells,)."""
+        from sklearn.decomposition import PCA  # here, because other jobs do not need scikit-learn
+        from sklearn.neighbors import NearestNeighbors
+
+        config = self.transformer.config
+        scheduler = default_scheduler(
+            beta_schedule=config.beta_schedule, num_train_timesteps=config.num_train_timesteps
+        )
+        pipe = SCRDiTPipeline(self.transformer, scheduler, self.processor)
+        pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        cells = pipe(num_cells=num_generated, generator=generator, batch_size=batch_size).adata
+        generated, generated_sizes = self.processor.get_counts(cells, None)
+        num_usual = round(YARDSTICK * num_generated)
+
+        reference = normalize_log1p(generated[num_usual:], TARGET_SUM).toarray()
+        pca = PCA(min(NUM_COMPONENTS, *reference.shape), random_state=0).fit(reference)
+        neighbors = NearestNeighbors(n_neighbors=NUM_NEIGHBORS).fit(pca.transform(reference))
+
+        def distance(some: sp.csr_matrix) -> np.ndarray:
+            found = []
+            for start in range(0, some.shape[0], batch_size):
+                log_values = normalize_log1p(some[start : start + batch_size], TARGET_SUM).toarray()
+                found.append(neighbors.kneighbors(pca.transform(log_values))[0].mean(axis=1))
+            return np.concatenate(found)
+
+        usual, sizes = generated[:num_usual], generated_sizes[:num_usual]
+        codes = pd.Index(self.processor.conditions[labels_key]).get_indexer(cells.obs[labels_key].astype(str))
+        ends = [min(timesteps), max(timesteps)]
+        likelihood = self._log_likelihood(
+            usual, sizes, labels_key, codes[:num_usual, None], ends, generator, batch_size
+        )[:, 0]  # (usual, 2)
+        scores = [standardize(distance(counts), library_sizes, distance(usual), sizes)]
+        if ends[0] < ends[1]:
+            scores.append(standardize(gain, library_sizes, likelihood[:, 0] - likelihood[:, 1], sizes))
+        return np.sum(scores, axis=0) / len(scores) ** 0.5
 
     def __call__(
         self,
@@ -139,6 +233,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         timesteps: Sequence[int] = TIMESTEPS,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
+        num_generated: int = NUM_GENERATED,
     ) -> pd.DataFrame:
         """Annotate measured cells.
 
@@ -162,12 +257,14 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
             Makes the result reproducible; `None` draws from PyTorch's global state.
         batch_size
             Cells that are annotated at a time; bounds the memory.
+        num_generated
+            Cells to generate, to which `unlikeness` compares the measured ones; 0 leaves it out (NaN).
 
         Returns
         -------
         A row per cell, indexed like `adata.obs`: `labels_key` (categorical), `probability` of that label, `unlikeness`
-        (nats per gene that the cell's other genes say beyond its label, the higher the less it is like cells with that
-        label; NaN with one timestep), and a column `p_<label>` for each label.
+        (the higher, the less the cell is like all that the model generates; in standard deviations of generated cells),
+        and a column `p_<label>` for each label.
 
         Raises
         ------
@@ -176,7 +273,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         if labels_key is None and len(self.processor.labels_keys) == 1:
             labels_key = self.processor.labels_keys[0]
-        self.check_inputs(adata, str(labels_key), prior, temperature, timesteps, batch_size)
+        self.check_inputs(adata, str(labels_key), prior, temperature, timesteps, batch_size, num_generated)
         assert labels_key is not None
         likelihood = self.log_likelihood(adata, labels_key, layer, timesteps, generator, batch_size)
         log_posterior = self._log_posterior(likelihood, labels_key, prior, temperature)  # (cells, labels)
@@ -186,11 +283,15 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         table = pd.DataFrame(np.exp(log_posterior), index=adata.obs_names, columns=[f"p_{name}" for name in names])
         table.insert(0, labels_key, pd.Series(pd.Categorical.from_codes(best, categories=names), table.index))
         table.insert(1, "probability", np.exp(log_posterior[rows, best]))
-        if len(set(timesteps)) > 1:
-            gain = likelihood[:, :, np.argmin(timesteps)] - likelihood[:, :, np.argmax(timesteps)]  # (cells, labels)
-            table.insert(2, "unlikeness", gain[rows, best] / self.processor.num_genes)
-        else:
-            table.insert(2, "unlikeness", np.nan)
+        unlikeness: np.ndarray | float = np.nan
+        if num_generated:
+            counts, library_sizes = self.processor.get_counts(adata, layer)
+            gain = (
+                likelihood[rows, best, np.argmin(timesteps)] - likelihood[rows, best, np.argmax(timesteps)]
+            )  # (cells,)
+            given = (labels_key, timesteps, generator, batch_size, num_generated)
+            unlikeness = self._unlikeness(counts, library_sizes, gain, *given)
+        table.insert(2, "unlikeness", unlikeness)
         return table
 
     def fit_temperature(self, adata: ad.AnnData, labels_key: str, prior: str = "flat", **kwargs) -> float:

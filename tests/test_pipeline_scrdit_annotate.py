@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy.special import logsumexp
 from scipy.stats import nbinom
+from sklearn.metrics import roc_auc_score
 
 from scrdit_diffusers import SCRDiTAnnotatePipeline
+from scrdit_diffusers.pipeline_scrdit_annotate import standardize
 
 
 @pytest.fixture
@@ -49,15 +51,30 @@ def test_the_posterior_is_that_of_bayes(annotate, adata):
     assert list(table.index) == list(adata.obs_names)
 
 
-def test_unlikeness_is_what_the_other_genes_say_beyond_the_label(count_pipe, adata):
-    """Here the network has random weights, so that the other genes say something."""
+def test_cells_that_the_model_does_not_generate_are_unlike_all_labels(count_pipe, adata):
     annotate = SCRDiTAnnotatePipeline.from_pipe(count_pipe)
-    timesteps = [600, 300, 900]
-    likelihood = annotate.log_likelihood(adata, "cell_type", timesteps=timesteps, generator=torch.manual_seed(0))
-    table = annotate(adata, "cell_type", timesteps=timesteps, generator=torch.manual_seed(0))
-    gain = likelihood[np.arange(adata.n_obs), table["cell_type"].cat.codes]  # (cells, timesteps)
-    assert np.allclose(table["unlikeness"], (gain[:, 1] - gain[:, 2]) / adata.n_vars)
-    assert annotate(adata, "cell_type", timesteps=[600])["unlikeness"].isna().all()
+    cells = count_pipe(num_cells=60, generator=torch.manual_seed(0)).adata
+    strange = cells.copy()
+    strange.X = cells.X[:, ::-1].copy()  # each gene has the counts of another one
+    options = dict(labels_key="cell_type", num_generated=500)
+    usual, unusual = (
+        annotate(some, generator=torch.manual_seed(1), **options)["unlikeness"] for some in (cells, strange)
+    )
+    assert abs(usual.mean()) < 0.5 and usual.std() == pytest.approx(1, abs=0.4)
+    assert roc_auc_score([0] * 60 + [1] * 60, [*usual, *unusual]) > 0.8
+    one = annotate(strange, timesteps=[600], generator=torch.manual_seed(1), **options)["unlikeness"]  # distance alone
+    assert roc_auc_score([0] * 60 + [1] * 60, [*usual, *one]) > 0.6
+    assert annotate(adata, "cell_type", num_generated=0)["unlikeness"].isna().all()
+
+
+def test_scores_are_compared_at_the_same_library_size():
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(100, 10_000, 4000)
+    scores = 3 * np.log(sizes) + rng.normal(0, 0.1, 4000)
+    found = standardize(scores[:2000] + 0.2, sizes[:2000], scores[2000:], sizes[2000:])
+    assert found.mean() == pytest.approx(2, abs=0.1) and abs(np.corrcoef(found, sizes[:2000])[0, 1]) < 0.1
+    assert np.isfinite(standardize(np.ones(2), np.array([0, 1e9]), scores, sizes)).all()
+    assert (standardize(np.ones(2), np.ones(2), np.zeros(9), np.ones(9)) == 0).all()  # nothing varies
 
 
 def test_cells_of_a_label_are_found(annotate, count_pipe):
@@ -92,6 +109,8 @@ def test_the_temperature_makes_the_labels_most_probable(annotate, adata):
         (dict(labels_key="batch", timesteps=[]), r"timesteps.*\[\]"),
         (dict(labels_key="batch", batch_size=0), "batch_size .*0"),
         (dict(labels_key="batch", batch_size=2.5), r"batch_size .*2\.5"),
+        (dict(labels_key="batch", num_generated=-1), "num_generated .*-1"),
+        (dict(labels_key="batch", num_generated=99), "num_generated must be at least 100, or 0 for none, got 99"),
     ],
 )
 def test_wrong_arguments_are_refused(annotate, adata, arguments, message):

@@ -70,7 +70,9 @@ def test_an_unseen_combination_is_judged_by_its_own_cells(run, script, tmp_path)
     held_out = {"cell_type": ("T",), "batch": ("b2",)}
     case = script.Case("unseen", "T in b2", "cells.h5ad", ("cell_type", "batch"), held_out=held_out)
     run([case])
-    parts = {part: ad.read_h5ad(tmp_path / f"out/unseen/T in b2/{part}.h5ad").obs for part in ("train", "test", "control")}
+    parts = {
+        part: ad.read_h5ad(tmp_path / f"out/unseen/T in b2/{part}.h5ad").obs for part in ("train", "test", "control")
+    }
     for part, obs in parts.items():
         is_held_out = (obs["cell_type"] == "T") & (obs["batch"] == "b2")
         assert is_held_out.all() if part != "train" else not is_held_out.any()

@@ -32,7 +32,7 @@ from cli import (
 
 from scrdit_diffusers import SCRDiTAnnotatePipeline, read_cells
 from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.pipeline_scrdit_annotate import TEMPERATURE, TIMESTEPS
+from scrdit_diffusers.pipeline_scrdit_annotate import NUM_GENERATED, TEMPERATURE, TIMESTEPS
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 
@@ -50,6 +50,7 @@ class AnnotationArguments(CellArguments):
         None, "Cells with labels, not trained on, to which the temperature is fitted: a source as --dataset."
     )
     timesteps: list[int] = arg([*TIMESTEPS], "Noise levels at which the network sees the cells.")
+    num_generated: int = arg(NUM_GENERATED, "Cells to generate, with which unlikeness compares the cells; 0 for none.")
 
 
 def check_args(args: AnnotationArguments) -> None:
@@ -76,7 +77,8 @@ def main(args: AnnotationArguments) -> None:
     annotate = SCRDiTAnnotatePipeline.from_pipe(pipe).to(best_device(args))
     temperature = TEMPERATURE if args.temperature is None else args.temperature
     options = {"layer": args.layer, "timesteps": args.timesteps, "batch_size": args.batch_size}
-    annotate.check_inputs(cells, labels_key, args.prior, temperature, args.timesteps, args.batch_size)
+    given = (args.timesteps, args.batch_size, args.num_generated)
+    annotate.check_inputs(cells, labels_key, args.prior, temperature, *given)
     with naming("--dataset", args.dataset):
         annotate.processor.get_counts(cells, args.layer)
     with lock_output(args):
@@ -87,7 +89,8 @@ def main(args: AnnotationArguments) -> None:
                 temperature = annotate.fit_temperature(labeled, labels_key, args.prior, generator=generator, **options)
             print(f"The temperature that fits {labeled.n_obs} labeled cells is {temperature:.3g}.")
         generator = torch.Generator().manual_seed(args.seed)
-        table = annotate(cells, labels_key, prior=args.prior, temperature=temperature, generator=generator, **options)
+        options |= {"temperature": temperature, "num_generated": args.num_generated}
+        table = annotate(cells, labels_key, prior=args.prior, generator=generator, **options)
         if separator := TABLES.get(Path(args.output).suffix):
             with write_atomically(args.output) as temporary:
                 table.to_csv(temporary, sep=separator, index_label="cell")
