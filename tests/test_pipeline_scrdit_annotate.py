@@ -60,7 +60,7 @@ def test_cells_that_the_model_does_not_generate_are_unlike_all_labels(count_pipe
     usual, unusual = (
         annotate(some, generator=torch.manual_seed(1), **options)["unlikeness"] for some in (cells, strange)
     )
-    assert abs(usual.mean()) < 0.5 and usual.std() == pytest.approx(1, abs=0.4)
+    assert abs(usual.mean()) < 0.5 and usual.std() == pytest.approx(1.1, abs=0.4)
     assert roc_auc_score([0] * 60 + [1] * 60, [*usual, *unusual]) > 0.8
     one = annotate(strange, timesteps=[600], generator=torch.manual_seed(1), **options)["unlikeness"]  # distance alone
     assert roc_auc_score([0] * 60 + [1] * 60, [*usual, *one]) > 0.6
