@@ -1,5 +1,7 @@
 """Initial weights of a new transformer and of its count head."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -7,12 +9,16 @@ import torch
 from .cells.moments import CellMoments
 from .checks import MAX_COUNT
 from .count_head import SCRDiTCountHead, midpoint
+from .objective import FREE_LABEL_CHANGE
 from .processing_scrdit import SCRDiTProcessor
 from .transformer_scrdit import SCRDiTTransformer
 
 EXACT_COUNTS = 12  # counts up to this have their own bins, larger ones share bins that grow by BIN_RATIO
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # largest count of a gene over its largest training count
+FEW_CELLS = 200  # training cells, below which training alone does not teach the labels
+SCORING_STEPS = 50  # after which fewer than 1% of the log fold changes still move by 0.1
+WIDE_PRIOR = 0.25  # precision of the prior from which these start
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 
 
@@ -22,6 +28,7 @@ def initialize_from_cells(
     moments: CellMoments | None = None,
     values: torch.Tensor | None = None,
     min_bins: np.ndarray | None = None,
+    prior_std: float | None = None,
 ) -> None:
     """Set all weights of a new transformer.
 
@@ -37,12 +44,14 @@ def initialize_from_cells(
         Some training cells in model space, shape (cells, G), for cell tokens; `None` starts these at random.
     min_bins
         As in [`count_bins`].
+    prior_std
+        As in [`initialize_count_head`].
     """
     model.initialize_weights()
     if values is not None and model.config.num_cell_tokens:
         model.initialize_cell_tokens(values)
     if model.count_head is not None and moments is not None:
-        initialize_count_head(model.count_head, moments, processor.mean, processor.std, min_bins)
+        initialize_count_head(model.count_head, moments, processor.mean, processor.std, min_bins, prior_std)
 
 
 def count_bins(counts: sp.csr_matrix | CellMoments, min_bins: np.ndarray | None = None) -> list[list[int]]:
@@ -71,12 +80,13 @@ def initialize_count_head(
     mean: np.ndarray,
     std: np.ndarray,
     min_bins: np.ndarray | None = None,
+    prior_std: float | None = None,
 ) -> None:
     """Set the bins of a count head and its initial means and dispersions.
 
-    Dispersions are moment estimates, because training alone moves them too slowly; within each combination of labels
-    they take the mean as proportional to the library size. All labels start equal, all distributions as negative
-    binomials.
+    Dispersions are moment estimates, and what labels add to the log means may be posterior modes, because training
+    alone moves both too slowly; within each combination of labels the mean is taken as proportional to the library
+    size. The dispersions of all labels start equal, all distributions as negative binomials.
 
     Parameters
     ----------
@@ -88,6 +98,8 @@ def initialize_count_head(
         The processor's mean and standard deviation of each gene before standardization, shape (G,).
     min_bins
         As in [`count_bins`].
+    prior_std
+        s of the [`FoldChangePrior`] under which labels start at their posterior modes; `None`: they start equal.
 
     Raises
     ------
@@ -119,11 +131,59 @@ def initialize_count_head(
         "log_library_size": [mean_log_size, max(std_log_size, 1e-3)],
         "log_mean": np.log(np.maximum(typical_count, 1e-4)),
         "log_dispersion": np.log(moments.inverse_dispersion()),
-        "class_log_mean": np.zeros(head.class_log_mean.shape),
+        "class_log_mean": np.zeros(head.class_log_mean.shape)
+        if prior_std is None
+        else label_log_means(moments, head.num_classes, prior_std),
         "class_log_dispersion": np.zeros(head.class_log_dispersion.shape),
         "log_base": np.zeros(head.log_base.shape),
     }
     head.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
+
+
+def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std: float) -> np.ndarray:
+    """Find what labels add to the log mean counts: posterior modes under the prior of training.
+
+    The counts of a cell are negative binomial, with the library size times the profile of all cells as means where no
+    label adds anything. Fisher scoring, label by label of one condition after the other.
+
+    Parameters
+    ----------
+    moments
+        Of the counts of the training cells.
+    num_classes
+        Number of labels of each condition.
+    prior_std
+        s of [`FoldChangePrior`].
+
+    Returns
+    -------
+    Log fold changes, shape (labels of all conditions, G).
+
+    References
+    ----------
+    Fisher scoring: McCullagh and Nelder 1989, Generalized Linear Models, section 2.5.
+    """
+    combination, size, number = moments.library_sizes()
+    size_sum = np.bincount(combination, np.maximum(size, 1) * number, len(moments.combinations))[:, None]
+    typical_size = size_sum / np.maximum(moments.num_cells, 1)[:, None]  # (combinations, 1)
+    profile, theta = np.maximum(moments.mean_profile(), 1e-12), moments.inverse_dispersion()  # (G,)
+    tables = [np.zeros((number_of_labels, len(profile))) for number_of_labels in num_classes]
+    members = [
+        sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(table), len(codes)))
+        for codes, table in zip(moments.combinations.T, tables, strict=True)
+    ]
+    for scoring_step in range(SCORING_STEPS):
+        for table, member in zip(tables, members, strict=True):
+            added = sum(other.T @ changes for other, changes in zip(members, tables, strict=True))
+            rate = profile * np.exp(added)  # (combinations, G)
+            weight = 1 / (1 + typical_size * rate / theta)
+            expected = size_sum * rate * weight
+            precision = 1 / (prior_std**2 * (1 + (table / FREE_LABEL_CHANGE) ** 2))  # (labels, G)
+            if scoring_step < SCORING_STEPS // 2:
+                precision = WIDE_PRIOR  # of two modes, this leads to the one that is farther from zero
+            step = member @ (moments.count_sum * weight - expected) - precision * table
+            table += np.clip(step / (member @ expected + precision), -1, 1)
+    return np.concatenate([np.zeros((0, len(profile))), *tables])
 
 
 def _bin_edges(largest: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from diffusers.training_utils import compute_snr
 from .transformer_scrdit import SCRDiTTransformer
 
 FREE_FOLD_CHANGE = 1.8  # over sqrt(number of cells): log fold changes of a gene beyond it are hardly shrunk
+FREE_LABEL_CHANGE = 0.42  # log fold changes of a label beyond it are hardly shrunk where labels have their own prior
 SHAPE_PRIOR = 4  # prior standard deviation of shapes of distributions over that of log fold changes
 
 
@@ -105,6 +106,22 @@ def negative_log_prior(
     return (fold_changes + shapes) / (2 * prior_std**2 * num_cells * len(squared_fold_changes))
 
 
+def negative_log_label_prior(
+    squared_label_changes: torch.Tensor, num_cells: int, prior_std: float = 0.16
+) -> torch.Tensor:
+    """Negative log-density of what labels have of their own in [`FoldChangePrior`], divided as there, shape ().
+
+    Parameters
+    ----------
+    squared_label_changes
+        m^2 of each label and gene, shape (labels, G).
+    num_cells, prior_std
+        As in [`negative_log_prior`].
+    """
+    tails = FREE_LABEL_CHANGE**2 * (squared_label_changes / FREE_LABEL_CHANGE**2).log1p().sum()
+    return tails / (2 * prior_std**2 * num_cells * squared_label_changes.shape[1])
+
+
 class FoldChangePrior:
     """Negative log-prior of the weights behind fold changes and shapes of distributions.
 
@@ -121,6 +138,9 @@ class FoldChangePrior:
     that real marker genes, such as those of sex or stress, are not shrunk. The tails begin at sqrt(c), which shrinks
     like 1 / sqrt(N), as chance effects in N cells do. Dispersions by label and base measures have a Gaussian prior.
 
+    In few cells this leaves nothing of the labels, which differ as much there as in many. They may therefore have a
+    prior of their own: m has a scale of s and tails that begin at `FREE_LABEL_CHANGE`, and f^2 is that of W alone.
+
     Parameters
     ----------
     model
@@ -131,40 +151,53 @@ class FoldChangePrior:
         s.
     around_present_weights
         Center the prior on the present weights, for fine-tuning, instead of on zero.
+    own_label_prior
+        Whether labels have a prior of their own.
 
     References
     ----------
-    `training/LOG.md`, "a prior with heavy tails".
+    `training/LOG.md`, "a prior with heavy tails" and "labels of few cells".
     """
 
     def __init__(
-        self, model: SCRDiTTransformer, num_cells: int, prior_std: float = 0.16, around_present_weights: bool = False
+        self,
+        model: SCRDiTTransformer,
+        num_cells: int,
+        prior_std: float = 0.16,
+        around_present_weights: bool = False,
+        own_label_prior: bool = False,
     ):
         self.model, self.num_cells, self.prior_std = model, num_cells, prior_std
+        self.own_label_prior = own_label_prior
         self.means = {}
         if around_present_weights:
             self.means = {name: weight.detach().clone() for name, weight in self._weights().items()}
 
     def __call__(self) -> torch.Tensor:
         """Negative log-prior, divided by the numbers of cells and genes, shape ()."""
-        return negative_log_prior(*self.squared_changes(), self.num_cells, self._width(), self.prior_std)
+        penalty = negative_log_prior(*self.squared_changes(), self.num_cells, self._width(), self.prior_std)
+        if self.own_label_prior:
+            penalty = penalty + negative_log_label_prior(self._squares("labels"), self.num_cells, self.prior_std)
+        return penalty
 
     def squared_changes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """f^2 of each gene, shape (G,), and the summed squares of dispersions by label and base measures, shape ()."""
         config = self.model.config
-        squares = {}
-        for name, weight in self._weights().items():
-            mean = self.means.get(name)
-            squares[name] = (weight if mean is None else weight - mean.to(weight.device)).float().square()
-        fold_changes = squares["patches"].sum(dim=1).flatten()  # (N * P,), or (P,) if shared
+        fold_changes = self._squares("patches").sum(dim=1).flatten()  # (N * P,), or (P,) if shared
         if config.patch_embed_type == "shared":
             fold_changes = fold_changes.repeat(self.model.num_patches)  # (N * P,)
         fold_changes = fold_changes[: config.num_genes]  # (G,)
-        if "cell" in squares:
-            fold_changes = fold_changes + squares["cell"].sum(dim=1)  # (G,)
-        # Divided by D, so that a label's log fold change itself has the prior's standard deviation s.
-        fold_changes = fold_changes + squares["labels"].sum(dim=0) / self._width()  # (G,)
-        return fold_changes, squares["dispersions"].sum() + squares["bases"].sum()
+        if config.num_cell_tokens:
+            fold_changes = fold_changes + self._squares("cell").sum(dim=1)  # (G,)
+        if not self.own_label_prior:
+            # Divided by D, so that a label's log fold change itself has the prior's standard deviation s.
+            fold_changes = fold_changes + self._squares("labels").sum(dim=0) / self._width()  # (G,)
+        return fold_changes, self._squares("dispersions").sum() + self._squares("bases").sum()
+
+    def _squares(self, name: str) -> torch.Tensor:
+        """Squared distances of weights from where the prior is centered."""
+        weight, mean = self._weights()[name], self.means.get(name)
+        return (weight if mean is None else weight - mean.to(weight.device)).float().square()
 
     def _width(self) -> int:
         return self.model.config.num_attention_heads * self.model.config.attention_head_dim

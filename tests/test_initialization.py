@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy.optimize import minimize_scalar
 from test_count_head import LARGEST, NO_LABELS, bins_of_genes, make_head, random_counts, standardization
 
 from scrdit_diffusers import SCRDiTTransformer, count_bins
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.checks import MAX_COUNT
-from scrdit_diffusers.initialization import BIN_RATIO, MAX_OVERSHOOT, initialize_count_head
+from scrdit_diffusers.initialization import BIN_RATIO, MAX_OVERSHOOT, initialize_count_head, label_log_means
+from scrdit_diffusers.objective import FREE_LABEL_CHANGE
 
 
 @pytest.mark.parametrize("largest", [[0, 1, 2, 7, 9, 10, 100, 3000, 20_000], [5, MAX_COUNT]])
@@ -58,6 +60,64 @@ def test_dispersions_are_moment_estimates():
         denominator += ((cells - predicted) ** 2 - predicted).sum(axis=0)
     dispersion = make_head(counts, labels).log_dispersion.exp()
     np.testing.assert_allclose(dispersion, np.clip(numerator / denominator, 0.1, 200), rtol=1e-4)
+
+
+def simulate_labels(num_cells, fold_changes):
+    """Negative binomial counts of cells of two labels in equal numbers, and their moments; a last gene is large."""
+    rng, labels = np.random.default_rng(0), np.arange(num_cells) % 2
+    means = 4 * np.exp(np.where(labels[:, None] == 0, fold_changes, -fold_changes))
+    means = np.concatenate([means, np.full((num_cells, 1), 20_000)], axis=1) * rng.gamma(9, 1 / 9, (num_cells, 1))
+    counts = rng.negative_binomial(2, 2 / (2 + means)).astype(float)
+    return CellMoments.from_counts(sp.csr_matrix(counts), labels[:, None])
+
+
+def test_labels_start_at_their_posterior_modes():
+    """Oracle: a numerical maximum of the likelihood of one gene and the prior."""
+    fold_changes = np.concatenate([np.full(20, 1.0), np.full(20, -1.0), np.zeros(160)])
+    moments = simulate_labels(400, fold_changes)
+    found = label_log_means(moments, [2], 0.16)
+    assert found[0, :20].mean() == pytest.approx(1 - np.log(np.cosh(1)), abs=0.15)  # against the mean of both labels
+    assert np.abs(found[:, 40:200]).mean() < 0.05
+    size, number = moments.library_sizes()[1:]
+    mean = moments.mean_profile() * np.average(size, weights=number)
+    count, theta, free = moments.count_sum[0] / moments.num_cells[0], moments.inverse_dispersion(), FREE_LABEL_CHANGE**2
+
+    def negative_log_posterior(change):
+        mu = mean[0] * np.exp(change)
+        likelihood = count[0] * np.log(mu / (mu + theta[0])) + theta[0] * np.log(theta[0] / (mu + theta[0]))
+        return free * np.log1p(change**2 / free) / (2 * 0.16**2) - likelihood * moments.num_cells[0]
+
+    best = minimize_scalar(negative_log_posterior, bounds=(0.2, 3), method="bounded").x
+    assert found[0, 0] == pytest.approx(best, abs=0.05)
+
+
+def test_few_cells_show_large_fold_changes_and_hide_small_ones():
+    fold_changes = np.concatenate([np.full(20, 2.5), np.zeros(180)])
+    found = label_log_means(simulate_labels(60, fold_changes), [2], 0.16)
+    assert found[1, :20].mean() < -3 and np.abs(found[:, 20:200]).mean() < 0.1
+
+
+def test_labels_of_several_conditions_share_what_they_explain():
+    """Each gene differs between the labels of one condition, which the labels of the other must not take over."""
+    rng = np.random.default_rng(0)
+    codes = np.stack([np.repeat([0, 1], 150), np.tile([0, 0, 1], 100)], axis=1)
+    effects = np.zeros((2, 101))
+    effects[0, :10] = effects[1, 10:20] = 1.2
+    base = np.append(np.full(100, 3.0), 10_000.0)
+    counts = rng.poisson(base * np.exp(codes @ effects)).astype(float)
+    found = label_log_means(CellMoments.from_counts(sp.csr_matrix(counts), codes), [2, 2], 0.16)
+    differences = found[[1, 3]] - found[[0, 2]]
+    assert differences[0, :10].mean() == pytest.approx(1.2, abs=0.25) == differences[1, 10:20].mean()
+    assert np.abs(differences[0, 10:100]).mean() < 0.06 and np.abs(differences[1, 20:100]).mean() < 0.06
+
+
+def test_absent_labels_and_no_conditions_add_nothing():
+    counts = sp.csr_matrix(random_counts())
+    moments = CellMoments.from_counts(counts, np.zeros((counts.shape[0], 1), dtype=int))
+    found = label_log_means(moments, [3], 0.16)
+    assert found.shape == (3, counts.shape[1]) and not found[1:].any()
+    unlabeled = CellMoments.from_counts(counts, np.zeros((counts.shape[0], 0), dtype=int))
+    assert label_log_means(unlabeled, [], 0.16).shape == (0, counts.shape[1])
 
 
 def test_means_are_the_average_profile_times_the_library_size():

@@ -169,3 +169,21 @@ def test_squared_fold_changes_of_labels_are_over_the_width():
     torch.nn.init.normal_(model.count_head.class_log_mean, generator=torch.Generator().manual_seed(0))
     added = prior.squared_changes()[0] - before
     torch.testing.assert_close(added, model.count_head.class_log_mean.square().sum(dim=0) / 16)
+
+
+def test_labels_may_have_a_prior_of_their_own():
+    """Oracle: small log fold changes of a label are normal, whatever the number of cells."""
+    model = make_model(patch_embed_type="per_patch", count_bins=[[25, 4]])
+    without = FoldChangePrior(model, num_cells=100)
+    before = without.squared_changes()
+    for num_cells in (100, 10_000):
+        prior = FoldChangePrior(model, num_cells, prior_std=0.2, own_label_prior=True)
+        values = []
+        for change in (0.0, 0.01, 1.0, 4.0):
+            torch.nn.init.constant_(model.count_head.class_log_mean[0, :1], change)
+            torch.testing.assert_close(prior.squared_changes(), before)
+            values.append(prior().double() * num_cells * 25)
+        label = torch.distributions.Normal(0.0, 0.2)
+        expected = label.log_prob(torch.tensor(0.0)) - label.log_prob(torch.tensor(0.01))
+        torch.testing.assert_close((values[1] - values[0]).float(), expected, rtol=0.05, atol=0)
+        assert 0 < values[3] - values[2] < 0.05 * (4.0**2 - 1) / (2 * 0.2**2)

@@ -152,6 +152,17 @@ def test_weight_decay_spares_the_log_means(train_here, dataset, tmp_path):
     torch.testing.assert_close(log_means[1], log_means[0], rtol=0, atol=0.17)
 
 
+def test_labels_of_few_cells_start_at_what_they_add(train_here, train_script, trained, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_script, "FEW_CELLS", 0)  # the dataset has 90 cells
+    train_here(dataset, tmp_path / "many", "--labels_key", "cell_type")
+    few, many = (weights(folder)["count_head.class_log_mean"] for folder in (trained, tmp_path / "many"))
+    assert few.std() > 2 * many.std() > 0
+    cells = ad.read_h5ad(dataset)[:, SCRDiTPipeline.from_pretrained(trained).processor.var_names]
+    is_first = (cells.obs["cell_type"] == sorted(cells.obs["cell_type"].unique())[0]).to_numpy()
+    means = [np.asarray(cells.X[of_label].mean(axis=0)).ravel() + 0.1 for of_label in (is_first, ~is_first)]
+    assert np.corrcoef(np.log(means[0] / means[1]), few[0] - few[1])[0, 1] > 0.9
+
+
 def test_nan_guard_names_step_and_cause(train_here, dataset, tmp_path):
     arguments = ["--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"]
     with pytest.raises(FloatingPointError, match=r"step \d+ .*--learning_rate"):

@@ -61,6 +61,7 @@ from scrdit_diffusers import (
 from scrdit_diffusers.atomic import LOCK_NAME, delete_folder, lock_folder, write_into
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.evaluation import model_card
+from scrdit_diffusers.initialization import FEW_CELLS
 from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
@@ -320,10 +321,16 @@ def build_model(
             config |= {"count_bins": count_bins(statistics), "beta_schedule": args.beta_schedule}
             config |= {"num_train_timesteps": args.num_train_timesteps}
         model, changes = SCRDiTTransformer(**config), {}
-        initialize_from_cells(model, cells.processor, statistics, cells.start_cells["values"])
+        values, prior_std = cells.start_cells["values"], args.prior_std if has_few_cells(cells, pretrained) else None
+        initialize_from_cells(model, cells.processor, statistics, values, prior_std=prior_std)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model, changes
+
+
+def has_few_cells(cells: Cells, pretrained: object | None) -> bool:
+    """Whether labels start at their posterior modes and have a prior of their own: few cells do not teach them."""
+    return pretrained is None and cells.num_train < FEW_CELLS
 
 
 def width(model: SCRDiTTransformer) -> int:
@@ -335,10 +342,11 @@ def make_objective(
     settings: TrainingArguments, cells: Cells, model: SCRDiTTransformer, device: torch.device
 ) -> Objective:
     """Noise process, prior and null labels; the model is not wrapped yet."""
-    posterior, finetuned = settings.decode == "posterior", settings.pretrained_model_name_or_path is not None
+    posterior, pretrained = settings.decode == "posterior", settings.pretrained_model_name_or_path
     scheduler = default_scheduler(settings.prediction_type, settings.beta_schedule, settings.num_train_timesteps)
     null_labels = torch.tensor(cells.processor.num_classes, dtype=torch.long, device=device)  # (K,)
-    prior = FoldChangePrior(model, cells.num_train, settings.prior_std, finetuned) if posterior else None
+    centered = {"around_present_weights": pretrained is not None, "own_label_prior": has_few_cells(cells, pretrained)}
+    prior = FoldChangePrior(model, cells.num_train, settings.prior_std, **centered) if posterior else None
     has_default_noise = (settings.beta_schedule, settings.num_train_timesteps) == ("squaredcos_cap_v2", 1000)
     pipeline_config = {
         "decode_timestep": settings.decode_timestep if posterior else None,
