@@ -178,9 +178,10 @@ def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std:
             rate = profile * np.exp(added)  # (combinations, G)
             weight = 1 / (1 + typical_size * rate / theta)
             expected = size_sum * rate * weight
-            precision = 1 / (prior_std**2 * (1 + (table / FREE_LABEL_CHANGE) ** 2))  # (labels, G)
-            if scoring_step < SCORING_STEPS // 2:
-                precision = WIDE_PRIOR  # of two modes, this leads to the one that is farther from zero
+            if scoring_step < SCORING_STEPS // 2:  # of two modes, this leads to the one that is farther from zero
+                precision = np.full_like(table, WIDE_PRIOR)
+            else:
+                precision = 1 / (prior_std**2 * (1 + (table / FREE_LABEL_CHANGE) ** 2))  # (labels, G)
             step = member @ (moments.count_sum * weight - expected) - precision * table
             table += np.clip(step / (member @ expected + precision), -1, 1)
     return np.concatenate([np.zeros((0, len(profile))), *tables])
