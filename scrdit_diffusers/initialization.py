@@ -18,7 +18,6 @@ BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # largest count of a gene over its largest training count
 FEW_CELLS = 200  # training cells, below which training alone does not teach the labels
 SCORING_STEPS = 50  # after which fewer than 1% of the log fold changes still move by 0.1
-WIDE_PRIOR = 0.25  # precision of the prior from which these start
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 
 
@@ -143,8 +142,9 @@ def initialize_count_head(
 def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std: float) -> np.ndarray:
     """Find what labels add to the log mean counts: posterior modes under the prior of training.
 
-    The counts of a cell are negative binomial, with the library size times the profile of all cells as means where no
-    label adds anything. Fisher scoring, label by label of one condition after the other.
+    Counts are weighed by the precision of a negative binomial with the mean of their combination of labels. So the
+    baseline is not set by few labels with large counts, and what labels add to it is sparse, most of it positive. Fisher
+    scoring, one condition after the other.
 
     Parameters
     ----------
@@ -165,26 +165,23 @@ def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std:
     """
     combination, size, number = moments.library_sizes()
     size_sum = np.bincount(combination, np.maximum(size, 1) * number, len(moments.combinations))[:, None]
-    typical_size = size_sum / np.maximum(moments.num_cells, 1)[:, None]  # (combinations, 1)
-    profile, theta = np.maximum(moments.mean_profile(), 1e-12), moments.inverse_dispersion()  # (G,)
-    tables = [np.zeros((number_of_labels, len(profile))) for number_of_labels in num_classes]
+    mean = moments.count_sum / np.maximum(moments.num_cells, 1)[:, None]  # (combinations, G)
+    weight = 1 / (1 + mean / moments.inverse_dispersion())
+    observed, sizes = moments.count_sum * weight, size_sum * weight  # (combinations, G)
+    tables = [np.zeros((number_of_labels, mean.shape[1])) for number_of_labels in num_classes]
     members = [
         sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(table), len(codes)))
         for codes, table in zip(moments.combinations.T, tables, strict=True)
     ]
-    for scoring_step in range(SCORING_STEPS):
+    for _ in range(SCORING_STEPS):
         for table, member in zip(tables, members, strict=True):
-            added = sum(other.T @ changes for other, changes in zip(members, tables, strict=True))
-            rate = profile * np.exp(added)  # (combinations, G)
-            weight = 1 / (1 + typical_size * rate / theta)
-            expected = size_sum * rate * weight
-            if scoring_step < SCORING_STEPS // 2:  # of two modes, this leads to the one that is farther from zero
-                precision = np.full_like(table, WIDE_PRIOR)
-            else:
-                precision = 1 / (prior_std**2 * (1 + (table / FREE_LABEL_CHANGE) ** 2))  # (labels, G)
-            step = member @ (moments.count_sum * weight - expected) - precision * table
-            table += np.clip(step / (member @ expected + precision), -1, 1)
-    return np.concatenate([np.zeros((0, len(profile))), *tables])
+            rate = np.exp(sum(other.T @ changes for other, changes in zip(members, tables, strict=True)))
+            baseline = (observed.sum(axis=0) + 1e-3) / ((sizes * rate).sum(axis=0) + 1e-300)  # (G,)
+            expected = baseline * sizes * rate
+            precision = 1 / (prior_std**2 * (1 + (table / FREE_LABEL_CHANGE) ** 2))  # (labels, G)
+            step = member @ (observed - expected) - precision * table
+            table += np.clip(step / (member @ np.maximum(observed, expected) + precision), -1, 1)
+    return np.concatenate([np.zeros((0, mean.shape[1])), *tables])
 
 
 def _bin_edges(largest: float) -> np.ndarray:
