@@ -143,7 +143,7 @@ def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std:
     """Find what labels add to the log mean counts: posterior modes under the prior of training.
 
     Counts are weighed by the precision of a negative binomial with the mean of their combination of labels. So the
-    baseline is not set by few labels with large counts, and what labels add to it is sparse, most of it positive. Fisher
+    baseline is not set by few labels with large counts, and what labels add is sparse, most of it positive. Fisher
     scoring, one condition after the other.
 
     Parameters
