@@ -29,6 +29,7 @@ from typing import Any
 
 import anndata as ad
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -227,9 +228,15 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             axis.plot(rows["genes"], rows["value"], c=COLORS[method], ls=style, marker="o", ms=4, label=method)
         axis.set_xscale("log")
         axis.set_xticks(sorted(set(shown["genes"])), [f"{number:,}" for number in sorted(set(shown["genes"]))])
-        axis.minorticks_off()
-        if panel not in QUALITY.values():
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        if panel in SPEEDS.values():
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        if panel not in QUALITY.values():
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+        if "memory" in panel:
+            axis.set_ylim(0)
         axis.set(xlabel="genes", title=panel)
         axis.title.set_size("medium")
         axis.spines[["top", "right"]].set_visible(False)
