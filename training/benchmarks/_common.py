@@ -13,6 +13,10 @@ import pandas as pd
 from scrdit_diffusers import split_cells
 from scrdit_diffusers.atomic import write_atomically
 
+# Columns of obs and labels of the cells that are used: of lung lines, and of blood cells of several datasets.
+SINGLETS = {"demuxlet_cls": ("SNG",)}
+LABELED = {"cell_type_coarse": ("CD4 T", "NK", "B", "CD8 T", "Monocyte", "CD34+", "DC", "Megakaryocyte")}
+
 
 class Record(dict):
     """Results as JSON, saved as they come, so that the same command continues after an interruption.

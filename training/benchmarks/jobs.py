@@ -25,7 +25,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from _common import Record, select_labels, to_markdown, write_split
+from _common import LABELED, SINGLETS, Record, select_labels, to_markdown, write_split
 from answers import (
     labels_of,
     measure_annotation,
@@ -89,8 +89,6 @@ class Study:
 
 
 LUNG, OLIGODENDROCYTES, COMPOSITE = "lung_cancer_lines_celseq2.h5ad", "mouse_oligo_marques.h5ad", "pbmc_multi_19k.h5ad"
-SINGLETS = {"demuxlet_cls": ("SNG",)}
-LABELED = {"cell_type_coarse": ("CD4 T", "NK", "B", "CD8 T", "Monocyte", "CD34+", "DC", "Megakaryocyte")}
 STUDIES = (
     Study("pbmc_zheng_facs.h5ad"),
     Study("pbmc3k_seurat.h5ad"),

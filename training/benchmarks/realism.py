@@ -25,7 +25,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-from _common import run_logged, select_labels, to_markdown, write_split
+from _common import LABELED, SINGLETS, run_logged, select_labels, to_markdown, write_split
 
 TRAINING = Path(__file__).resolve().parents[1]
 PARTS = ("sets", "labels", "unseen", "values", "grid")
@@ -94,15 +94,14 @@ def label_composite(cells: ad.AnnData) -> None:
 
 BLOOD, LUNG, OLIGODENDROCYTES = "pbmc_zheng_facs.h5ad", "lung_cancer_lines_celseq2.h5ad", "mouse_oligo_marques.h5ad"
 DONORS, COMPOSITE, POLLEN = "kang_pbmc_12k.h5ad", "pbmc_multi_19k.h5ad", "pollen_c1_fulllength.h5ad"
-SINGLETS = {"demuxlet_cls": ("SNG",)}
-COARSE = {"labels_key": ("cell_type_coarse",), "split_key": "cell_type_coarse", "max_cells": 1000}
+COARSE = {"labels_key": ("cell_type_coarse",), "split_key": "cell_type_coarse", "max_cells": 1000, "only": LABELED}
 LOGGED = "--value_space log_normalized"
 GRID_LABELS = {"2 labels": "lineage", "8 labels": "cell_type_pred", "41 labels": "type_of_dataset"}
 CASES = [
     Case("sets", "blood cells", BLOOD),
     Case("sets", "blood cells (3k)", "pbmc3k_seurat.h5ad"),
     Case("sets", "blood cells of eight donors", DONORS, max_cells=1000),
-    Case("sets", "blood cells of nine datasets", COMPOSITE, **COARSE),
+    Case("sets", "blood cells of four datasets", COMPOSITE, **COARSE),
     Case("sets", "lung lines", LUNG, only=SINGLETS),
     Case("sets", "oligodendrocytes", OLIGODENDROCYTES),
     Case("sets", "developing cells", POLLEN),
@@ -111,7 +110,7 @@ CASES = [
         for name, file, more in (
             ("blood cells", BLOOD, {}),
             ("blood cells of eight donors", DONORS, {"max_cells": 1000}),
-            ("blood cells of nine datasets", COMPOSITE, {"max_cells": 1000, "split_key": "cell_type_coarse"}),
+            ("blood cells of four datasets", COMPOSITE, {k: v for k, v in COARSE.items() if k != "labels_key"}),
             ("lung lines", LUNG, {"only": SINGLETS}),
             ("oligodendrocytes", OLIGODENDROCYTES, {}),
             ("developing cells", POLLEN, {}),
