@@ -114,7 +114,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         check_timesteps(self.transformer, timesteps)
         check_positive(batch_size=batch_size)
         if num_generated != 0:
-            check_positive(num_generated=num_generated)
+            check_positive(num_generated=num_generated)  # a whole number
             if num_generated < MIN_GENERATED:
                 raise ValueError(f"num_generated must be at least {MIN_GENERATED}, or 0 for none, got {num_generated}.")
 

@@ -32,7 +32,7 @@ from cli import (
 
 from scrdit_diffusers import SCRDiTAnnotatePipeline, read_cells
 from scrdit_diffusers.atomic import write_atomically
-from scrdit_diffusers.pipeline_scrdit_annotate import NUM_GENERATED, TEMPERATURE, TIMESTEPS
+from scrdit_diffusers.pipeline_scrdit_annotate import MIN_GENERATED, NUM_GENERATED, TEMPERATURE, TIMESTEPS
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 
@@ -57,6 +57,8 @@ def check_args(args: AnnotationArguments) -> None:
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
     check_alone()
     check_pipeline_args(args, ("temperature",), suffixes=(".h5ad", ".zarr", *TABLES))
+    if args.num_generated and args.num_generated < MIN_GENERATED:
+        raise ValueError(f"--num_generated must be at least {MIN_GENERATED}, or 0 for none, got {args.num_generated}.")
     if args.temperature is not None and args.temperature_cells:
         raise ValueError(f"Give either --temperature or --temperature_cells, got {args.temperature} and the latter.")
 
