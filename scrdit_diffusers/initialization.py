@@ -44,7 +44,7 @@ def initialize_from_cells(
     min_bins
         As in [`count_bins`].
     prior_std
-        As in [`initialize_count_head`].
+        s of the [`FoldChangePrior`] under which labels start at their posterior modes; `None`: they start equal.
     """
     model.initialize_weights()
     if values is not None and model.config.num_cell_tokens:
