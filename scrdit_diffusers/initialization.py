@@ -17,7 +17,7 @@ EXACT_COUNTS = 12  # counts up to this have their own bins, larger ones share bi
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # largest count of a gene over its largest training count
 FEW_CELLS = 200  # training cells, below which training alone does not teach the labels
-SCORING_STEPS = 50  # after which fewer than 1% of the log fold changes still move by 0.1
+SCORING_STEPS = 50  # after which 0.5% to 4% of the log fold changes would still move by 0.1
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 
 
@@ -140,11 +140,11 @@ def initialize_count_head(
 
 
 def label_log_means(moments: CellMoments, num_classes: Sequence[int], prior_std: float) -> np.ndarray:
-    """Find what labels add to the log mean counts: posterior modes under the prior of training.
+    """Find what labels add to the log mean counts: nearly the posterior modes under the prior of training.
 
-    Counts are weighed by the precision of a negative binomial with the mean of their combination of labels. So the
-    baseline is not set by few labels with large counts, and what labels add is sparse, most of it positive. Fisher
-    scoring, one condition after the other.
+    A Poisson regression whose counts are weighed by the precision of a negative binomial with the mean of their
+    combination of labels. So the baseline is not set by few labels with large counts, and what labels add is sparse,
+    most of it positive. Damped Fisher scoring from zero, one condition after the other.
 
     Parameters
     ----------
