@@ -34,9 +34,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
 
     - `value_space="counts"`: x = (log1p(v) - mean_g) / std_g. The inverse rounds to integers and is exact.
     - `value_space="log_normalized"` (the paper's): v is a log-normalized value, x = (v - mean_g) / std_g.
-    - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` k / d), with
-      x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size over all genes of the data
-      ("library_size") or over those of the model ("model_genes").
+    - The same with `normalized_by`: the model sees the counts k behind v = log1p(`normalized_to` w_g k / d), with
+      x = (log1p(k) - mean_g) / std_g. The divisor d is the cell's library size, the sum of w_g k, over all genes of
+      the data ("library_size") or over those of the model ("model_genes"). All w_g are 1 unless there is a
+      `gene_scale`, as in TPM; the logarithm may have another `log_base`.
     - The same with `value_step`, for values that are not scaled counts: the model sees the step k, 0 for an exact zero
       and otherwise given by v = `value_min`_g + `value_step` (k - 1).
 
@@ -85,6 +86,10 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         Step in which other log-normalized values are counted; `None` if they are not.
     value_min
         Smallest value of each gene, shape (G,), if values are counted in steps.
+    log_base
+        Base of the logarithm of values with counts behind them; `None` for the natural one.
+    gene_scale
+        w of each gene, shape (G,), if counts were divided by the length of the gene or the like; empty if not.
     state_profiles
         For a model of states (groups of similar cells, the condition `STATE_KEY`): mean log-normalized counts of each
         of the S groups, shape (S, G). Each cell belongs to the nearest, see [`SCRDiTProcessor.add_states`].
@@ -124,6 +129,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         value_min: Sequence[float] | np.ndarray = (),
         state_profiles: Sequence[Sequence[float]] | np.ndarray = (),
         state_library_size: float | None = None,
+        log_base: float | None = None,
+        gene_scale: Sequence[float] | np.ndarray = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -144,6 +151,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         self.normalized_to = None if normalized_to is None else float(normalized_to)
         self.value_step = None if value_step is None else float(value_step)
         self.value_min = np.asarray(value_min, dtype=np.float64)
+        self.log_base = None if log_base is None else float(log_base)
+        self.gene_scale = np.asarray(gene_scale, dtype=np.float64)
         self.state_profiles = np.asarray(state_profiles, dtype=np.float64)
         self.state_library_size = None if state_library_size is None else float(state_library_size)
 
@@ -152,6 +161,8 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         lengths = dict(mean=self.mean.shape, std=self.std.shape)
         if value_step is not None:
             lengths["value_min"] = self.value_min.shape
+        if len(self.gene_scale):
+            lengths["gene_scale"] = self.gene_scale.shape
         if self.gene_ids is not None:
             lengths["gene_ids"] = (len(self.gene_ids),)
         for name, shape in lengths.items():
@@ -217,8 +228,12 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             raise DamagedFileError(f"{place} describes no {cls.__name__}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialize to a dict; a processor without states has no entries for these."""
+        """Serialize to a dict; a processor without states or scales of genes has no entries for these."""
         settings = super().to_dict()
+        if self.log_base is None:
+            del settings["log_base"]
+        if not len(self.gene_scale):
+            del settings["gene_scale"]
         if not len(self.state_profiles):
             del settings["state_profiles"], settings["state_library_size"]
         return settings
@@ -281,7 +296,7 @@ class SCRDiTProcessor(FeatureExtractionMixin):
         """Kind of the values, and what the model sees of them."""
         zero = self.zero_value if self.zero_negation else 0.0
         settings = (self.normalized_by, self.normalized_to, self.value_step, self.value_min)
-        return choose_value_kind(self.value_space, self.target_sum, zero, *settings)
+        return choose_value_kind(self.value_space, self.target_sum, zero, *settings, self.log_base, self.gene_scale)
 
     @property
     def models_counts(self) -> bool:
@@ -384,8 +399,9 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             As [`get_values`]; or the model does not see counts, or the values have none behind them.
         """
         matrix = get_matrix(adata, layer, self.value_kind.expect_counts)
-        self.value_kind.check_data(matrix, matrix_name(layer))
-        return self.select_counts(matrix, self.gene_columns(adata.var_names))
+        columns = self.gene_columns(adata.var_names)
+        self.value_kind.check_data(matrix, columns, matrix_name(layer))
+        return self.select_counts(matrix, columns)
 
     def select_counts(self, matrix: sp.csr_matrix, columns: np.ndarray | slice) -> tuple[sp.csr_matrix, np.ndarray]:
         """[`get_counts`] for a checked matrix whose gene columns are known, as in a training batch."""

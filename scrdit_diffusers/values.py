@@ -12,6 +12,7 @@ from .checks import MAX_COUNT
 
 VALUE_SPACES = ("counts", "log_normalized")
 NORMALIZED_BY = ("library_size", "model_genes")
+MAX_OFF = 0.02  # fraction of a cell's values that need not have a count behind them where genes have scales
 MAX_INEXACT = 0.01  # fraction of cells, such as those with few genes, whose counts need not be recovered exactly
 
 
@@ -54,7 +55,11 @@ class Counts:
         """Turn model values (cells, G) into values like those of the training data."""
         return values
 
-    def check_data(self, matrix: sp.csr_matrix, name: str) -> None:
+    def library_sizes(self, values: sp.csr_matrix) -> np.ndarray:
+        """Sum each cell's model values, shape (cells,), as its library size does over all genes."""
+        return row_sums(values)
+
+    def check_data(self, matrix: sp.csr_matrix, columns: np.ndarray | slice, name: str) -> None:
         """Raise ValueError for values of another kind; `name` is what the message calls them."""
 
 
@@ -82,38 +87,63 @@ class LogNormalized(Counts):
 
 @dataclass(frozen=True)
 class CountsBehindLogs(LogNormalized):
-    """Values are v = log1p(s k / d) of counts k, and the model sees k.
+    """Values are v = log(1 + s w_g k / d) of counts k, and the model sees k.
 
     Parameters
     ----------
     normalized_by
-        The divisor d is the cell's library size over all genes of the data ("library_size") or over those of the model
-        ("model_genes").
+        The divisor d is the cell's library size, the sum of w_g k, over all genes of the data ("library_size") or over
+        those of the model ("model_genes").
     normalized_to
         Library size s to which counts are scaled; equals `target_sum` if the data hold counts.
+    log_base
+        Base of the logarithm.
+    gene_scale
+        w_g of the model's genes, shape (G,), as one over the gene's length in TPM; empty if all are 1.
     """
 
     normalized_by: str = "library_size"
     normalized_to: float = 1e4
+    log_base: float = np.e
+    gene_scale: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def model_values(self, matrix, columns):  # noqa: D102
         if self.target_sum is None:
-            matrix, one_count, _ = recover_counts(matrix)
+            counts, one_count, _ = self._recover(matrix, columns)
             library_sizes = self.normalized_to / one_count
         else:
             library_sizes = row_sums(matrix)
-        counts = matrix[:, columns]
+            counts = matrix[:, columns]
         return counts, library_sizes if self.normalized_by == "library_size" else row_sums(counts)
 
     def restore(self, values, library_sizes):  # noqa: D102
         by_genes = self.normalized_by == "model_genes"
-        divisor = row_sums(values) if by_genes else np.asarray(library_sizes, np.float64)
-        scale = np.repeat(self.normalized_to / np.maximum(divisor, 1e-9), np.diff(values.indptr))
-        return _with_data(values, np.log1p(values.data * scale))
+        scaled = self._scale(values)
+        divisor = row_sums(scaled) if by_genes else np.asarray(library_sizes, np.float64)
+        scale = np.repeat(self.normalized_to / np.maximum(divisor, 1e-9), np.diff(scaled.indptr))
+        return _with_data(scaled, np.log1p(scaled.data * scale) / np.log(self.log_base))
 
-    def check_data(self, matrix, name):  # noqa: D102
-        if self.target_sum is None and (~recover_counts(matrix)[2]).mean() > MAX_INEXACT:
+    def library_sizes(self, values):  # noqa: D102
+        return row_sums(self._scale(values))
+
+    def check_data(self, matrix, columns, name):  # noqa: D102
+        if self.target_sum is None and (~self._recover(matrix, columns)[2]).mean() > MAX_INEXACT:
             raise ValueError(f"{name} is not log1p of scaled counts, as that of the training cells is.")
+
+    def _recover(
+        self, matrix: sp.csr_matrix, columns: np.ndarray | slice
+    ) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+        """[`recover_counts`] of the model's genes, with the help of all others unless genes have scales."""
+        if len(self.gene_scale):
+            return recover_counts(matrix[:, columns], self.log_base, self.gene_scale)
+        counts, one_count, exact = recover_counts(matrix, self.log_base)
+        return counts[:, columns], one_count, exact
+
+    def _scale(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        """Multiply counts (cells, G) by the scales of the genes."""
+        if not len(self.gene_scale):
+            return counts
+        return _with_data(counts, counts.data * self.gene_scale[counts.indices])
 
 
 @dataclass(frozen=True)
@@ -173,6 +203,8 @@ def choose_value_kind(
     normalized_to: float | None,
     value_step: float | None,
     value_min: np.ndarray,
+    log_base: float | None = None,
+    gene_scale: np.ndarray | None = None,
 ) -> Counts:
     """Choose the class for the settings of a processor.
 
@@ -194,12 +226,19 @@ def choose_value_kind(
         )
     if (normalized_by is None) != (normalized_to is None) or normalized_to is not None and not normalized_to > 0:
         raise ValueError(f"normalized_by={normalized_by!r} does not go with normalized_to={normalized_to}.")
+    gene_scale = np.empty(0) if gene_scale is None else gene_scale
+    if (log_base is not None or len(gene_scale)) and (normalized_by is None or target_sum is not None):
+        raise ValueError("log_base and gene_scale are for log-normalized values that have scaled counts behind them.")
+    if log_base is not None and not log_base > 1:
+        raise ValueError(f"log_base must be greater than 1, got {log_base}.")
+    if len(gene_scale) and not ((gene_scale > 0) & np.isfinite(gene_scale)).all():
+        raise ValueError("gene_scale must be positive and finite.")
     if value_step is not None and (value_space != "log_normalized" or normalized_by or not value_step > 0):
         raise ValueError(f"value_step={value_step} is for log-normalized values that are not scaled counts.")
     if zero and (normalized_by or value_step is not None):
         raise ValueError("zero_negation is for values that the model does not see as counts.")
     if normalized_by is not None and normalized_to is not None:
-        return CountsBehindLogs(0.0, target_sum, normalized_by, normalized_to)
+        return CountsBehindLogs(0.0, target_sum, normalized_by, normalized_to, log_base or np.e, gene_scale)
     if value_step is not None:
         return SteppedLogs(0.0, value_step, value_min)
     return Counts(zero) if value_space == "counts" else PlainLogs(zero, target_sum)
@@ -218,43 +257,80 @@ def normalize_log1p(counts: sp.csr_matrix, target_sum: float) -> sp.csr_matrix:
     return normalize_total(sp.csr_matrix(counts), target_sum).log1p()
 
 
-def recover_counts(values: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
-    """Find the counts behind log-normalized values `log1p(c x counts)`, where c differs between cells.
+def recover_counts(
+    values: sp.csr_matrix, log_base: float = np.e, gene_scale: np.ndarray | None = None
+) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Find the counts behind log-normalized values `log(1 + c_i w_g counts)`, where c differs between cells.
 
     The smallest value of a cell stands for one count (or two or three), all others for whole multiples.
 
     Parameters
     ----------
     values
-        Natural logarithms as scanpy's `normalize_total` and `log1p` give them, shape (cells, n_vars).
+        Logarithms, as scanpy's `normalize_total` and `log1p` give them, shape (cells, n_vars).
+    log_base
+        Base of the logarithms.
+    gene_scale
+        w of each gene, shape (n_vars,); `None` if all are 1.
 
     Returns
     -------
     Counts, shape (cells, n_vars); c of each cell, shape (cells,), infinite for an empty cell; and whether all values of
-    a cell are whole multiples, shape (cells,).
+    a cell (but `MAX_OFF` of them where genes have scales) are whole multiples, shape (cells,).
     """
-    values = sp.csr_matrix(values, dtype=np.float64).expm1()
+    values = sp.csr_matrix(values, dtype=np.float64, copy=True)
+    if log_base != np.e:
+        values.data *= np.log(log_base)
+    values = values.expm1()
     values.eliminate_zeros()
-    num_cells = values.shape[0]
-    rows = np.repeat(np.arange(num_cells), np.diff(values.indptr))
-    smallest = np.full(num_cells, np.inf)
-    np.minimum.at(smallest, rows, values.data)
-    one_count, exact = smallest.copy(), np.zeros(num_cells, dtype=bool)
-    for count_of_smallest in (1, 2, 3):
-        one_count[~exact] = smallest[~exact] / count_of_smallest
-        # The smallest value may be rounded; all values of up to 50 counts together are more precise.
-        multiples = values.data / one_count[rows]
-        few = multiples < 50
-        total = np.bincount(rows[few], values.data[few], num_cells)
-        count = np.bincount(rows[few], np.rint(multiples[few]), num_cells)
-        one_count = np.divide(total, count, out=one_count, where=count > 0)
-        multiples = values.data / one_count[rows]
-        off = np.abs(multiples - np.rint(multiples)) > 0.05 + 1e-3 * multiples  # for values of three decimals
-        exact = np.bincount(rows[off | (multiples > MAX_COUNT)], minlength=num_cells) == 0
-        if exact.all():
-            break
+    if gene_scale is not None:
+        values.data /= gene_scale[values.indices]
+    one_count, exact = find_units(values, max_off=0.0 if gene_scale is None else MAX_OFF)
+    multiples = values.data / np.repeat(one_count, np.diff(values.indptr))
     counts = sp.csr_matrix((np.maximum(np.rint(multiples), 1), values.indices, values.indptr), shape=values.shape)
     return counts, one_count, exact
+
+
+def find_units(values: sp.csr_matrix, max_smallest: int = 3, max_off: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Find the largest number of which a row's values are whole multiples, the smallest one at most `max_smallest`.
+
+    Parameters
+    ----------
+    values
+        Positive values, shape (rows, columns).
+    max_smallest
+        Largest multiple that the smallest value may be.
+    max_off
+        Share of a row's values that need not be whole multiples.
+
+    Returns
+    -------
+    The numbers, shape (rows,), infinite for an empty row; and whether the values of a row are whole multiples.
+    """
+    num_rows, sizes = values.shape[0], np.diff(values.indptr)
+    rows = np.repeat(np.arange(num_rows), sizes)
+    smallest = np.full(num_rows, np.inf)
+    np.minimum.at(smallest, rows, values.data)
+    unit, exact = smallest.copy(), np.zeros(num_rows, dtype=bool)
+    for multiple_of_smallest in range(1, max_smallest + 1):
+        unit[~exact] = smallest[~exact] / multiple_of_smallest
+        # The smallest value may be rounded; all values of up to 50 units together are more precise.
+        multiples = values.data / unit[rows]
+        few = multiples < 50
+        total = np.bincount(rows[few], values.data[few], num_rows)
+        count = np.bincount(rows[few], np.rint(multiples[few]), num_rows)
+        unit = np.divide(total, count, out=unit, where=count > 0)
+        exact = np.bincount(rows[~are_multiples(values, unit)], minlength=num_rows) <= max_off * sizes
+        if exact.all():
+            break
+    return unit, exact
+
+
+def are_multiples(values: sp.csr_matrix, unit: np.ndarray) -> np.ndarray:
+    """Tell which stored values are whole multiples of the unit of their row, shape (stored values,)."""
+    multiples = values.data / np.repeat(unit, np.diff(values.indptr))
+    near = np.abs(multiples - np.rint(multiples)) <= 0.05 + 1e-3 * multiples  # for values of three decimals
+    return near & (multiples <= MAX_COUNT)
 
 
 def row_sums(matrix: sp.csr_matrix) -> np.ndarray:

@@ -26,15 +26,18 @@ from scrdit_diffusers.values import normalize_log1p
         dict(flavor="cv", n_top_genes=30, value_space="log_normalized", target_sum=1e4),
         dict(n_top_genes=30, value_space="log_normalized", recover_counts=True),
         dict(n_top_genes=30, value_space="log_normalized", recover_counts=True, per_length=True),
+        dict(n_top_genes=30, value_space="log_normalized", recover_counts=True, noise=True),
     ],
-    ids=["counts", "some genes", "log-normalized", "counts behind them", "no counts behind them"],
+    ids=["counts", "some genes", "log-normalized", "counts behind them", "counts behind TPM", "no counts behind them"],
 )
 def test_chunks_give_the_processor_of_the_whole(counts, obs, kwargs):
     labels = ["cell_type", "batch"]
     kwargs = dict(kwargs)
     lengths = np.linspace(0.5, 3, counts.shape[1]) if kwargs.pop("per_length", False) else 1.0
+    noise = kwargs.pop("noise", False)
     if "recover_counts" in kwargs:
         counts = normalize_log1p(sp.csr_matrix(counts.multiply(1 / lengths)), 1e4)
+        counts.data *= np.random.default_rng(0).uniform(0.3, 1, counts.nnz) if noise else 1
     adata = ad.AnnData(counts, obs=obs.set_axis(obs.index.astype(str)), var=pd.DataFrame(index=names()))
     whole = SCRDiTProcessor.from_anndata(adata, labels, **kwargs)
     processor, _ = fit_chunks(chunked(counts, obs, 17), adata.var, labels, options=FitOptions(**kwargs))
@@ -45,6 +48,8 @@ def test_chunks_give_the_processor_of_the_whole(counts, obs, kwargs):
     assert (processor.normalized_by, processor.normalized_to) == (whole.normalized_by, whole.normalized_to)
     assert (processor.value_step is None) == (whole.value_step is None)
     assert np.array_equal(processor.value_min, whole.value_min)
+    assert np.array_equal(processor.gene_scale, whole.gene_scale)
+    assert (len(whole.gene_scale), len(whole.value_min)) == (30 * (np.ndim(lengths) > 0), 30 * noise)
     np.testing.assert_allclose(processor.mean, whole.mean, rtol=1e-12)
     np.testing.assert_allclose(processor.std, whole.std, rtol=1e-12)
 

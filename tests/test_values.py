@@ -7,6 +7,7 @@ import scipy.sparse as sp
 from made_cells import make_adata
 
 from scrdit_diffusers import SCRDiTProcessor
+from scrdit_diffusers.cells.scaling import find_scaling
 from scrdit_diffusers.values import normalize_log1p, recover_counts
 
 SEEDS = range(5)
@@ -71,17 +72,77 @@ def test_counts_are_recovered_where_no_gene_has_one_count(smallest):
     assert exact.all() and np.array_equal(recovered.toarray(), counts) and np.isinf(one_count[2])
 
 
-def per_length(counts, seed=0):
+def per_length(counts, seed=0, log_base=np.e):
     """Log-normalized counts per length of the gene, as TPM are, which are not scaled counts."""
     lengths = np.exp(np.random.default_rng(seed).normal(0, 0.7, counts.shape[1]))
-    return make_adata(normalize_log1p(sp.csr_matrix(counts.multiply(1 / lengths)), 1e5).astype(np.float32))
+    values = normalize_log1p(sp.csr_matrix(counts.multiply(1 / lengths)), 1e5) / np.log(log_base)
+    return make_adata(values.astype(np.float32))
+
+
+def estimated(counts, seed=0):
+    """TPM of counts that are no integers, as programs that share reads among genes give them."""
+    counts = counts.astype(np.float64)
+    counts.data *= np.random.default_rng(seed).lognormal(0, 0.2, counts.nnz)
+    return per_length(counts, seed)
 
 
 def test_values_that_are_not_scaled_counts_are_told():
     assert not recover_counts(per_length(few_counts()).X)[2].any()
 
 
-RECOVER = dict(value_space="log_normalized", recover_counts=True)
+@pytest.mark.parametrize("log_base", [np.e, 2, 10])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scales_of_genes_are_found(seed, log_base):
+    counts = few_counts(seed, num_cells=200, num_genes=300)
+    base, scale = find_scaling(per_length(counts, seed, log_base).X)
+    assert base == log_base
+    lengths = np.exp(np.random.default_rng(seed).normal(0, 0.7, 300))
+    right = np.isclose(scale * lengths, np.median(scale * lengths), rtol=1e-2)
+    assert right[counts.getnnz(axis=0) > 1].mean() > 0.99
+    recovered, _, exact = recover_counts(per_length(counts, seed, log_base).X, log_base, scale)
+    assert exact.all() and (recovered.data == counts.data).mean() > 0.99
+
+
+def test_logarithms_to_base_2_are_told_and_have_no_scales_of_genes():
+    values = scanpy_normalized(few_counts()).X
+    assert find_scaling(values) == (np.e, None) and find_scaling(values / np.log(2)) == (2, None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_scales_are_found_where_there_are_none(seed):
+    assert find_scaling(estimated(few_counts(seed, 200, 300), seed).X) is None
+
+
+@pytest.mark.parametrize("genes", [["g7", "g0", "g1"], None], ids=["some genes", "all genes"])
+def test_counts_behind_tpm_are_modeled_and_become_tpm_again(genes, tmp_path):
+    counts = few_counts(1, num_cells=200, num_genes=300)
+    adata = per_length(counts, log_base=2)
+    SCRDiTProcessor.from_anndata(adata, flavor="all", genes=genes, **RECOVER).save_pretrained(tmp_path)
+    processor = SCRDiTProcessor.from_pretrained(tmp_path)
+    assert (processor.log_base, processor.normalized_by) == (2, "library_size" if genes else "model_genes")
+    recovered, sizes = processor.get_counts(adata)
+    expected = counts[:, [7, 0, 1]] if genes else counts
+    assert (recovered.toarray() == expected.toarray()).mean() > 0.99
+    np.testing.assert_allclose(
+        processor.normalize(recovered, sizes).toarray(), adata[:, processor.var_names].X.toarray(), atol=0.02
+    )
+    with pytest.raises(ValueError, match=r"adata\.X .*log1p"):
+        processor.get_counts(estimated(counts))
+
+
+def test_a_gene_that_the_first_cells_lack_has_a_scale(monkeypatch):
+    monkeypatch.setattr("scrdit_diffusers.cells.fitting.SAMPLE_CELLS", 150)
+    counts = few_counts(1, num_cells=200, num_genes=300).tolil()
+    counts[:150, 9] = 0
+    counts[150:, 9] = 1
+    adata = per_length(sp.csr_matrix(counts))
+    processor = SCRDiTProcessor.from_anndata(adata, flavor="all", **RECOVER)
+    recovered, _ = processor.get_counts(adata)
+    assert np.array_equal(recovered[:, 9].toarray(), counts[:, 9].toarray())
+
+
+LOGS = dict(value_space="log_normalized")
+RECOVER = dict(LOGS, recover_counts=True)
 
 
 @pytest.mark.parametrize("genes", [["g7", "g0", "g1"], None], ids=["some genes", "all genes"])
@@ -117,11 +178,11 @@ def test_counts_are_recovered_from_genes_chosen_after_normalization():
 
 
 def test_values_that_are_not_scaled_counts_are_taken_as_fine_ones(caplog):
-    adata = per_length(few_counts())
+    adata = estimated(few_counts())
     processor = SCRDiTProcessor.from_anndata(adata, flavor="all", **RECOVER)
     assert processor.normalized_by is None and "log1p of scaled counts" in caplog.text
     counts, sizes = processor.get_counts(adata)
-    assert np.array_equal(sizes, counts.sum(axis=1).A1)
+    np.testing.assert_array_equal(sizes, counts.sum(axis=1).A1)
     values, back = adata.X.toarray(), processor.normalize(counts).toarray()
     assert np.array_equal(back > 0, values > 0)
     step = values[values > 0].std() / 15
@@ -159,6 +220,10 @@ def test_values_of_another_kind_are_refused():
         (dict(value_step=0.1), "value_step=0.1"),
         (dict(value_space="log_normalized", value_step=-1.0), "value_step=-1.0"),
         (dict(value_space="log_normalized", value_step=1.0, value_min=[0.1]), r"value_min .*\(1,\)"),
+        (dict(value_space="log_normalized", log_base=2), "^log_base"),
+        (dict(normalized_by="library_size", normalized_to=1.0, log_base=1) | LOGS, "^log_base .*1"),
+        (dict(normalized_by="library_size", normalized_to=1.0, gene_scale=[1.0]) | LOGS, r"gene_scale .*\(1,\)"),
+        (dict(normalized_by="library_size", normalized_to=1.0, gene_scale=[0.0]) | LOGS, "gene_scale must be positive"),
         (RECOVER | dict(zero_negation=True), "^zero_negation "),
     ],
 )

@@ -1,7 +1,8 @@
 """What a processor learns from training cells that need not fit in memory: genes, transform, labels, library sizes.
 
-Fitting takes two passes over the cells, and one more each for `flavor="seurat_v3"`, `recover_counts` and states. The
-first gives the moments from which genes are chosen; library sizes are those over the chosen genes and need the second.
+Fitting takes two passes over the cells, one more each for `flavor="seurat_v3"` and states, and one or two for
+`recover_counts`. The first gives the moments from which genes are chosen; library sizes are those over the chosen genes
+and need the second.
 """
 
 import logging
@@ -34,13 +35,14 @@ from scrdit_diffusers.checks import (
 )
 from scrdit_diffusers.launch import without_main_module
 from scrdit_diffusers.processing_scrdit import STATE_KEY, SCRDiTProcessor
-from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts, row_sums
+from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts
 
 from .anndata_builder import READ_ONLY
 from .damage import folder_of, reading
 from .gene_selection import GeneSelection
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
+from .scaling import SAMPLE_CELLS, find_scaling
 from .states import fit_states, with_states
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,8 @@ class FitOptions:
     recover_counts
         With "log_normalized": let the model see the counts behind the values, see `normalized_by` of
         [`SCRDiTProcessor`]. Where a cell's values are whole multiples of its smallest one (before log1p), as those of
-        `scanpy.pp.normalize_total` are, these are exact.
+        `scanpy.pp.normalize_total` are, these are exact. So they are for the most part where counts were divided by
+        the length of the gene as well, as in TPM, or the logarithm is to base 2 or 10.
 
     Raises
     ------
@@ -188,9 +191,10 @@ def fit_chunks(
     parts = [chunks] if callable(chunks) else list(chunks)
 
     # 1. What the values are, which genes and labels there are
-    space, value_min = _find_value_space(parts, name, len(var_names), options, map_parts)
+    space, of_genes = _find_value_space(parts, name, len(var_names), options, map_parts)
     preliminary = SCRDiTProcessor(**space)
-    preliminary.value_min = value_min  # of all genes
+    for setting, values in of_genes.items():
+        setattr(preliminary, setting, values)  # of all genes
     flavor = options.flavor if options.genes is None else "all"
     selection = GeneSelection(flavor, options.n_top_genes, len(var_names), options.expect_counts)
     seen = run_pass(_FirstPass(preliminary, selection, name, options.expect_counts, labels_key), parts, map_parts)
@@ -201,7 +205,7 @@ def fit_chunks(
         columns = seen.selection.select(parts, map_parts)
     else:
         raise ValueError("All genes are zero in every training cell: there is nothing to learn.")
-    if len(value_min):
+    if "value_min" in of_genes:
         logger.warning("%s does not look like log1p of scaled counts; pass raw counts if you have them.", name)
 
     # 2. The transform
@@ -213,7 +217,7 @@ def fit_chunks(
         mean=moments.mean[columns] + zero if options.standardize else np.zeros(len(columns)),
         std=np.maximum(std, options.min_std) if options.standardize else np.ones(len(columns)),
         **space,
-        value_min=value_min[columns] if len(value_min) else (),
+        **{setting: values[columns] for setting, values in of_genes.items()},
         gene_ids=None if gene_ids is None else [gene_ids[column] for column in columns],
         condition_keys=labels_key,
         condition_categories=[label_categories(seen.labels, key, moments.num_cells) for key in labels_key],
@@ -241,20 +245,24 @@ def fit_chunks(
 
 def _find_value_space(
     parts: Sequence[Chunks], name: str, num_vars: int, options: FitOptions, map_parts: Callable[..., Iterable[Any]]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Find the settings of the processor that say what values are, and the smallest value of each gene if needed."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Find the settings of the processor that say what values are, and those of them that all genes have."""
     names = ("value_space", "target_sum", "zero_negation", "zero_value", "zero_threshold")
     space: dict[str, Any] = {field: getattr(options, field) for field in names}
     if not options.recover_counts or options.value_space != "log_normalized":
-        return space, np.empty(0)
+        return space, {}
     if options.target_sum is not None:
-        return space | dict(normalized_by="library_size", normalized_to=options.target_sum), np.empty(0)
-    found = run_pass(_Normalization(name, num_vars), parts, map_parts)
+        return space | dict(normalized_by="library_size", normalized_to=options.target_sum), {}
+    found = seen = run_pass(_Normalization(name, num_vars), parts, map_parts)
+    if found.library_size() is None and (scaling := find_scaling(seen.sample())):
+        found = run_pass(_Normalization(name, num_vars, *scaling), parts, map_parts)
     library_size = found.library_size()
     if library_size is not None:
-        return space | dict(normalized_by="library_size", normalized_to=library_size), np.empty(0)
-    smallest = np.where(np.isfinite(found.smallest), found.smallest, 0.0)
-    return space | dict(value_step=found.value_step()), smallest
+        space |= dict(normalized_by="library_size", normalized_to=library_size)
+        space |= {} if found.log_base == np.e else dict(log_base=found.log_base)
+        return space, found.scales_of_all_genes()
+    smallest = np.where(np.isfinite(seen.smallest), seen.smallest, 0.0)
+    return space | dict(value_step=seen.value_step()), {"value_min": smallest}
 
 
 def ignore_overflow() -> np.errstate:
@@ -335,7 +343,8 @@ class _SecondPass:
         counts = library_sizes = None
         if self.moments.counts:
             counts, library_sizes = self.processor.select_counts(matrix, self.columns)
-            self.no_other_genes = self.no_other_genes and np.allclose(row_sums(counts), library_sizes, rtol=1e-3)
+            of_model = self.processor.value_kind.library_sizes(counts)
+            self.no_other_genes = self.no_other_genes and np.allclose(of_model, library_sizes, rtol=1e-3)
             obs = self.processor.add_states(obs, counts)
         self.moments.update(counts, self.processor.encode_labels(obs), library_sizes)
 
@@ -346,13 +355,25 @@ class _SecondPass:
 
 
 class _Normalization:
-    """How log-normalized values were made from counts, and what else is known about positive ones."""
+    """How log-normalized values were made from counts, and what else is known about positive ones.
 
-    def __init__(self, name: str, num_vars: int):
-        self.name = name
+    Parameters
+    ----------
+    name
+        What to call the values in messages.
+    num_vars
+        Number of genes of the data.
+    log_base, gene_scale
+        How values may have been made, see [`find_scaling`].
+    """
+
+    def __init__(self, name: str, num_vars: int, log_base: float = np.e, gene_scale: np.ndarray | None = None):
+        self.name, self.log_base, self.gene_scale = name, log_base, gene_scale
         self.num_cells = self.num_exact = self.num_positive = 0
         self.total = self.sum = self.squares = 0.0
         self.smallest = np.full(num_vars, np.inf)
+        self.smallest_scale = np.full(num_vars, np.inf)  # of genes whose scale is not known
+        self.first: list[sp.csr_matrix] = []  # some cells
 
     def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
         """Take in more cells."""
@@ -360,19 +381,51 @@ class _Normalization:
         positive = matrix.data > 0
         values = matrix.data[positive].astype(np.float64)
         with ignore_overflow():
-            self.num_exact += int(recover_counts(matrix)[2].sum())
-            self.total += np.expm1(values).sum()
+            self.num_exact += int(self._find_exact(matrix).sum())
+            self.total += np.expm1(values * np.log(self.log_base)).sum()
         self.num_cells += matrix.shape[0]
         self.num_positive += len(values)
         self.sum += values.sum()
         self.squares += (values**2).sum()
         np.minimum.at(self.smallest, matrix.indices[positive], values)
+        self._keep([matrix])
+
+    def _find_exact(self, matrix: sp.csr_matrix) -> np.ndarray:
+        """Find the cells whose values have counts behind them, shape (cells,)."""
+        if self.gene_scale is None:
+            return recover_counts(matrix, self.log_base)[2]
+        known = np.isfinite(self.gene_scale)
+        _, one_count, exact = recover_counts(matrix[:, known], self.log_base, self.gene_scale[known])
+        others = sp.csr_matrix(matrix[:, ~known], dtype=np.float64)
+        scales = np.expm1(others.data * np.log(self.log_base)) / np.repeat(one_count, np.diff(others.indptr))
+        np.minimum.at(self.smallest_scale, np.flatnonzero(~known)[others.indices[scales > 0]], scales[scales > 0])
+        return exact
+
+    def _keep(self, matrices: Sequence[sp.csr_matrix]) -> None:
+        """Keep cells until there are enough."""
+        for matrix in matrices:
+            missing = SAMPLE_CELLS - sum(kept.shape[0] for kept in self.first)
+            if missing > 0:
+                self.first.append(matrix[:missing])
 
     def merge(self, other: "_Normalization") -> None:
         """Take in the cells of another one."""
         for name in ("num_cells", "num_exact", "num_positive", "total", "sum", "squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         np.minimum(self.smallest, other.smallest, out=self.smallest)
+        np.minimum(self.smallest_scale, other.smallest_scale, out=self.smallest_scale)
+        self._keep(other.first)
+
+    def sample(self) -> sp.csr_matrix:
+        """Values of the first cells, shape (cells, n_vars)."""
+        return sp.vstack(self.first or [sp.csr_matrix((0, len(self.smallest)))], format="csr")
+
+    def scales_of_all_genes(self) -> dict[str, np.ndarray]:
+        """`gene_scale`, shape (n_vars,), if there are; where the sample has none, the smallest value is one count."""
+        if self.gene_scale is None:
+            return {}
+        scale = np.where(np.isfinite(self.gene_scale), self.gene_scale, self.smallest_scale)
+        return {"gene_scale": np.where(np.isfinite(scale), scale, 1.0)}
 
     def library_size(self) -> float | None:
         """Library size to which counts were scaled; `None` where there are no scaled counts."""
