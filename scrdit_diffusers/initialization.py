@@ -16,7 +16,6 @@ from .transformer_scrdit import SCRDiTTransformer
 EXACT_COUNTS = 12  # counts up to this have their own bins, larger ones share bins that grow by BIN_RATIO
 BIN_RATIO = 1.12
 MAX_OVERSHOOT = 1.3  # largest count of a gene over its largest training count
-FEW_CELLS = 200  # training cells, below which training alone does not teach the labels
 SCORING_STEPS = 50  # after which 0.5% to 4% of the log fold changes would still move by 0.1
 GROUP_BINS = (4, 6, 9, 13, 20, 32, 48)  # genes with similar numbers of bins are computed together
 

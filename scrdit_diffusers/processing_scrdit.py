@@ -22,6 +22,7 @@ from .values import Counts, choose_value_kind, normalize_log1p
 logger = logging.getLogger(__name__)
 
 RARE_LABEL_CELLS = 30  # labels with fewer training cells may give poor cells
+FEW_CELLS = 200  # training cells, below which training alone does not teach the labels
 MAX_LOG_LIBRARY_SIZE = 30  # e^30 = 10^13 counts
 STATE_KEY = "scrdit_state"  # the condition that groups of similar training cells are
 ZERO_TOLERANCE = 1e-6  # largest error of an exact zero after standardizing and back

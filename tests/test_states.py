@@ -13,7 +13,7 @@ from made_cells import blood_cells, chunked
 
 from scrdit_diffusers import SCRDiTDenoisePipeline, SCRDiTPipeline, SCRDiTProcessor
 from scrdit_diffusers.cells.fitting import FitOptions, fit_chunks
-from scrdit_diffusers.cells.states import choose_num_states, find_states
+from scrdit_diffusers.cells.states import MIN_STATE_CELLS, choose_num_states, find_states
 from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS, STATE_KEY
 
 
@@ -52,8 +52,11 @@ def test_states_are_drawn_as_often_as_with_each_label(grouped):
     assert sorted(np.unique(codes[:, 1], return_counts=True)[1]) == [50, 60]
 
 
-def test_small_groups_join_others(grouped, caplog):
-    few = grouped[np.r_[0:60, 60:110, 110 : 110 + RARE_LABEL_CELLS - 1]].copy()
+@pytest.mark.parametrize("smallest", [MIN_STATE_CELLS, RARE_LABEL_CELLS], ids=["few cells", "many cells"])
+def test_small_groups_join_others(grouped, smallest, caplog):
+    others = np.tile(np.r_[0:110], 2 if smallest > MIN_STATE_CELLS else 1)
+    few = grouped[np.r_[others, 110 : 110 + smallest - 1]]
+    few = ad.AnnData(few.X, var=few.var)
     processor = SCRDiTProcessor.from_anndata(few, flavor="all", num_states=3)
     assert "2 states instead of 3" in caplog.text
     assert len(processor.state_profiles) == 2 and sum(row[-1] for row in processor.composition) == few.n_obs
@@ -83,7 +86,9 @@ def test_given_states_are_kept(grouped):
     assert processor.add_states(obs, sp.csr_matrix(grouped.X)) is obs
 
 
-@pytest.mark.parametrize("num_cells, expected", [(199, 0), (200, 4), (640, 6), (2300, 12), (10**6, 20)])
+@pytest.mark.parametrize(
+    "num_cells, expected", [(31, 0), (32, 2), (199, 12), (200, 4), (640, 6), (2300, 12), (10**6, 20)]
+)
 def test_the_number_of_states_grows_with_the_cells(num_cells, expected):
     assert choose_num_states(num_cells) == expected
 

@@ -80,7 +80,8 @@ class TrainingArguments:
     num_states: int | None = arg(
         None,
         "Groups of similar cells to find as one more condition, drawn with the labels. If not given: without labels, "
-        "a quarter of the root of the number of cells, at most 20; with labels, or of fewer than 200 cells, none.",
+        "a quarter of the root of the number of cells, at most 20, and one for 16 of fewer than 200 cells; with labels "
+        "none.",
     )
     layer: str | None = arg(None, "Layer that holds the values; X if not given.")
     value_space: str | None = recipe_arg(

@@ -61,10 +61,9 @@ from scrdit_diffusers import (
 from scrdit_diffusers.atomic import LOCK_NAME, delete_folder, lock_folder, write_into
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.evaluation import model_card
-from scrdit_diffusers.initialization import FEW_CELLS
 from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
-from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS
+from scrdit_diffusers.processing_scrdit import FEW_CELLS, RARE_LABEL_CELLS, STATE_KEY
 from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 logger = logging.getLogger("train")
@@ -374,7 +373,8 @@ def report_plan(
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
     for key, numbers in (processor.label_counts if processor.composition else {}).items():
-        if rare := {name: number for name, number in numbers.items() if number < RARE_LABEL_CELLS}:
+        rare = {name: number for name, number in numbers.items() if number < RARE_LABEL_CELLS}
+        if rare and key != STATE_KEY:
             logger.warning(f"Few training cells for some of {key}, so cells generated for these may be poor: {rare}")
     logger.info(
         f"{settings.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "

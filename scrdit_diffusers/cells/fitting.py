@@ -48,7 +48,7 @@ from .states import fit_states, with_states
 logger = logging.getLogger(__name__)
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-FIT_VERSION = 1  # increased when fitting changes, to invalidate earlier caches
+FIT_VERSION = 2  # increased when fitting changes, to invalidate earlier caches
 ROWS_PER_PART = 10**6  # of a dataset, whose parts are gone through separately to learn from them
 LIBRARY_SIZE_QUANTILES = 21
 STEPS_PER_STD = 15  # for log-normalized values that are not scaled counts, and are counted in steps

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scrdit_diffusers.processing_scrdit import RARE_LABEL_CELLS, STATE_KEY, SCRDiTProcessor
+from scrdit_diffusers.processing_scrdit import FEW_CELLS, RARE_LABEL_CELLS, STATE_KEY, SCRDiTProcessor
 from scrdit_diffusers.values import normalize_log1p, row_sums
 
 from .moments import Chunks, run_pass
@@ -16,14 +16,23 @@ from .moments import Chunks, run_pass
 logger = logging.getLogger(__name__)
 
 MAX_STATES = 20
-MIN_GROUPED_CELLS = 200  # training cells, for groups that were not asked for
+MIN_GROUPED_CELLS = 32  # training cells, for groups that were not asked for
+CELLS_PER_STATE = 16  # of few cells, whose labels and states have a prior of their own
+MIN_STATE_CELLS = 6  # likewise
 NUM_COMPONENTS = 20  # principal components in which cells are grouped
 MAX_GROUPED_CELLS = 20_000  # cells in which groups are found; further ones only join them
 
 
 def choose_num_states(num_cells: int) -> int:
-    """Choose how many groups to find among training cells; 0 for so few cells that groups would be memorized."""
-    return min(MAX_STATES, round(num_cells**0.5 / 4)) if num_cells >= MIN_GROUPED_CELLS else 0
+    """Choose how many groups to find among training cells; 0 where there are hardly any."""
+    if num_cells < FEW_CELLS:
+        return num_cells // CELLS_PER_STATE if num_cells >= MIN_GROUPED_CELLS else 0
+    return min(MAX_STATES, round(num_cells**0.5 / 4))
+
+
+def min_state_cells(num_cells: int) -> int:
+    """Smallest number of training cells of a state; the cells of smaller ones join others: they would be memorized."""
+    return MIN_STATE_CELLS if num_cells < FEW_CELLS else RARE_LABEL_CELLS
 
 
 class StateCells:
@@ -82,7 +91,7 @@ def find_states(log_values: sp.csr_matrix, num_states: int, seed: int = 0) -> np
     sizes = np.bincount(groups)
     members = sp.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))))
     profiles = (members @ log_values).toarray() / sizes[:, None]
-    large = sizes >= RARE_LABEL_CELLS  # the cells of smaller ones join others: they would be memorized
+    large = sizes >= min_state_cells(log_values.shape[0])
     return profiles[large] if large.sum() > 1 else profiles[:0]
 
 
@@ -129,7 +138,7 @@ def fit_states(
                 "%d states instead of %d: the other groups have fewer than %d cells.",
                 len(profiles),
                 asked_for,
-                RARE_LABEL_CELLS,
+                min_state_cells(num_cells),
             )
     else:
         return
