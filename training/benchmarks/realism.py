@@ -109,6 +109,7 @@ CASES = [
         Case("labels", f"{name}, {what}", file, **options, num_seeds=2, **more)
         for name, file, more in (
             ("blood cells", BLOOD, {}),
+            ("blood cells (3k)", "pbmc3k_seurat.h5ad", {}),
             ("blood cells of eight donors", DONORS, {"max_cells": 1000}),
             ("blood cells of four datasets", COMPOSITE, {k: v for k, v in COARSE.items() if k != "labels_key"}),
             ("lung lines", LUNG, {"only": SINGLETS}),
