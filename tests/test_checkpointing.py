@@ -176,7 +176,7 @@ def test_full_disk_at_the_end_leaves_the_pipeline_before(train_here, trained, da
     assert re.search(r"Could not write the pipeline to .*checkpoint-8 is whole; make room", told)
     assert read_pipeline(tmp_path / "run") == before
     train_here(dataset, tmp_path / "run", "--resume_from_checkpoint", "latest")
-    assert not SCRDiTPipeline.from_pretrained(tmp_path / "run").processor.conditions
+    assert not SCRDiTPipeline.from_pretrained(tmp_path / "run").processor.labels_keys
 
 
 def overwrite_until_killed(train_script, moment, dataset, output_dir):
@@ -201,7 +201,7 @@ def test_no_pipeline_has_the_weights_of_one_run_and_the_labels_of_another(
     with pytest.raises(OSError, match="--resume_from_checkpoint latest"):
         SCRDiTPipeline.from_pretrained(output_dir)
     train_here(dataset, output_dir, "--resume_from_checkpoint", "latest")
-    assert not SCRDiTPipeline.from_pretrained(output_dir).processor.conditions
+    assert not SCRDiTPipeline.from_pretrained(output_dir).processor.labels_keys
     assert {path.name for path in output_dir.iterdir() if path.is_dir()} == {
         *("checkpoint-6", "checkpoint-8", "logs", "processor", "samples", "scheduler", "transformer")
     }
