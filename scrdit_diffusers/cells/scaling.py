@@ -7,7 +7,7 @@ from scrdit_diffusers.values import MAX_INEXACT, MAX_OFF, are_multiples, find_un
 
 LOG_BASES = (np.e, 2.0, 10.0)
 MAX_LOG = 50  # of any value
-SAMPLE_CELLS = 2000  # are enough
+SAMPLE_CELLS, SAMPLE_VALUES = 2000, 2_000_000  # are enough
 MAX_SMALLEST = 20  # counts of a gene in the cell that has fewest of it
 MAX_ROUNDS = 4
 MIN_NEAR = 0.5  # share of whole multiples in the first round; one in ten is by chance
@@ -31,6 +31,7 @@ def find_scaling(values: sp.csr_matrix) -> tuple[float, np.ndarray | None] | Non
     """
     values = sp.csr_matrix(values, dtype=np.float64, copy=True)
     values.eliminate_zeros()
+    values = values[: max(np.searchsorted(values.indptr, SAMPLE_VALUES), 2)]
     if not values.nnz or values.max() > MAX_LOG:
         return None
     for log_base in LOG_BASES:
