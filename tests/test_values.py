@@ -131,7 +131,7 @@ def test_counts_behind_tpm_are_modeled_and_become_tpm_again(genes, tmp_path):
 
 
 def test_a_gene_that_the_first_cells_lack_has_a_scale(monkeypatch):
-    monkeypatch.setattr("scrdit_diffusers.cells.fitting.SAMPLE_CELLS", 150)
+    monkeypatch.setattr("scrdit_diffusers.cells.scaling.SAMPLE_CELLS", 150)
     counts = few_counts(1, num_cells=200, num_genes=300).tolil()
     counts[:150, 9] = 0
     counts[150:, 9] = 1

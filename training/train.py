@@ -63,7 +63,7 @@ from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
-from scrdit_diffusers.processing_scrdit import FEW_CELLS, RARE_LABEL_CELLS, STATE_KEY
+from scrdit_diffusers.processing_scrdit import FEW_CELLS, RARE_LABEL_CELLS
 from scrdit_diffusers.schedulers import FAST_TIMESTEPS
 
 logger = logging.getLogger("train")
@@ -372,9 +372,9 @@ def report_plan(
         f"{cells.num_train} training and {cells.num_val} held-out cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
-    for key, numbers in (processor.label_counts if processor.composition else {}).items():
-        rare = {name: number for name, number in numbers.items() if number < RARE_LABEL_CELLS}
-        if rare and key != STATE_KEY:
+    label_counts = processor.label_counts
+    for key in processor.labels_keys if processor.composition else []:
+        if rare := {name: number for name, number in label_counts[key].items() if number < RARE_LABEL_CELLS}:
             logger.warning(f"Few training cells for some of {key}, so cells generated for these may be poor: {rare}")
     logger.info(
         f"{settings.preset}: {model.num_parameters() / 1e6:.2f} M parameters, {model.num_patches} tokens, "

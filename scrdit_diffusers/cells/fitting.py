@@ -35,14 +35,14 @@ from scrdit_diffusers.checks import (
 )
 from scrdit_diffusers.launch import without_main_module
 from scrdit_diffusers.processing_scrdit import STATE_KEY, SCRDiTProcessor
-from scrdit_diffusers.values import MAX_INEXACT, VALUE_SPACES, recover_counts
+from scrdit_diffusers.values import VALUE_SPACES
 
 from .anndata_builder import READ_ONLY
 from .damage import folder_of, reading
 from .gene_selection import GeneSelection
 from .layout import VALUE_COLUMNS, iterate_rows, rows_to_matrix, rows_to_obs, token_positions
 from .moments import ROWS_PER_UPDATE, CellMoments, Chunks, GeneMoments, run_pass
-from .scaling import SAMPLE_CELLS, find_scaling
+from .scaling import Normalization, find_scaling, ignore_overflow
 from .states import fit_states, with_states
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 FIT_VERSION = 2  # increased when fitting changes, to invalidate earlier caches
 ROWS_PER_PART = 10**6  # of a dataset, whose parts are gone through separately to learn from them
 LIBRARY_SIZE_QUANTILES = 21
-STEPS_PER_STD = 15  # for log-normalized values that are not scaled counts, and are counted in steps
 
 
 @dataclass(frozen=True)
@@ -253,9 +252,9 @@ def _find_value_space(
         return space, {}
     if options.target_sum is not None:
         return space | dict(normalized_by="library_size", normalized_to=options.target_sum), {}
-    found = seen = run_pass(_Normalization(name, num_vars), parts, map_parts)
+    found = seen = run_pass(Normalization(name, num_vars), parts, map_parts)
     if found.library_size() is None and (scaling := find_scaling(seen.sample())):
-        found = run_pass(_Normalization(name, num_vars, *scaling), parts, map_parts)
+        found = run_pass(Normalization(name, num_vars, *scaling), parts, map_parts)
     library_size = found.library_size()
     if library_size is not None:
         space |= dict(normalized_by="library_size", normalized_to=library_size)
@@ -263,11 +262,6 @@ def _find_value_space(
         return space, found.scales_of_all_genes()
     smallest = np.where(np.isfinite(seen.smallest), seen.smallest, 0.0)
     return space | dict(value_step=seen.value_step()), {"value_min": smallest}
-
-
-def ignore_overflow() -> np.errstate:
-    """Let sums overflow: those of counts that were taken for logarithms, which are refused at the end of the pass."""
-    return np.errstate(over="ignore", invalid="ignore")
 
 
 class _FirstPass:
@@ -352,92 +346,6 @@ class _SecondPass:
         """Take in the cells of another one."""
         self.moments.merge(other.moments)
         self.no_other_genes = self.no_other_genes and other.no_other_genes
-
-
-class _Normalization:
-    """How log-normalized values were made from counts, and what else is known about positive ones.
-
-    Parameters
-    ----------
-    name
-        What to call the values in messages.
-    num_vars
-        Number of genes of the data.
-    log_base, gene_scale
-        How values may have been made, see [`find_scaling`].
-    """
-
-    def __init__(self, name: str, num_vars: int, log_base: float = np.e, gene_scale: np.ndarray | None = None):
-        self.name, self.log_base, self.gene_scale = name, log_base, gene_scale
-        self.num_cells = self.num_exact = self.num_positive = 0
-        self.total = self.sum = self.squares = 0.0
-        self.smallest = np.full(num_vars, np.inf)
-        self.smallest_scale = np.full(num_vars, np.inf)  # of genes whose scale is not known
-        self.first: list[sp.csr_matrix] = []  # some cells
-
-    def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
-        """Take in more cells."""
-        check_values(matrix, self.name, expect_counts=False)
-        positive = matrix.data > 0
-        values = matrix.data[positive].astype(np.float64)
-        with ignore_overflow():
-            self.num_exact += int(self._find_exact(matrix).sum())
-            self.total += np.expm1(values * np.log(self.log_base)).sum()
-        self.num_cells += matrix.shape[0]
-        self.num_positive += len(values)
-        self.sum += values.sum()
-        self.squares += (values**2).sum()
-        np.minimum.at(self.smallest, matrix.indices[positive], values)
-        self._keep([matrix])
-
-    def _find_exact(self, matrix: sp.csr_matrix) -> np.ndarray:
-        """Find the cells whose values have counts behind them, shape (cells,)."""
-        if self.gene_scale is None:
-            return recover_counts(matrix, self.log_base)[2]
-        known = np.isfinite(self.gene_scale)
-        _, one_count, exact = recover_counts(matrix[:, known], self.log_base, self.gene_scale[known])
-        others = sp.csr_matrix(matrix[:, ~known], dtype=np.float64)
-        scales = np.expm1(others.data * np.log(self.log_base)) / np.repeat(one_count, np.diff(others.indptr))
-        np.minimum.at(self.smallest_scale, np.flatnonzero(~known)[others.indices[scales > 0]], scales[scales > 0])
-        return exact
-
-    def _keep(self, matrices: Sequence[sp.csr_matrix]) -> None:
-        """Keep cells until there are enough."""
-        for matrix in matrices:
-            missing = SAMPLE_CELLS - sum(kept.shape[0] for kept in self.first)
-            if missing > 0:
-                self.first.append(matrix[:missing])
-
-    def merge(self, other: "_Normalization") -> None:
-        """Take in the cells of another one."""
-        for name in ("num_cells", "num_exact", "num_positive", "total", "sum", "squares"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        np.minimum(self.smallest, other.smallest, out=self.smallest)
-        np.minimum(self.smallest_scale, other.smallest_scale, out=self.smallest_scale)
-        self._keep(other.first)
-
-    def sample(self) -> sp.csr_matrix:
-        """Values of the first cells, shape (cells, n_vars)."""
-        return sp.vstack(self.first or [sp.csr_matrix((0, len(self.smallest)))], format="csr")
-
-    def scales_of_all_genes(self) -> dict[str, np.ndarray]:
-        """`gene_scale`, shape (n_vars,), if there are; where the sample has none, the smallest value is one count."""
-        if self.gene_scale is None:
-            return {}
-        scale = np.where(np.isfinite(self.gene_scale), self.gene_scale, self.smallest_scale)
-        return {"gene_scale": np.where(np.isfinite(scale), scale, 1.0)}
-
-    def library_size(self) -> float | None:
-        """Library size to which counts were scaled; `None` where there are no scaled counts."""
-        if self.num_cells - self.num_exact > MAX_INEXACT * self.num_cells or not self.total:
-            return None
-        return float(f"{self.total / self.num_cells:.6g}")  # 10,000 and not 9,999.9997
-
-    def value_step(self) -> float:
-        """Choose a fine step of positive values."""
-        number = max(self.num_positive, 1)
-        variance = self.squares / number - (self.sum / number) ** 2
-        return float(np.sqrt(variance)) / STEPS_PER_STD if variance > 1e-12 else 1.0
 
 
 @dataclass(frozen=True)

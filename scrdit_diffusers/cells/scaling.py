@@ -1,10 +1,15 @@
 """How log-normalized values were made from counts: base of the logarithm, and scales of genes such as those of TPM."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
+from scrdit_diffusers.checks import check_values
 from scrdit_diffusers.values import MAX_INEXACT, MAX_OFF, are_multiples, find_units, recover_counts
 
+STEPS_PER_STD = 15  # for log-normalized values that are not scaled counts, and are counted in steps
 LOG_BASES = (np.e, 2.0, 10.0)
 MAX_LOG = 50  # of any value
 SAMPLE_CELLS, SAMPLE_VALUES = 2000, 2_000_000  # are enough
@@ -14,6 +19,97 @@ MIN_NEAR = 0.5  # share of whole multiples in the first round; one in ten is by 
 MIN_SHARED = 3  # genes of a cell that agree on its scale
 MIN_MULTIPLES = 100  # values above one count, without which nothing is known
 SAME_RATIO = 1e-3  # largest difference of the logarithms of equal ratios, for values of three decimals
+
+
+def ignore_overflow() -> np.errstate:
+    """Let sums overflow: those of counts that were taken for logarithms, which are refused at the end of the pass."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+class Normalization:
+    """How log-normalized values were made from counts, and what else is known about positive ones.
+
+    Parameters
+    ----------
+    name
+        What to call the values in messages.
+    num_vars
+        Number of genes of the data.
+    log_base, gene_scale
+        How values may have been made, see [`find_scaling`].
+    """
+
+    def __init__(self, name: str, num_vars: int, log_base: float = np.e, gene_scale: np.ndarray | None = None):
+        self.name, self.log_base, self.gene_scale = name, log_base, gene_scale
+        self.num_cells = self.num_exact = self.num_positive = 0
+        self.total = self.sum = self.squares = 0.0
+        self.smallest = np.full(num_vars, np.inf)
+        self.smallest_scale = np.full(num_vars, np.inf)  # of genes whose scale is not known
+        self.first: list[sp.csr_matrix] = []  # some cells
+
+    def update(self, matrix: sp.csr_matrix, obs: pd.DataFrame) -> None:
+        """Take in more cells."""
+        check_values(matrix, self.name, expect_counts=False)
+        positive = matrix.data > 0
+        values = matrix.data[positive].astype(np.float64)
+        with ignore_overflow():
+            self.num_exact += int(self._find_exact(matrix).sum())
+            self.total += np.expm1(values * np.log(self.log_base)).sum()
+        self.num_cells += matrix.shape[0]
+        self.num_positive += len(values)
+        self.sum += values.sum()
+        self.squares += (values**2).sum()
+        np.minimum.at(self.smallest, matrix.indices[positive], values)
+        self._keep([matrix])
+
+    def _find_exact(self, matrix: sp.csr_matrix) -> np.ndarray:
+        """Find the cells whose values have counts behind them, shape (cells,)."""
+        if self.gene_scale is None:
+            return recover_counts(matrix, self.log_base)[2]
+        known = np.isfinite(self.gene_scale)
+        _, one_count, exact = recover_counts(matrix[:, known], self.log_base, self.gene_scale[known])
+        others = sp.csr_matrix(matrix[:, ~known], dtype=np.float64)
+        scales = np.expm1(others.data * np.log(self.log_base)) / np.repeat(one_count, np.diff(others.indptr))
+        np.minimum.at(self.smallest_scale, np.flatnonzero(~known)[others.indices[scales > 0]], scales[scales > 0])
+        return exact
+
+    def _keep(self, matrices: Sequence[sp.csr_matrix]) -> None:
+        """Keep cells until there are enough."""
+        for matrix in matrices:
+            missing = SAMPLE_CELLS - sum(kept.shape[0] for kept in self.first)
+            if missing > 0:
+                self.first.append(matrix[:missing])
+
+    def merge(self, other: "Normalization") -> None:
+        """Take in the cells of another one."""
+        for name in ("num_cells", "num_exact", "num_positive", "total", "sum", "squares"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        np.minimum(self.smallest, other.smallest, out=self.smallest)
+        np.minimum(self.smallest_scale, other.smallest_scale, out=self.smallest_scale)
+        self._keep(other.first)
+
+    def sample(self) -> sp.csr_matrix:
+        """Values of the first cells, shape (cells, n_vars)."""
+        return sp.vstack(self.first or [sp.csr_matrix((0, len(self.smallest)))], format="csr")
+
+    def scales_of_all_genes(self) -> dict[str, np.ndarray]:
+        """`gene_scale`, shape (n_vars,), if there are; where the sample has none, the smallest value is one count."""
+        if self.gene_scale is None:
+            return {}
+        scale = np.where(np.isfinite(self.gene_scale), self.gene_scale, self.smallest_scale)
+        return {"gene_scale": np.where(np.isfinite(scale), scale, 1.0)}
+
+    def library_size(self) -> float | None:
+        """Library size to which counts were scaled; `None` where there are no scaled counts."""
+        if self.num_cells - self.num_exact > MAX_INEXACT * self.num_cells or not self.total:
+            return None
+        return float(f"{self.total / self.num_cells:.6g}")  # 10,000 and not 9,999.9997
+
+    def value_step(self) -> float:
+        """Choose a fine step of positive values."""
+        number = max(self.num_positive, 1)
+        variance = self.squares / number - (self.sum / number) ** 2
+        return float(np.sqrt(variance)) / STEPS_PER_STD if variance > 1e-12 else 1.0
 
 
 def find_scaling(values: sp.csr_matrix) -> tuple[float, np.ndarray | None] | None:
@@ -71,10 +167,9 @@ def find_gene_scale(scaled: sp.csr_matrix) -> np.ndarray | None:
         values = scaled[:, found]
         values.data /= gene_scale[found][values.indices]
         before, cell_scale = cell_scale, _find_large_units(values)
-        multiples = values.data / np.repeat(cell_scale, np.diff(values.indptr))
-        counts = np.rint(multiples)
+        counts = np.rint(values.data / np.repeat(cell_scale, np.diff(values.indptr)))
         telling = (counts > 1) & (counts < 50)  # the smallest value of a gene is always one count
-        near = np.abs(multiples - counts)[telling] <= 0.05 + 1e-3 * counts[telling]
+        near = are_multiples(values, cell_scale)[telling]
         if len(near) < MIN_MULTIPLES or near.mean() < MIN_NEAR:
             return None
         if np.allclose(cell_scale, before, rtol=0.1):
