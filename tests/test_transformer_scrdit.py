@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins, fit_preset
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
-from scrdit_diffusers.transformer_scrdit import SCRDiTPerPatchLinear, SCRDiTTransformerBlock, SCRDiTTransformerOutput
+from scrdit_diffusers.transformer_scrdit import (
+    ATTENTION_BY_PRODUCTS,
+    SCRDiTPerPatchLinear,
+    SCRDiTTransformerBlock,
+    SCRDiTTransformerOutput,
+    attend,
+)
 
 PATCH_EMBED_TYPES = ("per_patch", "shared")
 TINY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8)
@@ -145,6 +151,22 @@ def test_block_is_a_dit_block():
     block = SCRDiTTransformerBlock(dim=24, num_attention_heads=3, attention_head_dim=8, mlp_ratio=4.0, dropout=0.0)
     x, c = torch.randn(2, 5, 24), torch.randn(2, 24)
     torch.testing.assert_close(block(x, c), dit_block(block, x, c, heads=3))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, ATTENTION_BY_PRODUCTS + 1])
+def test_block_in_bfloat16_is_that_block_up_to_rounding(num_tokens):
+    torch.manual_seed(0)
+    block = SCRDiTTransformerBlock(dim=24, num_attention_heads=3, attention_head_dim=8, mlp_ratio=4.0, dropout=0.0)
+    x, c = torch.randn(2, num_tokens, 24), torch.randn(2, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = block(x, c)
+    torch.testing.assert_close(output.float(), dit_block(block, x, c, heads=3), rtol=0.02, atol=0.02)
+
+
+def test_attention_by_products_is_that_of_pytorch():
+    query, key, value = 3 * torch.randn(3, 2, 7, 4, 8, generator=torch.Generator().manual_seed(0))  # (B, N, H, D/H)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    torch.testing.assert_close(attend(query, key, value), expected)
 
 
 def test_dropout_acts_in_training_only():
