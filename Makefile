@@ -28,8 +28,8 @@ $(SPACE): $(INSTALLED)
 	grep -vi '^pillow==' constraints.txt >$(VENV)/constraints-space.txt
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints-space.txt --target $@ gradio playwright
 
-test: $(INSTALLED) $(SPACE)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) $(SPACE)  ## run the tests, on two to four cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	@# Apart from the rest: wherever torchao is installed, every import of diffusers writes five lines.
 	test -d $(VENV)/torchao || $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 		--target $(VENV)/torchao torchao
