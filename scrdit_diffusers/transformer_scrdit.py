@@ -22,7 +22,7 @@ from torch import nn
 from .count_head import CountPosterior, SCRDiTCountHead
 from .hub import SafeModelMixin
 
-ATTENTION_BY_PRODUCTS = 128  # tokens up to which `attend` is faster than the kernel of PyTorch on CPUs
+MAX_PRODUCT_TOKENS = 128  # tokens up to which `attend` is faster than the kernel of PyTorch on CPUs
 CELLS_PER_COMPONENT = 20  # training cells per principal component from which cell tokens start
 
 TABLES = ("log_dispersion", "log_base", "class_log_mean")  # of the count head
@@ -92,8 +92,9 @@ class SCRDiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # 3 x (B, N, H, D/H)
-        by_products = query.shape[1] <= ATTENTION_BY_PRODUCTS and self._attention_backend is None
-        if by_products and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        is_free = self._attention_backend is None and self._parallel_config is None
+        is_small = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] <= MAX_PRODUCT_TOKENS
+        if is_free and is_small:
             hidden_states = attend(query, key, value)  # (B, N, H, D/H)
         else:
             hidden_states = dispatch_attention_fn(

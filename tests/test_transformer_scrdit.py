@@ -14,7 +14,7 @@ from scrdit_diffusers import SCRDIT_PRESETS, SCRDiTTransformer, count_bins, fit_
 from scrdit_diffusers.cells.moments import CellMoments
 from scrdit_diffusers.initialization import initialize_count_head
 from scrdit_diffusers.transformer_scrdit import (
-    ATTENTION_BY_PRODUCTS,
+    MAX_PRODUCT_TOKENS,
     SCRDiTPerPatchLinear,
     SCRDiTTransformerBlock,
     SCRDiTTransformerOutput,
@@ -153,7 +153,7 @@ def test_block_is_a_dit_block():
     torch.testing.assert_close(block(x, c), dit_block(block, x, c, heads=3))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, ATTENTION_BY_PRODUCTS + 1])
+@pytest.mark.parametrize("num_tokens", [1, 5, MAX_PRODUCT_TOKENS + 1])
 def test_block_in_bfloat16_is_that_block_up_to_rounding(num_tokens):
     torch.manual_seed(0)
     block = SCRDiTTransformerBlock(dim=24, num_attention_heads=3, attention_head_dim=8, mlp_ratio=4.0, dropout=0.0)
