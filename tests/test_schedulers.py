@@ -37,7 +37,7 @@ def find_schedulers():
     spaces = [vars(importlib.import_module(name)) for name in modules]
     spaces.append({name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")})
     classes = {c for space in spaces for c in space.values() if inspect.isclass(c) and issubclass(c, SchedulerMixin)}
-    return {c.__name__: c for c in classes - {SchedulerMixin}}
+    return {c.__name__: c for c in sorted(classes - {SchedulerMixin}, key=lambda c: c.__name__)}
 
 
 CLASSES = find_schedulers()
