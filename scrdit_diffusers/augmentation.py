@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Mapping
+from itertools import count, islice
+from numbers import Integral
 from typing import Any
 
 import anndata as ad
 import pandas as pd
 
-from .checks import check_label
+from .checks import check_label, generated_cells
 from .pipeline_scrdit import SCRDiTPipeline
 
 
@@ -26,7 +28,8 @@ def augment(
     pipe
         A pipeline trained on cells like those of `adata`, with the condition `labels_key`.
     adata
-        Real cells, values as in the training data, with at least the model's genes.
+        Cells, values as in the training data, with at least the model's genes. Those that `obs["synthetic"]` marks as
+        generated, as by an earlier call, stay so.
     labels_key
         Column of `adata.obs` that holds the label.
     to
@@ -39,14 +42,15 @@ def augment(
 
     Returns
     -------
-    AnnData of the model's genes: the real cells, then the new ones. `obs["synthetic"]` tells them apart; columns of
+    AnnData of the model's genes: the cells given, then the new ones. `obs["synthetic"]` tells them apart; columns of
     `obs` that are not conditions of the model are missing (NaN) for the new cells.
 
     Raises
     ------
     ValueError
-        A label or the column is unknown, a number is not positive, no label has fewer cells than wanted, genes are
-        missing, or the values are not what the model was trained on.
+        A label or the column is unknown, a number is not positive and whole, no label has fewer cells than wanted,
+        genes are missing, the values are not what the model was trained on, or `obs["synthetic"]` holds anything but
+        truth values.
 
     Examples
     --------
@@ -66,27 +70,29 @@ def augment(
         closest = [match for label in unknown for match in difflib.get_close_matches(str(label), known, n=1)]
         meant = f", did you mean {closest}?" if closest else "."
         raise ValueError(f"to: {labels_key} has no label {unknown} in the model{meant} Known: {known}.")
-    if bad := {label: number for label, number in wanted.items() if number < 1}:
-        raise ValueError(f"to must be at least 1 cell, got {bad}.")
+    if bad := {label: number for label, number in wanted.items() if not isinstance(number, Integral) or number < 1}:
+        raise ValueError(f"to must be a whole number of cells, at least 1, got {bad}.")
     missing = {label: number - int(present.get(label, 0)) for label, number in wanted.items()}
     labels = [label for label, number in missing.items() for _ in range(number)]
     if not labels:
         raise ValueError(f"to: every label has that many cells already: {present.to_dict()}.")
     values = pipe.processor.get_values(adata, layer)
     var = adata.var.iloc[pipe.processor.gene_columns(adata.var_names)]
-    real = ad.AnnData(values, obs=adata.obs.assign(synthetic=False), var=var)
+    given = ad.AnnData(values, obs=adata.obs.assign(synthetic=generated_cells(adata.obs, "adata.obs")), var=var)
     new = pipe(conditions={labels_key: labels}, **kwargs).adata
     assert new is not None
-    new.var_names = real.var_names
-    joined = ad.concat([real, new], join="inner", merge="first")
-    joined.obs = pd.concat([_fit_for(new.obs, real.obs), new.obs]).set_axis(joined.obs_names)
+    new.var_names = given.var_names
+    names = (name for number in count() if (name := f"synthetic_{number}") not in given.obs_names)
+    new.obs_names = list(islice(names, new.n_obs))
+    joined = ad.concat([given, new], join="inner", merge="first")
+    joined.obs = pd.concat([_fit_for(new.obs, given.obs), new.obs]).set_axis(joined.obs_names)
     joined.uns["scrdit"] = new.uns["scrdit"]
     return joined
 
 
-def _fit_for(new: pd.DataFrame, real: pd.DataFrame) -> pd.DataFrame:
-    """Convert columns of real cells to types that the new cells can have: labels as text, truth values or none."""
-    obs = real.astype(dict.fromkeys(real.select_dtypes("bool").columns.difference(new.columns), "boolean"))
+def _fit_for(new: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
+    """Convert columns of the cells given to types that the new cells can have: labels as text, truth values or none."""
+    obs = given.astype(dict.fromkeys(given.select_dtypes("bool").columns.difference(new.columns), "boolean"))
     for key in new.columns.drop("synthetic").intersection(obs.columns):
         is_categorical = isinstance(obs[key].dtype, pd.CategoricalDtype)
         obs[key] = obs[key].cat.rename_categories(str) if is_categorical else obs[key].map(str, na_action="ignore")

@@ -54,9 +54,24 @@ def test_values_come_from_the_layer_and_must_be_what_the_model_was_trained_on(co
         ("celltype", 25, "labels_key.*'celltype'"),
         ("cell_type", {"Mast": 9}, "Mast"),
         ("cell_type", {"NK": 0}, "NK.*0"),
+        ("cell_type", 12.5, r"to .*whole number.*12\.5"),
         ("cell_type", 1, "to: "),
     ],
 )
 def test_wrong_requests_are_refused(count_pipe, adata, labels_key, to, message):
     with pytest.raises(ValueError, match=message):
         augment(count_pipe, adata, labels_key, to=to)
+
+
+def test_generated_cells_stay_marked_and_names_unique(count_pipe, adata):
+    once = augment(count_pipe, adata, "cell_type", to=25, generator=torch.manual_seed(0))
+    twice = augment(count_pipe, once, "cell_type", to=30, generator=torch.manual_seed(1))
+    assert list(twice.obs["synthetic"][: once.n_obs]) == list(once.obs["synthetic"])
+    assert twice.obs["synthetic"][once.n_obs :].all() and twice.obs_names.is_unique
+    assert twice.n_obs > once.n_obs and once.obs["synthetic"].sum() == once.n_obs - adata.n_obs
+
+
+def test_a_column_of_another_meaning_is_not_overwritten(count_pipe, adata):
+    adata.obs["synthetic"] = "no"
+    with pytest.raises(ValueError, match=r"adata\.obs\['synthetic'\] .*'no'.*rename"):
+        augment(count_pipe, adata, "cell_type", to=25)

@@ -291,6 +291,25 @@ def test_read_cells_refuses_a_file_without_values_that_can_be_read(adata, tmp_pa
         read_cells(path)
 
 
+def test_the_mark_of_generated_cells_is_read_and_told(adata, tmp_path, caplog):
+    adata.obs["synthetic"] = np.arange(60) < 7
+    path = write(adata, tmp_path / "cells.h5ad")
+    assert list(read_cells(path).obs["synthetic"]) == list(adata.obs["synthetic"]) and not caplog.records
+    dataset = CellDataset.open(path, cache_dir=tmp_path / "cache")
+    assert "7 of the 60 cells are marked as generated" in caplog.text
+    assert list(dataset.to_anndata().obs["synthetic"]) == list(adata.obs["synthetic"])
+    with pytest.raises(ValueError, match=r"obs\['synthetic'\] marks generated cells and cannot be a label"):
+        CellDataset.open(path, labels_key=["synthetic"], cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("source", ["", "*.h5ad"], ids=["folder", "pattern"])
+def test_read_cells_says_that_it_takes_one_file(adata, tmp_path, source):
+    for name in ("a", "b"):
+        write(adata, tmp_path / f"{name}.h5ad")
+    with pytest.raises(ValueError, match="is 2 AnnData files, and one is needed"):
+        read_cells(tmp_path / source)
+
+
 def test_read_cells_reads_layers_beside_a_damaged_x(adata, tmp_path, caplog):
     path = write(adata, tmp_path / "cells.h5ad")
     with h5py.File(path, "r+") as file:

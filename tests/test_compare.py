@@ -260,6 +260,15 @@ def test_wrong_cells_are_named(split):
     logged.X = log_normalize(logged.X, "counts")
     with pytest.raises(ValueError, match=r'synthetic: adata\.X .*value_space="log_normalized"'):
         comparison.compare(real, logged, train)
+    marked = real.copy()
+    marked.obs["synthetic"] = np.arange(real.n_obs) < 4
+    with pytest.raises(ValueError, match=rf"4 of the {real.n_obs} cells .* real\.obs\['synthetic'\]"):
+        comparison.compare(marked, synthetic, train)
+    misspelled = synthetic.copy()
+    misspelled.obs[KEY] = misspelled.obs[KEY].astype(str) + "x"
+    label = sorted(misspelled.obs[KEY].unique())[0]
+    with pytest.raises(ValueError, match=rf"synthetic\.obs\['{KEY}'\] has labels .*'{label}'.* mean .*'{label[:-1]}'"):
+        comparison.compare(real, misspelled, train, labels_key=KEY)
     missing = real.copy()
     missing.obs[KEY] = missing.obs[KEY].where(np.arange(real.n_obs) > 3)
     with pytest.raises(ValueError, match=rf"real\.obs\['{KEY}'\] .* 4 NaN"):

@@ -218,6 +218,12 @@ def test_split_depends_on_the_seed_only(adata):
     assert len(first) == 15
 
 
+@pytest.mark.parametrize("fraction", [-0.2, 1, 1.5, float("nan")])
+def test_split_refuses_what_is_no_share(adata, fraction):
+    with pytest.raises(ValueError, match=rf"fraction .*{fraction}"):
+        split_cells(adata, [], fraction, seed=0)
+
+
 def test_split_refuses_missing_labels(adata):
     adata.obs.loc["cell3", "cell_type"] = np.nan
     with pytest.raises(ValueError, match=r"obs\['cell_type'\] .* 1 NaN"):

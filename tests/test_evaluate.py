@@ -233,6 +233,20 @@ def test_another_split_by_than_that_of_the_split_is_refused(evaluate, split_dir)
     refuse(evaluate, "was not split by 'donor'", "--split_dir", split_dir, "--split_by", "donor")
 
 
+def test_a_split_within_other_labels_is_refused(evaluate, split_dir):
+    arguments = ["--split_dir", split_dir, "--dataset", split_dir / "cells.h5ad", "--labels_key", "donor"]
+    refuse(evaluate, f"made with --labels_key {KEY}, not donor", *arguments)
+
+
+def test_generated_cells_are_not_split_as_real_ones(evaluate, cells, tmp_path):
+    marked = cells.copy()
+    marked.obs["synthetic"] = np.arange(cells.n_obs) < 5
+    marked.write_h5ad(tmp_path / "cells.h5ad")
+    message = f"--dataset .*cells.h5ad: 5 of the {cells.n_obs} cells are marked as generated .*real cells"
+    refuse(evaluate, message, "--dataset", tmp_path / "cells.h5ad", "--split_dir", tmp_path / "split")
+    assert not (tmp_path / "split").exists()
+
+
 def test_split_of_other_cells_is_refused(evaluate, split_dir):
     refuse(
         evaluate, "is a split of .*cells.h5ad, not of other.h5ad", "--split_dir", split_dir, "--dataset", "other.h5ad"
@@ -283,7 +297,7 @@ def no_counts(synthetic):
         (wrong_genes, "train lacks 40 of the 40 genes"),
         (few_cells, "At least 10 cells of each kind are needed, got .*'synthetic': 8"),
         (no_labels, "synthetic.obs has no column"),
-        (unknown_label, r"train part lacks: \['Platelet'\]"),
+        (unknown_label, r"--synthetic .*labels that real cells lack: \['Platelet'\]"),
         (no_counts, "synthetic: .* are no counts|synthetic: "),
     ],
 )

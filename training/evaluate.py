@@ -29,14 +29,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from cli import arg, check_numbers, command_line, load_adapter, run
+from cli import arg, check_numbers, command_line, load_adapter, naming, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from sklearn.model_selection import StratifiedGroupKFold
 
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor, read_cells, split_cells
 from scrdit_diffusers.atomic import lock_folder, write_atomically, write_into
-from scrdit_diffusers.checks import check_label, get_matrix, label_categories
+from scrdit_diffusers.checks import check_known_labels, check_label, check_real, get_matrix, label_categories
 from scrdit_diffusers.evaluation import baselines, compare, model_card, privacy
 from scrdit_diffusers.evaluation.baselines import BASELINE_NAMES
 from scrdit_diffusers.evaluation.report import STEP_METRICS, draw_figures, render_report
@@ -142,6 +142,8 @@ def check_output_dir(args: EvaluationArguments) -> None:
 def make_split(args: EvaluationArguments) -> None:
     """Split the cells 60 / 20 / 20 and write the parts, all or none."""
     cells = read_cells(args.dataset)
+    with naming("--dataset", args.dataset):
+        check_real(cells.obs)
     get_matrix(cells, args.layer, expect_counts=False)  # no NaN, none negative: training would refuse such cells
     keys = [args.labels_key] if args.labels_key else []
     if args.split_by:
@@ -188,6 +190,11 @@ def read_split(args: EvaluationArguments) -> dict[str, Any]:
     if found and args.dataset and split.get("dataset", redact(args.dataset)) != redact(args.dataset):
         raise ValueError(f"{folder} is a split of {split['dataset']}, not of {args.dataset}; give another --split_dir.")
     if found and args.dataset:
+        for name in ("labels_key", "layer"):
+            if (asked := getattr(args, name)) is not None and asked != split.get(name, asked):
+                raise ValueError(
+                    f"{folder} holds a split made with --{name} {split[name]}, not {asked}; give another --split_dir."
+                )
         print(f"{folder} holds the split already.")
     return split
 
@@ -301,6 +308,10 @@ class Evaluation:
         """Count cells by label and part; raise for labels without train cells, warn of another composition."""
         counts = {name: part.obs[self.labels_key].astype(str).value_counts() for name, part in self.parts.items()}
         table = pd.DataFrame(counts).fillna(0).sort_index()
+        known = list(table.index[table["train"] > 0])
+        if not self.pipe:
+            labels = self.parts["synthetic"].obs[self.labels_key]
+            check_known_labels(labels, known, f"--synthetic {self.args.synthetic}: obs[{self.labels_key!r}]")
         if unknown := list(table.index[table["train"] == 0]):
             raise ValueError(f"Labels that the train part lacks: {unknown}. Leave these cells out, or split anew.")
         shares = table / table.sum()

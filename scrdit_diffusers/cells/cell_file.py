@@ -20,7 +20,15 @@ import scipy.sparse as sp
 import zarr
 from anndata.io import read_elem
 
-from scrdit_diffusers.checks import as_csr, check_label, check_values, get_matrix, matrix_name, native
+from scrdit_diffusers.checks import (
+    SYNTHETIC_KEY,
+    as_csr,
+    check_label,
+    check_values,
+    get_matrix,
+    matrix_name,
+    native,
+)
 
 from .damage import reading
 from .layout import class_label, pa_type_name
@@ -163,11 +171,12 @@ class CellFile:
             return pd.Series(values).astype(object).mask(stored["mask"][rows])
         return pd.Series(values)
 
-    def check_column(self, key: str) -> None:
-        """Raise ValueError for a column of obs that cannot be read, or of which a part is missing."""
+    def check_column(self, key: str, is_label: bool = True) -> None:
+        """Raise ValueError for a column of obs that cannot be read, of which a part is missing, or that is no label."""
         name = f"obs[{key!r}]"
         try:
-            check_label(pd.DataFrame(columns=self.columns), key)
+            if is_label or key != SYNTHETIC_KEY:
+                check_label(pd.DataFrame(columns=self.columns), key)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -190,7 +199,7 @@ class CellFile:
             try:
                 if key in reserved:
                     raise ValueError(f"{self.path}: the dataset needs this name itself; rename the column to keep it.")
-                self.check_column(key)
+                self.check_column(key, is_label=False)
                 is_text = _array_of(self.group["obs"][key]).dtype.kind not in "biuf"  # which takes memory
                 for _ in self._parts_of_column(key, ROWS_PER_CHUNK if is_text else 10 * ROWS_PER_CHUNK):
                     pass  # damage beyond the first cells, which would stop a conversion
@@ -214,6 +223,13 @@ class CellFile:
             with self._reading(f"obs[{key!r}]"):
                 part = self.column(key, slice(start, start + num_rows))
             yield part
+
+    def num_generated(self) -> int:
+        """Count the cells that the file marks as generated."""
+        if SYNTHETIC_KEY not in self.columns:
+            return 0
+        marks = self.column(SYNTHETIC_KEY, slice(0, None))
+        return int(marks.sum()) if pd.api.types.is_bool_dtype(marks) else 0
 
     def column_type(self, key: str) -> Any:
         """Type that a column of obs has in a dataset, without reading all of it."""

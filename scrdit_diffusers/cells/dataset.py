@@ -367,10 +367,12 @@ def read_cells(source: str | Path) -> ad.AnnData:
     FileNotFoundError
         There is no such file or folder, and it is not the id of a dataset on the Hub.
     ValueError
-        The file is of another kind, or neither X nor any layer can be read.
+        The file is of another kind, it is a folder of AnnData files, or neither X nor any layer can be read.
     """
     path = Path(source)
     if not (_is_anndata(path) and path.exists()):
+        if files := find_files(source):
+            raise ValueError(f"{source} is {len(files)} AnnData files, and one is needed: join them by anndata.concat.")
         return CellDataset(*_load(str(source))).to_anndata()
     with CellFile(path) as file, reading(path):
         return file.read()
@@ -399,8 +401,10 @@ def split_cells(
     Raises
     ------
     ValueError
-        A column is missing, holds NaN or is not categorical.
+        A column is missing, holds NaN or is not categorical, or `fraction` is out of range.
     """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be at least 0 and below 1, got {fraction!r}.")
     labels_key = [labels_key] if isinstance(labels_key, str) else list(labels_key)
     obs = cells.obs if isinstance(cells, ad.AnnData) else cells
     if not len(obs):

@@ -15,7 +15,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.metrics import accuracy_score
 
-from scrdit_diffusers.checks import check_label
+from scrdit_diffusers.checks import check_known_labels, check_label, check_real
 
 from .metrics import (
     NUM_FOLDS,
@@ -197,6 +197,12 @@ def compare(
             raise ValueError(f"{name} has {adata.n_obs} cells; at least {MIN_CELLS} are needed.")
         if labels_key is not None:
             check_label(adata.obs, labels_key, f"{name}.obs")
+        if name not in columns.values():
+            check_real(adata.obs, f"{name}.obs")
+    if labels_key is not None:
+        known = sorted({str(label) for adata in (real, train) for label in adata.obs[labels_key]})
+        for name in columns.values():
+            check_known_labels(groups[name].obs[labels_key], known, f"{name}.obs[{labels_key!r}]")
     for name, limit in dict(max_cells=max_cells, min_label_cells=min_label_cells).items():
         if limit < MIN_CELLS:
             raise ValueError(f"{name} must be at least {MIN_CELLS}, got {limit}.")
