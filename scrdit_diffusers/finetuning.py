@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from .cells.moments import CellMoments
-from .checks import NUMBER, check_spellings
+from .checks import NUMBER, check_spellings, explain_missing
 from .count_head import LABEL_TABLES
 from .initialization import count_bins, initialize_from_cells
 from .objective import diffusion_loss
@@ -108,6 +108,14 @@ def check_common_genes(pretrained: Sequence[str], genes: Sequence[str]) -> None:
         raise ValueError(
             f"No gene is common: the pretrained model has names such as {list(pretrained[:3])}, the data "
             f"{[str(gene) for gene in genes[:3]]}. Rename adata.var_names, or train from scratch."
+        )
+    missing = sorted(set(pretrained) - set(genes))
+    if len(missing) > len(pretrained) / 2:
+        logger.warning(
+            "%d of the pretrained model's %d genes are not in the data, and their weights are lost.%s",
+            len(missing),
+            len(pretrained),
+            explain_missing(missing, genes) or " Training from scratch may be as good.",
         )
     if all(NUMBER.fullmatch(gene) for gene in pretrained):
         logger.warning(

@@ -1,6 +1,7 @@
 """Completion: the genes that a panel or another chemistry did not measure."""
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import anndata as ad
@@ -11,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_gene_names, get_matrix
+from .checks import check_gene_names, explain_missing, get_matrix
 from .count_head import CountPosterior
 from .hub import SafePipelineMixin
 from .processing_scrdit import SCRDiTProcessor
@@ -30,6 +31,8 @@ from .sampling import (
 )
 from .schedulers import check_scheduler
 from .transformer_scrdit import SCRDiTTransformer
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURE = 4  # of the likelihood of measured counts: the genes of a cell err together
 
@@ -175,11 +178,15 @@ class SCRDiTCompletePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         check_gene_names(list(map(str, var_names)), "var_names", " Call adata.var_names_make_unique().")
         columns = pd.Index(var_names).get_indexer(pd.Index(self.processor.var_names))
-        if (columns < 0).all():
+        missing = [self.processor.var_names[gene] for gene in np.flatnonzero(columns < 0)]
+        reason = explain_missing(missing, var_names, self.processor.gene_ids)
+        if len(missing) == len(columns):
             raise ValueError(
                 f"adata has none of the model's {len(columns)} genes, such as {self.processor.var_names[:5]}; its own "
-                f"look like {list(map(str, var_names[:3]))}."
+                f"look like {list(map(str, var_names[:3]))}.{reason}"
             )
+        if reason:
+            logger.warning("%d of the model's %d genes count as not measured.%s", len(missing), len(columns), reason)
         return columns
 
     def prepare_class_labels(self, obs: pd.DataFrame, use_labels: bool) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 from transformers import FeatureExtractionMixin
 
-from .checks import check_gene_names, check_label, get_matrix, matrix_name
+from .checks import check_gene_names, check_label, explain_missing, get_matrix, matrix_name
 from .hub import explain_push
 from .stored_weights import DamagedFileError
 from .values import Counts, choose_value_kind, normalize_log1p
@@ -353,8 +353,11 @@ class SCRDiTProcessor(FeatureExtractionMixin):
             missing = [self.var_names[i] for i in np.flatnonzero(positions < 0)]
             raise ValueError(
                 f"{len(missing)} of the model's {self.num_genes} genes are missing from the data, such as "
-                f"{missing[:5]}; the data's names look like {[str(name) for name in var_names[:3]]}. Give all "
-                "genes that were measured, or train a pipeline on the genes that the data have."
+                f"{missing[:5]}; the data's names look like {[str(name) for name in var_names[:3]]}."
+                + (
+                    explain_missing(missing, var_names, self.gene_ids)
+                    or " Give all genes that were measured, or train a pipeline on the genes that the data have."
+                )
             )
         return positions
 

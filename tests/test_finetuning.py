@@ -132,6 +132,12 @@ def test_pretrained_genes_called_by_numbers_are_doubted(caplog):
     assert "numbers such as 1" in caplog.text
 
 
+def test_pretrained_genes_that_the_data_lack_are_told(caplog):
+    finetuning.check_common_genes(["CD3D", "CD8A", "NKG7"], ["CD3D", "Cd8a", "Nkg7"])
+    assert "2 of the pretrained model's 3 genes are not in the data" in caplog.text
+    assert "2 of them differ in case only, such as 'Cd8a' for 'CD8A'" in caplog.text
+
+
 def test_composition_counts_the_new_cells_by_name(pipe):
     adata = other_cells(cell_types=("Mono", "T", "A"))
     for keep_labels in (False, True):

@@ -247,3 +247,12 @@ def test_a_model_without_a_count_head_is_refused(pipe, adata):
 def test_something_else_than_cells_is_refused(complete):
     with pytest.raises(TypeError, match="adata.*ndarray"):
         complete(np.ones((3, 23)))
+
+
+def test_genes_in_another_case_are_told(complete, adata, caplog):
+    adata.var_names = [name.upper() if i < 5 else name for i, name in enumerate(adata.var_names)]
+    complete(adata[:3].copy(), num_draws=1)
+    assert "5 of the model's 23 genes count as not measured. 5 of them differ in case only" in caplog.text
+    caplog.clear()
+    complete(adata[:3, 5:].copy(), num_draws=1)
+    assert "not measured" not in caplog.text
