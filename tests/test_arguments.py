@@ -2,6 +2,7 @@
 
 import json
 
+import anndata as ad
 import arguments
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -74,6 +75,17 @@ def test_dry_run_prints_cost_and_writes_nothing(train_here, dataset, tmp_path, c
 def test_all_rare_labels_are_named_before_training(train_here, dataset, tmp_path, caplog):
     train_here(dataset, tmp_path, "--labels_key", "cell_type", "--val_fraction", "0.7", "--dry_run", "true")
     assert "Few training cells for some of cell_type" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advised"),
+    [(["--labels_key", "cell_type"], True), (["--labels_key", "cell_type", "--num_states", "0"], False), ([], False)],
+)
+def test_states_are_advised_beside_few_labels(train_here, dataset, tmp_path, caplog, arguments, advised):
+    many = ad.concat([ad.read_h5ad(dataset)] * 4, index_unique="-")
+    many.write_h5ad(tmp_path / "many.h5ad")
+    train_here(tmp_path / "many.h5ad", tmp_path / "model", "--dry_run", "true", *arguments)
+    assert ("--num_states 5 finds groups" in caplog.text) == advised
 
 
 def test_launched_processes_that_do_not_find_each_other_are_refused(train_here, dataset, tmp_path, monkeypatch):

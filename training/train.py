@@ -60,6 +60,7 @@ from scrdit_diffusers import (
 )
 from scrdit_diffusers.atomic import LOCK_NAME, delete_folder, lock_folder, write_into
 from scrdit_diffusers.cells.moments import CellMoments
+from scrdit_diffusers.cells.states import choose_num_states
 from scrdit_diffusers.evaluation import model_card
 from scrdit_diffusers.launch import catch_signals, check_processes
 from scrdit_diffusers.objective import drop_labels
@@ -357,6 +358,14 @@ def make_objective(
     return Objective(scheduler, noise_scheduler, null_labels, prior, pipeline_config)
 
 
+def advised_states(settings: TrainingArguments, cells: Cells) -> int:
+    """Choose as many states as training without labels finds, if labels are fewer; else 0."""
+    if settings.num_states is not None or settings.decode != "posterior" or settings.pretrained_model_name_or_path:
+        return 0
+    num_states, num_combinations = choose_num_states(cells.num_train), len(cells.processor.composition)
+    return num_states if settings.labels_key and cells.num_train >= FEW_CELLS and num_combinations < num_states else 0
+
+
 def report_plan(
     settings: TrainingArguments,
     accelerator: Accelerator,
@@ -372,6 +381,11 @@ def report_plan(
         f"{cells.num_train} training and {cells.num_val} held-out cells, {processor.num_genes} genes, "
         f"conditions { {key: len(names) for key, names in processor.conditions.items()} }"
     )
+    if num_states := advised_states(settings, cells):
+        logger.info(
+            f"The labels tell few kinds of cells apart: --num_states {num_states} finds groups of similar cells as "
+            "well, which may bring generated cells closer to real ones."
+        )
     label_counts = processor.label_counts
     for key in processor.labels_keys if processor.composition else []:
         if rare := {name: number for name, number in label_counts[key].items() if number < RARE_LABEL_CELLS}:
