@@ -116,12 +116,14 @@ def lock_folder(folder: str | Path, advice: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        Another process has it.
+        Another process has it, or a file is in its way.
     OSError
         It cannot be written.
     """
     folder = Path(folder)
     path = folder / LOCK_NAME
+    if taken := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"{folder} cannot be a folder: {taken} is a file. Give another name.")
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "a+") as file:

@@ -93,7 +93,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
     def check_inputs(
         self,
         adata: ad.AnnData,
-        labels_key: str,
+        labels_key: str | None,
         prior: str,
         temperature: float,
         timesteps: Sequence[int],
@@ -104,9 +104,9 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         if not isinstance(adata, ad.AnnData):
             raise TypeError(f"adata must be an AnnData of measured cells, got {type(adata).__name__}.")
         check_count_head(self.transformer, self.processor, "annotate")
-        if labels_key not in self.processor.conditions:
+        if not isinstance(labels_key, str) or labels_key not in self.processor.conditions:
             raise ValueError(
-                f"labels_key {labels_key!r} is not a condition of the model: {self.processor.condition_keys}."
+                f"labels_key must name one condition of the model, {self.processor.condition_keys}, got {labels_key!r}."
             )
         if prior not in ("flat", "composition"):
             raise ValueError(f'prior must be "flat" or "composition", got {prior!r}.')
@@ -276,7 +276,7 @@ class SCRDiTAnnotatePipeline(SafePipelineMixin, DiffusionPipeline):
         """
         if labels_key is None and len(self.processor.labels_keys) == 1:
             labels_key = self.processor.labels_keys[0]
-        self.check_inputs(adata, str(labels_key), prior, temperature, timesteps, batch_size, num_generated)
+        self.check_inputs(adata, labels_key, prior, temperature, timesteps, batch_size, num_generated)
         assert labels_key is not None
         likelihood = self.log_likelihood(adata, labels_key, layer, timesteps, generator, batch_size)
         log_posterior = self._log_posterior(likelihood, labels_key, prior, temperature)  # (cells, labels)

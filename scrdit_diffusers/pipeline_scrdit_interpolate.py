@@ -76,6 +76,10 @@ class SCRDiTInterpolatePipeline(SafePipelineMixin, DiffusionPipeline):
                 raise ValueError(f"{name}.obs has no {missing}: add the labels of the cells.")
         if isinstance(end, Mapping) and (unknown := [key for key in end if key not in conditions]):
             raise ValueError(f"end: {unknown} are not conditions of the model: {list(conditions) or 'it has none'}.")
+        if not isinstance(positions, Sequence | np.ndarray):
+            raise TypeError(
+                f"positions must be a list from 0 (start) to 1 (end), such as (0, 0.5, 1), got {positions!r}."
+            )
         if not len(positions) or not all(0 <= position <= 1 for position in positions):
             raise ValueError(f"positions must be from 0 (start) to 1 (end), got {list(positions)}.")
         check_positive(num_draws=num_draws, batch_size=batch_size)

@@ -42,7 +42,11 @@ def draw_effects(
     ------
     ValueError
         `num_genes` exceeds the number of genes.
+    TypeError
+        `groups` is a single name.
     """
+    if isinstance(groups, str):
+        raise TypeError(f"groups must be a list of names, got the text {groups!r}; write [{groups!r}].")
     if not 0 <= num_genes <= len(genes):
         raise ValueError(f"num_genes must be from 0 to the {len(genes)} genes given, got {num_genes}.")
     rng = np.random.default_rng(seed)
@@ -103,10 +107,16 @@ class SCRDiTSimulatePipeline(SafePipelineMixin, DiffusionPipeline):
         missing = [key for key in self.processor.labels_keys if key not in obs]
         if missing:
             raise ValueError(f"obs has no {missing}: give each cell a label of {list(self.processor.conditions)}.")
+        if not isinstance(effects, Mapping) or not all(isinstance(of_group, Mapping) for of_group in effects.values()):
+            raise TypeError(
+                'effects must give log2 fold changes by gene for each group, as {"treated": {"CD79A": 1.0}} does, or '
+                f"be {{}} for none; got {type(effects).__name__} {effects!r:.60}."
+            )
         if effects and group_key not in obs:
             raise ValueError(f"group_key: obs has no column {group_key!r}, only {list(obs.columns)}.")
         if unknown := [group for group in effects if group not in set(obs[group_key].map(str))]:
-            raise ValueError(f"effects: obs[{group_key!r}] has no group {unknown}.")
+            groups = sorted(set(obs[group_key].map(str)))
+            raise ValueError(f"effects: obs[{group_key!r}] has no group {unknown}, only {groups}.")
         for group, changes in effects.items():
             if absent := [gene for gene in changes if gene not in self.processor.var_names]:
                 known = list(map(str, self.processor.var_names))

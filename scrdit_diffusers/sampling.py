@@ -413,8 +413,10 @@ def check_positive(**numbers: Any) -> None:
 
 
 def check_timesteps(transformer: SCRDiTTransformer, timesteps: Sequence[int]) -> None:
-    """Raise ValueError unless a model was trained on all of some noise levels, at least one."""
+    """Raise ValueError or TypeError unless a model was trained on all of some noise levels, at least one."""
     first, last = transformer.config.min_timestep, transformer.config.num_train_timesteps - 1
+    if not isinstance(timesteps, Sequence | np.ndarray | torch.Tensor):
+        raise TypeError(f"timesteps must be a list, such as [{first}, {last}], got {timesteps!r}.")
     if not len(timesteps) or not all(first <= t <= last for t in timesteps):
         raise ValueError(f"timesteps must be from {first} to {last}, as in training, got {list(timesteps)}.")
 

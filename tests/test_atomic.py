@@ -146,3 +146,13 @@ def test_a_killed_process_holds_nothing(tmp_path):
     assert (tmp_path / ".lock").exists()
     with lock_folder(tmp_path, ""):
         pass
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "cells.h5ad").touch()
+    for name in ("cells.h5ad", "cells.h5ad/parts"):
+        with (
+            pytest.raises(ValueError, match=r"cannot be a folder: .*cells\.h5ad is a file"),
+            lock_folder(tmp_path / name, ""),
+        ):
+            pass

@@ -103,7 +103,8 @@ def test_the_temperature_makes_the_labels_most_probable(annotate, adata):
     ("arguments", "message"),
     [
         (dict(labels_key="celltype"), "labels_key.*'celltype'"),
-        (dict(labels_key=None), "labels_key.*None"),
+        (dict(labels_key=None), r"labels_key must name one .*\['cell_type', 'batch'\], got None"),
+        (dict(labels_key=["cell_type", "batch"]), r"labels_key must name one .*got \['cell_type'"),
         (dict(labels_key="batch", prior="uniform"), "prior.*'uniform'"),
         (dict(labels_key="batch", temperature=0), "temperature.*0"),
         (dict(labels_key="batch", timesteps=[]), r"timesteps.*\[\]"),

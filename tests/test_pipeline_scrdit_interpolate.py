@@ -121,6 +121,11 @@ def test_wrong_arguments_are_refused(interpolate, ends, arguments, message):
         interpolate(*ends, **arguments)
 
 
+def test_a_number_instead_of_positions_is_refused(interpolate, ends):
+    with pytest.raises(TypeError, match="positions .*list.*got 5"):
+        interpolate(*ends, positions=5)
+
+
 def test_ends_that_do_not_fit_are_refused(interpolate, ends):
     with pytest.raises(ValueError, match="end.*29.*30"):
         interpolate(ends[0], ends[1][1:].copy())

@@ -123,6 +123,12 @@ def test_wrong_effects_are_refused(simulate, design, effects, options, message):
         simulate(design, effects, **options)
 
 
+@pytest.mark.parametrize("effects", [None, {"gene0": 1.0}, pd.DataFrame({"gene": ["gene0"]})])
+def test_effects_of_another_form_are_refused(simulate, design, effects):
+    with pytest.raises(TypeError, match=f"effects .*for each group.*{type(effects).__name__}"):
+        simulate(design, effects)
+
+
 def test_a_design_without_a_label_is_refused(simulate, design):
     with pytest.raises(ValueError, match=r"\['cell_type'\]"):
         simulate(design.drop(columns="cell_type"), EFFECTS)
@@ -131,3 +137,8 @@ def test_a_design_without_a_label_is_refused(simulate, design):
 def test_more_changed_genes_than_genes_are_refused():
     with pytest.raises(ValueError, match="num_genes.*3"):
         draw_effects(["a", "b"], ["treated"], num_genes=3)
+
+
+def test_one_name_instead_of_groups_is_refused():
+    with pytest.raises(TypeError, match=r"groups .*'treated'.*\['treated'\]"):
+        draw_effects(["a", "b"], "treated", num_genes=1)

@@ -178,3 +178,8 @@ def test_missing_genes_are_counted(translate, adata):
 def test_a_model_without_a_count_head_is_refused(pipe, adata):
     with pytest.raises(ValueError, match="count head"):
         SCRDiTTranslatePipeline.from_pipe(pipe)(adata, {"batch": "b1"})
+
+
+def test_a_number_instead_of_timesteps_is_refused(translate, adata):
+    with pytest.raises(TypeError, match="timesteps .*list.*got 999"):
+        translate(adata, {"batch": "b1"}, timesteps=999)

@@ -295,7 +295,7 @@ def choose_label(pipe: SCRDiTPipeline, labels_key: str | None) -> str:
             "This needs a model with labels, and the pipeline was trained without: use --labels_key there."
         )
     if labels_key not in keys and (labels_key or len(keys) != 1):
-        raise ValueError(f"--labels_key must be one of the model's conditions {keys}, got {labels_key}.")
+        raise ValueError(f"--labels_key must name one of the model's conditions {keys}, got {labels_key}.")
     return labels_key or keys[0]
 
 
