@@ -1,6 +1,5 @@
 """Augmentation: real cells and new ones of rare labels in one AnnData."""
 
-import difflib
 from collections.abc import Mapping
 from itertools import count, islice
 from numbers import Integral
@@ -9,7 +8,7 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
-from .checks import check_label, generated_cells
+from .checks import check_label, did_you_mean, generated_cells
 from .pipeline_scrdit import SCRDiTPipeline
 
 
@@ -67,8 +66,7 @@ def augment(
     present = adata.obs[labels_key].astype(object).map(str).value_counts()
     wanted = dict(to) if isinstance(to, Mapping) else {label: to for label in present.index if label in known}
     if unknown := [label for label in wanted if label not in known]:
-        closest = [match for label in unknown for match in difflib.get_close_matches(str(label), known, n=1)]
-        meant = f", did you mean {closest}?" if closest else "."
+        meant = did_you_mean(unknown, known)
         raise ValueError(f"to: {labels_key} has no label {unknown} in the model{meant} Known: {known}.")
     if bad := {label: number for label, number in wanted.items() if not isinstance(number, Integral) or number < 1}:
         raise ValueError(f"to must be a whole number of cells, at least 1, got {bad}.")

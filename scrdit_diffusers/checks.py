@@ -210,9 +210,15 @@ def check_real(obs: pd.DataFrame, name: str = "obs") -> None:
 def check_known_labels(labels: pd.Series, known: Sequence[str], name: str) -> None:
     """Raise ValueError for a label that is not one of the `known`; `name` is what the message calls the column."""
     if unknown := [label for label in map(str, labels.unique()) if label not in set(known)]:
-        closest = [match for label in unknown for match in difflib.get_close_matches(label, known, n=1)]
-        meant = f", did you mean {closest}?" if closest else "."
-        raise ValueError(f"{name} has labels that real cells lack: {unknown}{meant} Known: {list(known)}.")
+        raise ValueError(
+            f"{name} has labels that real cells lack: {unknown}{did_you_mean(unknown, known)} Known: {list(known)}."
+        )
+
+
+def did_you_mean(unknown: Iterable[object], known: Sequence[str]) -> str:
+    """End a sentence about unknown names with those of the known ones that are close to them."""
+    closest = [match for name in unknown for match in difflib.get_close_matches(str(name), known, n=1)]
+    return f", did you mean {closest}?" if closest else "."
 
 
 def check_single_values(labels: pd.Series, name: str) -> None:

@@ -6,7 +6,6 @@ which is locked, written atomically and says how it was made.
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from transformers import HfArgumentParser
 import scrdit_diffusers
 from scrdit_diffusers import SCRDiTPipeline, SCRDiTProcessor
 from scrdit_diffusers.atomic import lock_folder, write_atomically
+from scrdit_diffusers.checks import did_you_mean
 from scrdit_diffusers.launch import check_device
 from scrdit_diffusers.redaction import redact
 from scrdit_diffusers.schedulers import distilled_for
@@ -103,9 +103,8 @@ def parse(arguments_class):
         known = [f"--{argument.name}" for argument in dataclasses.fields(arguments_class)]
         names = [word.partition("=")[0] for word in unknown]
         flags = [name for name in names if re.fullmatch(r"--[A-Za-z][\w-]*", name)]
-        closest = [match for flag in flags for match in difflib.get_close_matches(flag.replace("-", "_"), known, n=1)]
         if flags:
-            meant = f", did you mean {closest}?" if closest else "."
+            meant = did_you_mean([flag.replace("-", "_") for flag in flags], known)
             raise ValueError(f"Unknown flags {flags}{meant} --help lists all.")
         raise ValueError(
             f"Word {words.index(unknown[0])} after the script's name belongs to no flag. Give every value after its "

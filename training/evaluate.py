@@ -308,8 +308,8 @@ class Evaluation:
         """Count cells by label and part; raise for labels without train cells, warn of another composition."""
         counts = {name: part.obs[self.labels_key].astype(str).value_counts() for name, part in self.parts.items()}
         table = pd.DataFrame(counts).fillna(0).sort_index()
-        known = list(table.index[table["train"] > 0])
         if not self.pipe:
+            known = list(table.index[table["train"] > 0])
             labels = self.parts["synthetic"].obs[self.labels_key]
             check_known_labels(labels, known, f"--synthetic {self.args.synthetic}: obs[{self.labels_key!r}]")
         if unknown := list(table.index[table["train"] == 0]):

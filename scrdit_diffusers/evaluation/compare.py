@@ -200,7 +200,7 @@ def compare(
         if name not in columns.values():
             check_real(adata.obs, f"{name}.obs")
     if labels_key is not None:
-        known = sorted({str(label) for adata in (real, train) for label in adata.obs[labels_key]})
+        known = sorted({str(label) for adata in (real, train) for label in adata.obs[labels_key].unique()})
         for name in columns.values():
             check_known_labels(groups[name].obs[labels_key], known, f"{name}.obs[{labels_key!r}]")
     for name, limit in dict(max_cells=max_cells, min_label_cells=min_label_cells).items():
